@@ -1,0 +1,38 @@
+"""Every knob of the engine, once. A field is a flag, a VCLI_* variable and a line of --print-config (vcli/flags.py)."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+BLOCK_SIZE = 16  # tokens a KV block; the kernels are built for it
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's configuration. Says the same at the end of a run as at its start: measured values travel apart."""
+
+    model: Annotated[str, "local folder, GGUF file or Hugging Face name of the model"] = ""
+    tokenizer: Annotated[str, "folder or name of the tokenizer, if not the model's own"] = ""
+    revision: Annotated[str, "branch, tag or commit on the hub"] = ""
+    load_format: Annotated[
+        Literal["auto", "dummy"], "auto reads safetensors or GGUF, dummy makes random weights from config.json"
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], "number type of weights and activations; auto: the model's"
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to run; auto: a GPU where there is one"] = "auto"
+    max_model_len: Annotated[int | None, "longest prompt plus output, in tokens; default: the model's"] = None
+    max_num_seqs: Annotated[int, "requests that run in one step at most"] = 256
+    max_num_batched_tokens: Annotated[int | None, "tokens in one step at most; default: 8k on a GPU, 2k on a CPU"] = (
+        None
+    )
+    max_prefill_chunk: Annotated[
+        int | None, "prefill tokens in a step that also decodes; bounds the pause between two tokens of a stream"
+    ] = None
+    gpu_memory_utilization: Annotated[float, "share of the GPU's memory to use for weights and KV cache"] = 0.9
+    kv_cache_memory: Annotated[int | None, "bytes for the KV cache, instead of what is free"] = None
+    enable_prefix_caching: Annotated[bool, "share the KV blocks of equal prefixes"] = True
+    scheduling_policy: Annotated[
+        Literal["fcfs", "priority"], "order of waiting requests: by arrival, or by the request's priority first"
+    ] = "fcfs"
+    seed: Annotated[int, "seeds dummy weights and the requests that bring no seed of their own"] = 0
+    skip_tokenizer_init: Annotated[bool, "serve token ids only, load no tokenizer"] = False

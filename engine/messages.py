@@ -1,0 +1,123 @@
+"""What the API process and the engine process say to each other, and the framing (msgpack, one struct a frame).
+
+Each struct carries its type as a tag, so a frame decodes into the right one or is refused; nothing here can run code.
+"""
+
+from typing import Any
+
+import msgspec
+
+from engine.sampling_params import SamplingParams
+
+
+class Message(msgspec.Struct, array_like=True, tag=True):
+    """One frame on the socket."""
+
+
+class Start(Message):
+    """To the engine, first: the fields of its EngineConfig."""
+
+    config: dict[str, Any]
+
+
+class AddRequest(Message):
+    """To the engine: run this sequence. n > 1 arrives as n of these; the later ones name the first as `leader_id`."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams  # max_tokens and seed are set here, whatever the client left open
+    priority: int = 0  # smaller goes first
+    cache_salt: str = ""  # prefix blocks are shared only between requests of the same salt
+    leader_id: str = ""  # wait until this request has computed the same prompt, then share its blocks
+    arrival_time: float = 0.0  # time.monotonic()
+
+
+class Abort(Message):
+    """To the engine: forget these requests, wherever they are."""
+
+    request_ids: list[str]
+
+
+class Shutdown(Message):
+    """To the engine: stop now."""
+
+
+class Progress(Message):
+    """From the engine while it starts: what it is doing and how much of that is done."""
+
+    stage: str
+    fraction: float  # 0 to 1
+
+
+class Ready(Message):
+    """From the engine, once: the model is loaded and the cache is sized."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    device: str
+    dtype: str
+
+
+class TokenLogprob(msgspec.Struct, array_like=True):
+    """Log probability of one token and, best first, of the alternatives asked for."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top: list[tuple[int, float]]
+
+
+class TokenOutput(msgspec.Struct, array_like=True):
+    """New tokens of one request."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None  # "stop", "length" or "abort"
+    stop_reason: int | None = None  # the stop token's id when a stop_token_id, not the model's eos, ended it
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first token; the first entry is None
+    num_cached_tokens: int = 0
+    scheduled_time: float = 0.0  # time.monotonic() when it first entered a batch
+
+
+class EngineStats(msgspec.Struct, array_like=True):
+    """The state of the engine after a step; counters count from its start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks_used: int = 0
+    num_blocks: int = 0
+    num_slots_allocated: int = 0  # token slots in the blocks that requests own
+    num_slots_used: int = 0  # of those, the ones that hold a token
+    num_steps: int = 0
+    num_preemptions: int = 0
+    prompt_tokens: int = 0  # prompt tokens whose KV was computed
+    generation_tokens: int = 0
+    prefix_cache_queries: int = 0  # tokens looked up
+    prefix_cache_hits: int = 0  # tokens found
+    batch_tokens: int = 0  # of the last step
+
+
+class StepOutput(Message):
+    """From the engine after each step."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+class Failed(Message):
+    """From the engine, last: why it cannot go on."""
+
+    error: str
+
+
+ToEngine = Start | AddRequest | Abort | Shutdown
+FromEngine = Progress | Ready | StepOutput | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

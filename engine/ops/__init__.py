@@ -1,0 +1,22 @@
+"""The operations a model is made of. One face each: it checks, then calls the fastest body the device has.
+
+Bodies: `reference` (plain torch: documentation, oracle, and the path that always works), CUDA (`kernels/*.cu`) and
+native CPU code (`kernels/cpu/`).
+"""
+
+from engine.ops.activation import gated_activation
+from engine.ops.attention import paged_attention
+from engine.ops.gemm import linear
+from engine.ops.norm import add_rms_norm, rms_norm
+from engine.ops.rotary import rotate_and_store
+from engine.ops.sampling import gumbel_noise
+
+__all__ = [
+    "add_rms_norm",
+    "gated_activation",
+    "gumbel_noise",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rotate_and_store",
+]
