@@ -22,9 +22,7 @@ class EngineConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to run; auto: a GPU where there is one"] = "auto"
     max_model_len: Annotated[int | None, "longest prompt plus output, in tokens; default: the model's"] = None
     max_num_seqs: Annotated[int, "requests that run in one step at most"] = 256
-    max_num_batched_tokens: Annotated[int | None, "tokens in one step at most; default: 8k on a GPU, 2k on a CPU"] = (
-        None
-    )
+    max_num_batched_tokens: Annotated[int | None, "tokens in one step at most; 8k on a GPU, 2k on a CPU"] = None
     max_prefill_chunk: Annotated[
         int | None, "prefill tokens in a step that also decodes; bounds the pause between two tokens of a stream"
     ] = None

@@ -68,7 +68,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return all(token >= 0 and -100 <= bias <= 100 for token, bias in (self.logit_bias or {}).items())
 
     def _min_tokens_is_valid(self) -> bool:
-        return 0 <= self.min_tokens and (self.max_tokens is None or self.min_tokens <= self.max_tokens)
+        return self.min_tokens >= 0 and (self.max_tokens is None or self.min_tokens <= self.max_tokens)
 
 
 MAX_N = 128

@@ -38,7 +38,7 @@ def rotate_and_store(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    num_blocks, num_kv_heads, block_size, head_dim = k_cache.shape
+    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     heads = qkv.view(len(qkv), -1, head_dim)
     q, k, v = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
     q = rms_norm(q, q_norm, eps) if q_norm is not None else q
