@@ -1,0 +1,90 @@
+"""What people see: results on `out` (stdout), progress and logs on `console` (stderr).
+
+On a terminal both have colour and shape; anywhere else they are plain text that can be pasted, cut and grepped. Rich
+honours NO_COLOR by itself.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PLAIN_WIDTH = 200  # columns of a table that goes to a file or a pipe: no terminal limits it
+
+out = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, soft_wrap=not sys.stdout.isatty())
+console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()
+) -> None:
+    """Print a result on stdout: names to the left, numbers to the right, `notes` below."""
+    if out.is_terminal:
+        _print_rich_table(title, columns, rows)
+    else:
+        _print_plain_table(title, columns, rows)
+    for note in notes:
+        out.print(note, markup=False, style="dim")
+
+
+def progress_bar(unit: str = "") -> Progress:
+    """A live bar on stderr: description, bar, done of total, time; nothing at all off a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """1536 -> '1.5 KiB'"""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """0.0123 -> '12.3 ms', 75 -> '1 min 15 s'"""
+    if seconds < 1:
+        return f"{seconds * 1000:.1f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s"
+
+
+def _print_rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    table = Table(title=title or None, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if _is_numeric(rows, index) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    out.print(table, markup=False)
+
+
+def _print_plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    right = [_is_numeric(rows, index) for index in range(len(columns))]
+    if title:
+        out.print(title, markup=False)
+    for row in cells:
+        parts = [
+            text.rjust(width) if is_right else text.ljust(width)
+            for text, width, is_right in zip(row, widths, right, strict=True)
+        ]
+        out.print("  ".join(parts).rstrip(), markup=False)
+
+
+def _is_numeric(rows: Sequence[Sequence[object]], index: int) -> bool:
+    values = [row[index] for row in rows if row[index] is not None]
+    return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
