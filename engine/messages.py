@@ -21,14 +21,14 @@ class Start(Message):
 
 
 class AddRequest(Message):
-    """To the engine: run this sequence. n > 1 arrives as n of these; the later ones name the first as `leader_id`."""
+    """To the engine: run this sequence. n > 1 arrives as n of these."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams  # max_tokens and seed are set here, whatever the client left open
     priority: int = 0  # smaller goes first
     cache_salt: str = ""  # prefix blocks are shared only between requests of the same salt
-    leader_id: str = ""  # wait until this request has computed the same prompt, then share its blocks
+    leader_id: str = ""  # the first of the n sequences of one prompt: they share its blocks in any case
     arrival_time: float = 0.0  # time.monotonic()
 
 
@@ -95,7 +95,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     num_slots_used: int = 0  # of those, the ones that hold a token
     num_steps: int = 0
     num_preemptions: int = 0
-    prompt_tokens: int = 0  # prompt tokens whose KV was computed
+    prompt_tokens: int = 0  # of the requests that have started
     generation_tokens: int = 0
     prefix_cache_queries: int = 0  # tokens looked up
     prefix_cache_hits: int = 0  # tokens found

@@ -1,0 +1,60 @@
+"""One sequence on its way from prompt to last token.
+
+Prefill, decode, chunks, prefix hits and recomputation are one thing: a request owes the cache `num_tokens_due` tokens,
+and each step pays some of them. Changed by Scheduler alone.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from engine.sampling_params import SamplingParams
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, what was drawn after it, and where its keys and values lie."""
+
+    request_id: str
+    token_ids: list[int]  # prompt, then every output token that the host knows
+    num_prompt_tokens: int
+    params: SamplingParams
+    max_tokens: int  # output tokens at most, the model's context considered
+    eos_token_ids: frozenset[int]
+    order: tuple[int, int] = (0, 0)  # (priority, arrival number): smaller is served first and preempted last
+    hash_seed: bytes = b""  # requests share blocks only under the same seed
+    num_computed_tokens: int = 0  # tokens whose KV is in the cache, or will be after the steps in flight
+    num_in_flight: int = 0  # tokens drawn by steps in flight: part of the sequence, value not known yet
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, as far as computed
+    num_registered_blocks: int = 0  # leading blocks that the prefix cache knows
+    row: int = -1  # its place in the device tables while it runs
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first ran
+    scheduled_time: float = 0.0  # time.monotonic() of its first step
+    finish_reason: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the sequence, tokens in flight included."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_tokens_due(self) -> int:
+        """Tokens whose KV is still to be computed; none once the last token allowed has been drawn."""
+        return self.num_tokens - self.num_computed_tokens if self.num_output_tokens < self.max_tokens else 0
+
+    @cached_property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens that end it: those the client named and, unless ignored, the model's end of sequence."""
+        named = frozenset(self.params.stop_token_ids)
+        return named if self.params.ignore_eos else named | self.eos_token_ids
+
+    def finish_reason_after(self, token_id: int) -> str | None:
+        """Why the sequence ends with this token, its newest, or None if it goes on."""
+        num_outputs = len(self.token_ids) - self.num_prompt_tokens
+        if token_id in self.stop_token_ids and num_outputs >= self.params.min_tokens:
+            return "stop"
+        return "length" if num_outputs >= self.max_tokens else None

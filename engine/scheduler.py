@@ -1,0 +1,305 @@
+"""Who gets how many tokens in a step.
+
+Every step fills one token budget in the order of service: a running request that decodes gets its one token, the rest
+of the budget goes to prefill chunks, of running requests first and then of waiting ones. When blocks run out, the
+running request served last is preempted: it gives up its blocks and computes its tokens again later. The request served
+first is never preempted, so the engine always moves on.
+
+Steps may be in flight: `schedule` counts on what they will do, `update` learns what they drew.
+"""
+
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+
+from engine.batch import NewRow, ScheduledBatch, ScheduledRequest
+from engine.block_pool import BlockPool, extend_block_hashes, hash_seed
+from engine.messages import AddRequest, EngineStats, TokenLogprob, TokenOutput
+from engine.request import Request
+
+WATERMARK = 0.01  # share of the blocks kept free when a request is admitted, for the ones that run to grow into
+
+
+class Scheduler:
+    """Owns the requests: waiting, running, and what the steps in flight will bring."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_prefill_chunk: int,
+        enable_prefix_caching: bool = True,
+        policy: str = "fcfs",
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        assert max_model_len <= num_blocks * block_size, "a request of full length must fit"
+        assert max_num_seqs <= max_num_batched_tokens, "every running request must get its token"
+        self.pool = BlockPool(num_blocks, block_size)
+        self.block_size = block_size
+        self.max_model_len = max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_prefill_chunk = max_prefill_chunk
+        self.enable_prefix_caching = enable_prefix_caching
+        self.policy = policy
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Request] = []  # in order of service, like running
+        self.running: list[Request] = []
+        self.free_rows = deque(range(max_num_seqs))
+        self.in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that draw a token
+        self.stats = EngineStats(num_blocks=num_blocks)
+        self._num_arrivals = 0
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request. Its prompt is shorter than max_model_len: the front door has seen to that."""
+        num_prompt_tokens = len(message.prompt_token_ids)
+        assert 0 < num_prompt_tokens < self.max_model_len, num_prompt_tokens
+        assert message.request_id not in self.requests, message.request_id
+        room = self.max_model_len - num_prompt_tokens
+        self._num_arrivals += 1
+        # Without a prefix cache only the sequences of one prompt (n > 1) share blocks.
+        salt = (
+            message.cache_salt if self.enable_prefix_caching else "request:" + (message.leader_id or message.request_id)
+        )
+        request = Request(
+            request_id=message.request_id,
+            token_ids=list(message.prompt_token_ids),
+            num_prompt_tokens=num_prompt_tokens,
+            params=message.params,
+            max_tokens=min(message.params.max_tokens or room, room),
+            eos_token_ids=self.eos_token_ids,
+            order=(message.priority if self.policy == "priority" else 0, self._num_arrivals),
+            hash_seed=hash_seed(salt),
+        )
+        self.requests[request.request_id] = request
+        insort(self.waiting, request, key=_order)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget requests, wherever they are; unknown ids have finished meanwhile."""
+        for request_id in request_ids:
+            if (request := self.requests.get(request_id)) is not None:
+                self._finish(request, "abort")
+        self._measure()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self.in_flight)
+
+    def schedule(self) -> ScheduledBatch:
+        """Give this step's token budget to requests. The caller runs the batch, unless it is empty."""
+        new_rows: list[NewRow] = []
+        scheduled: list[tuple[Request, ScheduledRequest]] = []
+        num_preemptions = self.stats.num_preemptions
+        num_decodes = sum(request.num_tokens_due == 1 for request in self.running)
+        prefill_budget = self.max_num_batched_tokens - num_decodes
+        if num_decodes:
+            prefill_budget = min(prefill_budget, self.max_prefill_chunk)
+
+        for request in list(self.running):
+            if request.row < 0:
+                break  # preempted just now, and so is every request behind it
+            due = request.num_tokens_due
+            num_tokens = due if due <= 1 else min(due, prefill_budget)
+            if num_tokens == 0 or not self._make_room(request, num_tokens):
+                continue
+            if due > 1:
+                prefill_budget -= num_tokens
+            scheduled.append((request, self._schedule(request, num_tokens)))
+
+        while self.waiting and prefill_budget > 0 and self.stats.num_preemptions == num_preemptions:
+            request = self.waiting[0]
+            num_tokens = self._admit(request, prefill_budget)
+            if num_tokens == 0:
+                break
+            prefill_budget -= num_tokens
+            step = self._schedule(request, num_tokens)
+            new_rows.append(self._new_row(request, step))
+            scheduled.append((request, step))
+
+        scheduled.sort(key=lambda pair: pair[1].num_tokens > 1)  # decodes first, otherwise in the order of service
+        batch = ScheduledBatch(new_rows, [step for _, step in scheduled])
+        if scheduled:
+            self.in_flight.append([request for request, step in scheduled if step.samples])
+            self.stats.num_steps += 1
+            self.stats.batch_tokens = batch.num_tokens
+        self._measure()
+        return batch
+
+    def update(
+        self,
+        token_ids: list[int],
+        logprobs: dict[int, TokenLogprob],
+        prompt_logprobs: dict[int, list[TokenLogprob | None]],
+    ) -> list[TokenOutput]:
+        """Take in the oldest step in flight: one token for each request that drew, in the batch's order.
+
+        logprobs and prompt_logprobs are keyed by the request's place among those.
+        """
+        requests = self.in_flight.popleft()
+        assert len(requests) == len(token_ids), (len(requests), len(token_ids))
+        outputs = []
+        for i, (request, token_id) in enumerate(zip(requests, token_ids, strict=True)):
+            request.num_in_flight -= 1
+            if request.finish_reason is not None:
+                continue  # ended while this step was under way: the token is beyond its end
+            request.token_ids.append(token_id)
+            self._remember_full_blocks(request)
+            is_first = len(request.token_ids) == request.num_prompt_tokens + 1
+            if reason := request.finish_reason_after(token_id):
+                self._finish(request, reason)
+            self.stats.generation_tokens += 1
+            outputs.append(
+                TokenOutput(
+                    request_id=request.request_id,
+                    token_ids=[token_id],
+                    finish_reason=reason,
+                    stop_reason=token_id if reason == "stop" and token_id not in request.eos_token_ids else None,
+                    logprobs=[logprobs[i]] if i in logprobs else None,
+                    prompt_logprobs=prompt_logprobs.get(i),
+                    num_cached_tokens=request.num_cached_tokens if is_first else 0,
+                    scheduled_time=request.scheduled_time if is_first else 0.0,
+                )
+            )
+        self._measure()
+        return outputs
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Free blocks for num_tokens more of a running request; False if it had to give way itself."""
+        while self.pool.num_free < self._num_blocks_needed(request, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Send a running request back to wait; its tokens stay, their KV is computed again."""
+        self._release(request)
+        request.num_computed_tokens = 0
+        insort(self.waiting, request, key=_order)
+        self.stats.num_preemptions += 1
+
+    def _admit(self, request: Request, budget: int) -> int:
+        """Move the first waiting request to running, with its known prefix; how many tokens it may compute, or 0."""
+        if not self.free_rows or request.num_in_flight:
+            return 0
+        prefix = self._find_prefix(request)
+        num_cached = len(prefix) * self.block_size
+        num_tokens = min(len(request.token_ids) - num_cached, budget)
+        # Room for all it has, not for the first chunk alone: fewer requests are admitted just to be preempted.
+        num_needed = -(-len(request.token_ids) // self.block_size) - len(prefix)
+        reserve = int(WATERMARK * self.pool.num_blocks) if self.running else 0
+        if num_needed + reserve > self.pool.num_free - sum(map(self.pool.is_free, prefix)):
+            return 0
+        self.waiting.pop(0)
+        insort(self.running, request, key=_order)
+        self.pool.share(prefix)
+        request.block_ids = prefix
+        request.num_computed_tokens = num_cached
+        request.num_registered_blocks = len(prefix)
+        request.row = self.free_rows.popleft()
+        if not request.scheduled_time:
+            request.scheduled_time = time.monotonic()
+            request.num_cached_tokens = num_cached
+            self.stats.prompt_tokens += request.num_prompt_tokens
+        self.stats.prefix_cache_queries += len(request.token_ids)
+        self.stats.prefix_cache_hits += num_cached
+        return num_tokens
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        if request.params.prompt_logprobs is not None:
+            return []  # every prompt position must pass through the model
+        extend_block_hashes(request.block_hashes, request.hash_seed, request.token_ids, self.block_size)
+        longest = (len(request.token_ids) - 1) // self.block_size  # one token at least must be computed
+        return self.pool.find(request.block_hashes[:longest])
+
+    def _schedule(self, request: Request, num_tokens: int) -> ScheduledRequest:
+        """Book num_tokens of a running request for this step; there is room for them."""
+        block_ids = self.pool.allocate(self._num_blocks_needed(request, num_tokens))
+        request.block_ids.extend(block_ids)
+        start = request.num_computed_tokens
+        request.num_computed_tokens += num_tokens
+        samples = request.num_computed_tokens == request.num_tokens
+        request.num_in_flight += samples
+        self._remember_full_blocks(request)
+        return ScheduledRequest(request.row, start, num_tokens, samples, block_ids)
+
+    def _new_row(self, request: Request, step: ScheduledRequest) -> NewRow:
+        """All that the device must know of a request that got its row in this step."""
+        step.block_ids = []  # they travel with the row
+        return NewRow(
+            row=request.row,
+            params=request.params,
+            token_ids=request.token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            block_ids=request.block_ids,
+            stop_token_ids=sorted(request.stop_token_ids) if request.params.min_tokens else [],
+        )
+
+    def _num_blocks_needed(self, request: Request, num_tokens: int) -> int:
+        return -(-(request.num_computed_tokens + num_tokens) // self.block_size) - len(request.block_ids)
+
+    def _remember_full_blocks(self, request: Request) -> None:
+        """Make blocks findable as soon as their tokens are known and the step that fills them is on its way."""
+        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
+        if num_full <= request.num_registered_blocks:
+            return
+        extend_block_hashes(request.block_hashes, request.hash_seed, request.token_ids, self.block_size)
+        for i in range(request.num_registered_blocks, num_full):
+            self.pool.remember(request.block_ids[i], request.block_hashes[i])
+        request.num_registered_blocks = num_full
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        del self.requests[request.request_id]
+        if request.row >= 0:
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+
+    def _release(self, request: Request) -> None:
+        """Take a running request's blocks and row. Steps in flight may still write there: later ones come after."""
+        self.running.remove(request)
+        self.pool.free(request.block_ids)
+        request.block_ids = []
+        request.num_registered_blocks = 0
+        self.free_rows.append(request.row)
+        request.row = -1
+
+    def _measure(self) -> None:
+        stats = self.stats
+        stats.num_running, stats.num_waiting = len(self.running), len(self.waiting)
+        stats.num_blocks_used = self.pool.num_blocks - self.pool.num_free
+        stats.num_slots_allocated = stats.num_blocks_used * self.block_size
+        # Only the end of a request's last block can be empty, and that block is its own.
+        empty = sum(len(r.block_ids) * self.block_size - r.num_computed_tokens for r in self.running)
+        stats.num_slots_used = stats.num_slots_allocated - empty
+
+    def check(self) -> None:
+        """Assert every invariant of the scheduler and its pool."""
+        self.pool.check()
+        assert self.running == sorted(self.running, key=_order)
+        assert self.waiting == sorted(self.waiting, key=_order)
+        assert set(self.requests.values()) == {*self.waiting, *self.running}
+        rows = [request.row for request in self.running] + list(self.free_rows)
+        assert sorted(rows) == list(range(len(rows))), rows
+        owners: dict[int, int] = {}
+        for request in self.running:
+            assert len(set(request.block_ids)) == len(request.block_ids), request.block_ids
+            assert len(request.block_ids) * self.block_size >= request.num_computed_tokens
+            assert request.num_computed_tokens <= request.num_tokens
+            for block_id in request.block_ids:
+                owners[block_id] = owners.get(block_id, 0) + 1
+        for request in self.waiting:
+            assert not request.block_ids, request.block_ids
+            assert request.row == -1
+        assert owners == {b: n for b, n in enumerate(self.pool._ref_counts) if n}, "blocks leaked or shared wrongly"
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order

@@ -1,0 +1,261 @@
+"""The scheduler against a device made of dicts: what a request's attention would read must be its own tokens."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.batch import ScheduledBatch
+from engine.messages import AddRequest, TokenOutput
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+
+BLOCK = 4
+EOS = 0
+
+
+def model(tokens: list[int]) -> int:
+    """The next token: any function of the whole sequence. 0 ends it."""
+    return hash(tuple(tokens)) % 23
+
+
+def expected_output(prompt: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
+    tokens = list(prompt)
+    room = min(params.max_tokens or max_model_len, max_model_len - len(prompt))
+    while len(tokens) < len(prompt) + room:
+        tokens.append(model(tokens))
+        if tokens[-1] == EOS and not params.ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class Device:
+    """Memory of slots. A slot holds the prefix that its key was computed from, as attention would need it."""
+
+    slots: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    tables: dict[int, list[int]] = field(default_factory=dict)
+
+    def run(self, batch: ScheduledBatch) -> list[int]:
+        for new in batch.new_rows:
+            self.tokens[new.row] = list(new.token_ids)
+            self.tables[new.row] = list(new.block_ids)
+        sizes = [request.num_tokens for request in batch.requests]
+        assert sizes == sorted(sizes, key=lambda size: size > 1), "decodes come first"
+        for request in batch.requests:
+            self.tables[request.row].extend(request.block_ids)
+            for position in range(request.start, request.start + request.num_tokens):
+                self.slots[self._slot(request.row, position)] = tuple(self.tokens[request.row][: position + 1])
+        drawn = []
+        for request in batch.requests:
+            tokens, end = self.tokens[request.row], request.start + request.num_tokens
+            for position in range(end):
+                assert self.slots[self._slot(request.row, position)] == tuple(tokens[: position + 1])
+            if request.samples:
+                assert end == len(tokens)
+                tokens.append(model(tokens))
+                drawn.append(tokens[-1])
+        return drawn
+
+    def _slot(self, row: int, position: int) -> int:
+        return self.tables[row][position // BLOCK] * BLOCK + position % BLOCK
+
+
+def make_scheduler(**options) -> Scheduler:
+    defaults = dict(
+        num_blocks=16,
+        block_size=BLOCK,
+        max_model_len=40,
+        max_num_seqs=4,
+        max_num_batched_tokens=12,
+        max_prefill_chunk=6,
+        eos_token_ids=[EOS],
+    )
+    return Scheduler(**(defaults | options))
+
+
+def request(name: str, prompt: list[int], **params) -> AddRequest:
+    priority = params.pop("priority", 0)
+    salt = params.pop("cache_salt", "")
+    leader = params.pop("leader_id", "")
+    return AddRequest(name, prompt, SamplingParams(**params), priority, salt, leader)
+
+
+def run(scheduler: Scheduler, device: Device, depth: int = 1, max_steps: int = 2000) -> list[TokenOutput]:
+    """Step until nothing is left, with up to `depth` steps in flight."""
+    outputs: list[TokenOutput] = []
+    results: deque[list[int]] = deque()
+    for _ in range(max_steps):
+        if not scheduler.has_work:
+            return outputs
+        outputs += step(scheduler, device, results, depth)
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def step(scheduler: Scheduler, device: Device, results: deque[list[int]], depth: int) -> list[TokenOutput]:
+    batch = scheduler.schedule()
+    assert batch.num_tokens <= scheduler.max_num_batched_tokens
+    scheduler.check()
+    if batch.requests:
+        results.append(device.run(batch))
+    if not results or (batch.requests and len(results) < depth):
+        return []
+    outputs = scheduler.update(results.popleft(), {}, {})
+    scheduler.check()
+    return outputs
+
+
+def tokens_of(outputs: list[TokenOutput], name: str) -> list[int]:
+    return [token for output in outputs if output.request_id == name for token in output.token_ids]
+
+
+def test_decodes_keep_their_pace_while_a_long_prompt_is_computed():
+    scheduler, device, results = make_scheduler(max_model_len=60), Device(), deque()
+    scheduler.add(request("short", [1, 2], max_tokens=20, ignore_eos=True))
+    step(scheduler, device, results, 1)
+    scheduler.add(request("long", list(range(1, 31)), max_tokens=2, ignore_eos=True))
+    for _ in range(5):
+        outputs = step(scheduler, device, results, 1)
+        assert [output.request_id for output in outputs][0] == "short"
+        assert scheduler.stats.batch_tokens <= 1 + scheduler.max_prefill_chunk
+
+
+def test_a_repeated_prompt_computes_only_what_the_cache_lacks():
+    scheduler, device = make_scheduler(), Device()
+    prompt = list(range(1, 12))
+    scheduler.add(request("first", prompt, max_tokens=1))
+    run(scheduler, device)
+    scheduler.add(request("again", prompt, max_tokens=1))
+    outputs = run(scheduler, device)
+    assert outputs[0].num_cached_tokens == 8
+    assert scheduler.stats.batch_tokens == 3
+
+
+def test_tenants_do_not_share_blocks():
+    scheduler, device = make_scheduler(), Device()
+    prompt = list(range(1, 12))
+    scheduler.add(request("first", prompt, max_tokens=1, cache_salt="a"))
+    run(scheduler, device)
+    scheduler.add(request("other", prompt, max_tokens=1, cache_salt="b"))
+    assert run(scheduler, device)[0].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_sequences_of_one_prompt_share_its_full_blocks(caching: bool):
+    scheduler = make_scheduler(enable_prefix_caching=caching)
+    prompt = list(range(1, 11))
+    scheduler.add(request("r-0", prompt, max_tokens=3, ignore_eos=True))
+    scheduler.add(request("r-1", prompt, max_tokens=3, ignore_eos=True, leader_id="r-0"))
+    scheduler.add(request("stranger", prompt, max_tokens=3, ignore_eos=True))
+    device, results = Device(), deque()
+    for _ in range(2):
+        step(scheduler, device, results, 1)
+    first, second, *stranger = (r.block_ids[:2] for r in scheduler.running)
+    assert first == second
+    assert all((blocks == first) == caching for blocks in stranger)
+    run(scheduler, device)
+
+
+def test_the_latest_arrival_gives_way_when_blocks_run_out():
+    scheduler, device, results = make_scheduler(num_blocks=10, max_model_len=36), Device(), deque()
+    for name in ("a", "b", "c"):
+        scheduler.add(request(name, [ord(name)] * 9, max_tokens=20, ignore_eos=True))
+    finished: list[str] = []
+    while scheduler.has_work:
+        outputs = step(scheduler, device, results, 1)
+        finished += [output.request_id for output in outputs if output.finish_reason]
+    assert scheduler.stats.num_preemptions > 0
+    assert finished[0] == "a"
+    assert sorted(finished) == ["a", "b", "c"]
+
+
+def test_priority_goes_before_arrival():
+    scheduler, device = make_scheduler(max_num_seqs=1, policy="priority"), Device()
+    scheduler.add(request("late", [1, 2, 3], max_tokens=2, ignore_eos=True, priority=5))
+    scheduler.add(request("urgent", [4, 5, 6], max_tokens=2, ignore_eos=True, priority=-1))
+    outputs = run(scheduler, device)
+    assert [output.request_id for output in outputs] == ["urgent", "urgent", "late", "late"]
+
+
+def test_stop_tokens_end_a_request_and_say_which():
+    prompt = [7, 8, 9]
+    third = expected_output(prompt, SamplingParams(max_tokens=9, ignore_eos=True), 40)[2]
+    scheduler, device = make_scheduler(), Device()
+    scheduler.add(request("r", prompt, max_tokens=9, ignore_eos=True, stop_token_ids=[third]))
+    last = run(scheduler, device)[-1]
+    assert (last.finish_reason, last.stop_reason) == ("stop", third)
+
+
+def test_waste_counts_the_empty_ends_of_last_blocks():
+    scheduler, device, results = make_scheduler(), Device(), deque()
+    scheduler.add(request("r", [1, 2, 3, 4, 5], max_tokens=9, ignore_eos=True))
+    step(scheduler, device, results, 1)
+    assert (scheduler.stats.num_slots_allocated, scheduler.stats.num_slots_used) == (8, 5)
+
+
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 12),  # the step at which it arrives
+        st.integers(0, 2),  # which shared prefix its prompt begins with
+        st.integers(1, 30),  # prompt length
+        st.integers(1, 20),  # max_tokens
+        st.integers(-1, 1),  # priority
+        st.one_of(st.none(), st.integers(0, 25)),  # the step after its arrival at which it is aborted
+        st.booleans(),  # ignore_eos
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    arrivals,
+    st.integers(8, 24),
+    st.integers(1, 5),
+    st.integers(5, 20),
+    st.integers(1, 8),
+    st.integers(1, 3),
+    st.booleans(),
+    st.sampled_from(["fcfs", "priority"]),
+)
+def test_every_request_gets_its_own_tokens_whatever_happens_around_it(
+    arrivals, num_blocks, max_num_seqs, budget, chunk, depth, caching, policy
+):
+    max_model_len = min(40, num_blocks * BLOCK)
+    scheduler = make_scheduler(
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_prefill_chunk=chunk,
+        enable_prefix_caching=caching,
+        policy=policy,
+    )
+    prefixes = [[p + 1] * 30 for p in range(3)]
+    device, results, outputs = Device(), deque(), []
+    requests, aborts = {}, {}
+    for clock in range(3000):
+        for i, (at, prefix, length, max_tokens, priority, abort_after, ignore_eos) in enumerate(arrivals):
+            if at == clock:
+                prompt = [*prefixes[prefix][: length // 2], *range(1, length - length // 2 + 1)][: max_model_len - 1]
+                requests[f"r{i}"] = request(
+                    f"r{i}", prompt, max_tokens=max_tokens, ignore_eos=ignore_eos, priority=priority
+                )
+                scheduler.add(requests[f"r{i}"])
+            if abort_after is not None and at + abort_after == clock:
+                scheduler.abort([f"r{i}"])
+                aborts[f"r{i}"] = True
+                scheduler.check()
+        outputs += step(scheduler, device, results, depth)
+        if clock > 40 and not scheduler.has_work:
+            break
+    assert not scheduler.has_work, "every request finishes"
+    assert scheduler.pool.num_free == num_blocks, "no block is leaked"
+    for name, sent in requests.items():
+        expected = expected_output(sent.prompt_token_ids, sent.params, max_model_len)
+        drawn = tokens_of(outputs, name)
+        assert drawn == (expected[: len(drawn)] if name in aborts else expected)
