@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_WIDTH = 200  # columns of a table that goes to a file or a pipe: no terminal limits it
 
@@ -31,7 +32,13 @@ def print_table(
 
 def progress_bar(unit: str = "") -> Progress:
     """A live bar on stderr: description, bar, done of total, time; nothing at all off a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
@@ -59,8 +66,8 @@ def _print_rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequenc
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if _is_numeric(rows, index) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    out.print(table, markup=False)
+        table.add_row(*(Text(_cell(value)) for value in row))
+    out.print(table)
 
 
 def _print_plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,0 +1,5 @@
+"""`python -m vcli` is `vcli`."""
+
+from vcli.cli import main
+
+main()

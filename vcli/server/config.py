@@ -1,0 +1,30 @@
+"""Every knob of the HTTP side, once; the engine's own stand in engine/config.py."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How the engine is offered to clients. Read by vcli/serve.py and vcli/server/."""
+
+    host: Annotated[str, "address to listen on; 0.0.0.0 for every network"] = "127.0.0.1"
+    port: Annotated[int, "port to listen on; 0 takes a free one"] = 8000
+    served_model_name: Annotated[str, "name by which clients ask for the model, instead of MODEL"] = ""
+    api_key: Annotated[str, "clients must send this key as a bearer token; better given as VCLI_API_KEY"] = field(
+        default="", repr=False
+    )
+    chat_template: Annotated[Path | None, "file with a chat template to use instead of the model's"] = None
+    max_queue: Annotated[int, "requests that may wait beyond those that run; more are told to come back later"] = 1024
+    drain_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
+    uvicorn_log_level: Annotated[
+        Literal["critical", "error", "warning", "info", "debug"],
+        "what the HTTP layer logs; from info on, a line for every request",
+    ] = "warning"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"--port must be between 0 and 65535, got {self.port}")
+        if self.max_queue < 0:
+            raise ValueError(f"--max-queue must not be negative, got {self.max_queue}")
