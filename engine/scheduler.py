@@ -267,7 +267,6 @@ class Scheduler:
         self.running.remove(request)
         self.pool.free(request.block_ids)
         request.block_ids = []
-        request.num_registered_blocks = 0
         self.free_rows.append(request.row)
         request.row = -1
 

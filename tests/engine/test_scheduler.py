@@ -65,15 +65,15 @@ class Device:
 
 
 def make_scheduler(**options) -> Scheduler:
-    defaults = dict(
-        num_blocks=16,
-        block_size=BLOCK,
-        max_model_len=40,
-        max_num_seqs=4,
-        max_num_batched_tokens=12,
-        max_prefill_chunk=6,
-        eos_token_ids=[EOS],
-    )
+    defaults = {
+        "num_blocks": 16,
+        "block_size": BLOCK,
+        "max_model_len": 40,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 12,
+        "max_prefill_chunk": 6,
+        "eos_token_ids": [EOS],
+    }
     return Scheduler(**(defaults | options))
 
 
@@ -119,7 +119,7 @@ def test_decodes_keep_their_pace_while_a_long_prompt_is_computed():
     scheduler.add(request("long", list(range(1, 31)), max_tokens=2, ignore_eos=True))
     for _ in range(5):
         outputs = step(scheduler, device, results, 1)
-        assert [output.request_id for output in outputs][0] == "short"
+        assert next(output.request_id for output in outputs) == "short"
         assert scheduler.stats.batch_tokens <= 1 + scheduler.max_prefill_chunk
 
 

@@ -1,0 +1,66 @@
+"""The engine without its process: requests in, steps, tokens out."""
+
+from collections import deque
+from collections.abc import Iterable
+
+from engine.config import BLOCK_SIZE, EngineConfig
+from engine.messages import AddRequest, EngineStats, Ready, TokenOutput
+from engine.model_runner import StepResult
+from engine.scheduler import Scheduler
+from engine.worker import OnProgress, Worker
+
+
+class EngineCore:
+    """Owns the scheduler, the worker, and the steps in flight between them."""
+
+    def __init__(self, config: EngineConfig, on_progress: OnProgress = lambda stage, fraction: None) -> None:
+        self.worker = worker = Worker(config, on_progress)
+        self.scheduler = Scheduler(
+            num_blocks=worker.num_blocks,
+            block_size=BLOCK_SIZE,
+            max_model_len=worker.max_model_len,
+            max_num_seqs=worker.max_num_seqs,
+            max_num_batched_tokens=worker.max_num_batched_tokens,
+            max_prefill_chunk=worker.max_prefill_chunk,
+            enable_prefix_caching=config.enable_prefix_caching,
+            policy=config.scheduling_policy,
+            eos_token_ids=worker.model_config.eos_token_ids,
+        )
+        self.ready = Ready(
+            max_model_len=worker.max_model_len,
+            num_blocks=worker.num_blocks,
+            block_size=BLOCK_SIZE,
+            max_num_seqs=worker.max_num_seqs,
+            vocab_size=worker.model_config.vocab_size,
+            eos_token_ids=list(worker.model_config.eos_token_ids),
+            device=str(worker.device),
+            dtype=str(worker.dtype).removeprefix("torch."),
+        )
+        # A GPU works on one step while the host prepares the next; a CPU would only wait for itself.
+        self.max_in_flight = 2 if worker.device.type == "cuda" else 1
+        self._in_flight: deque[StepResult] = deque()
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.scheduler.stats
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request; its tokens come out of later steps."""
+        self.scheduler.add(request)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drop requests; their blocks are free at once."""
+        self.scheduler.abort(request_ids)
+
+    def step(self) -> list[TokenOutput]:
+        """Launch a step, then take in the oldest one in flight once there are enough of them."""
+        batch = self.scheduler.schedule()
+        if batch.requests:
+            self._in_flight.append(self.worker.run(batch))
+        if not self._in_flight or (batch.requests and len(self._in_flight) < self.max_in_flight):
+            return []
+        return self.scheduler.update(*self._in_flight.popleft().wait())

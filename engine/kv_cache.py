@@ -1,0 +1,58 @@
+"""The memory behind the block ids: one key and one value tensor a layer, and how many blocks fit."""
+
+import psutil
+import torch
+
+from engine.config import BLOCK_SIZE, EngineConfig
+from engine.errors import UserError
+from engine.layers.attention import Attention
+
+MAX_CPU_CACHE_BYTES = 4 << 30  # on a CPU the cache shares the memory with everything else that runs there
+
+
+def bytes_per_block(attentions: list[Attention], dtype: torch.dtype) -> int:
+    """Keys and values of BLOCK_SIZE tokens in all layers."""
+    return sum(2 * BLOCK_SIZE * a.num_kv_heads * a.head_dim * dtype.itemsize for a in attentions)
+
+
+def allocate(attentions: list[Attention], num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every attention layer its caches, [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] each.
+
+    Zeroed, so that a kernel may read past a request's end and multiply what it finds by zero.
+    """
+    for attention in attentions:
+        shape = (num_blocks, attention.num_kv_heads, BLOCK_SIZE, attention.head_dim)
+        attention.k_cache = torch.zeros(shape, dtype=dtype, device=device)
+        attention.v_cache = torch.zeros(shape, dtype=dtype, device=device)
+
+
+def num_blocks_that_fit(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
+    """How many blocks the memory holds, asked after a real forward pass has taken what it needs."""
+    if config.kv_cache_memory is not None:
+        budget = config.kv_cache_memory
+    elif device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = free - int(total * (1 - config.gpu_memory_utilization))
+    else:
+        budget = min(psutil.virtual_memory().available // 2, MAX_CPU_CACHE_BYTES)
+    num_blocks = budget // block_bytes
+    if num_blocks < 1:
+        raise UserError(
+            f"no memory is left for the KV cache: it may take {budget:,} bytes, one block of {BLOCK_SIZE} tokens takes "
+            f"{block_bytes:,}: use a smaller model, or raise --gpu-memory-utilization or --kv-cache-memory"
+        )
+    return num_blocks
+
+
+def fit_max_model_len(config: EngineConfig, native_max_model_len: int, num_blocks: int, block_bytes: int) -> int:
+    """The longest sequence to serve: what was asked for, or the model's own length where the cache holds that much."""
+    num_slots = num_blocks * BLOCK_SIZE
+    if config.max_model_len is None:
+        return min(native_max_model_len, num_slots)
+    if config.max_model_len > num_slots:
+        needed, size = -(-config.max_model_len // BLOCK_SIZE) * block_bytes, num_blocks * block_bytes
+        raise UserError(
+            f"--max-model-len {config.max_model_len:,} needs a KV cache of {needed:,} bytes, "
+            f"{size:,} are there ({num_slots:,} tokens): lower it or give the cache more memory"
+        )
+    return config.max_model_len

@@ -1,0 +1,88 @@
+"""The engine's own process: `python -m engine.process ADDRESS`.
+
+It owns nothing that the API process could not rebuild: it takes typed messages from the socket, steps while there is
+work, and sends tokens back. It ends when it is told to, when it fails, or when its parent is gone.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+
+import setproctitle
+import zmq
+
+from engine import messages
+from engine.config import EngineConfig
+from engine.errors import UserError
+
+IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
+PR_SET_PDEATHSIG = 1
+
+
+def main(address: str) -> None:
+    """Serve the API process behind `address` until it says stop."""
+    setproctitle.setproctitle("vcli: engine 0")
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to act on
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(address)
+    try:
+        start = messages.decode_to_engine(socket.recv())
+        assert isinstance(start, messages.Start), start
+        _serve(socket, EngineConfig(**start.config))
+    except UserError as error:
+        socket.send(messages.encode(messages.Failed(str(error))))
+        sys.exit(1)
+    except Exception as error:
+        traceback.print_exc()
+        socket.send(messages.encode(messages.Failed(f"{type(error).__name__}: {error}")))
+        sys.exit(1)
+    finally:
+        socket.close(linger=1000)
+        context.term()
+
+
+def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
+    from engine.core import EngineCore  # imports torch: after the socket stands, so that progress is seen
+
+    def on_progress(stage: str, fraction: float) -> None:
+        socket.send(messages.encode(messages.Progress(stage, fraction)))
+
+    on_progress("importing torch", 0.0)
+    core = EngineCore(config, on_progress)
+    socket.send(messages.encode(core.ready))
+    parent = os.getppid()
+    while True:
+        changed = False
+        while not core.has_work or socket.poll(0):
+            if not socket.poll(IDLE_POLL_MS):
+                if os.getppid() != parent:
+                    sys.exit("vcli: engine: the API process is gone")
+                continue
+            message = messages.decode_to_engine(socket.recv())
+            changed = True
+            if isinstance(message, messages.AddRequest):
+                core.add(message)
+            elif isinstance(message, messages.Abort):
+                core.abort(message.request_ids)
+                break  # to report the freed blocks
+            elif isinstance(message, messages.Shutdown):
+                return
+        outputs = core.step() if core.has_work else []
+        if outputs or changed:
+            socket.send(messages.encode(messages.StepOutput(outputs, core.stats)))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
