@@ -1,0 +1,27 @@
+"""The gated MLP: down(f(gate(x)) · up(x))."""
+
+from torch import Tensor
+
+from engine import ops
+from engine.checkpoint import Checkpoint
+from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from engine.layers.placement import Placement
+from engine.model_config import ModelConfig
+
+
+class MLP:
+    """Gate and up are one product; the intermediate numbers are split over the ranks."""
+
+    def __init__(self, config: ModelConfig, placement: Placement) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        parts = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up_proj = ColumnParallelLinear(hidden, parts, config.mlp_bias, placement, "gate_up_proj")
+        self.down_proj = RowParallelLinear("down_proj", inner, hidden, config.mlp_bias, placement)
+        self.activation = config.activation
+
+    def load(self, ckpt: Checkpoint) -> None:
+        self.gate_up_proj.load(ckpt)
+        self.down_proj.load(ckpt)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.gated_activation(self.gate_up_proj(x), self.activation))

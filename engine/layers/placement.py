@@ -1,0 +1,25 @@
+"""Where a layer's numbers live: their type, their device, and this process's place among the ranks that share them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.parallel.groups import Group
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Built once for a model and handed to every layer."""
+
+    dtype: torch.dtype
+    device: torch.device
+    group: Group
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def share(self, length: int) -> int:
+        """This rank's part of a length that all ranks split evenly."""
+        part = self.group.shard(length)
+        return part.stop - part.start

@@ -1,0 +1,84 @@
+"""What all our models are: an embedding, layers that add to a residual stream, a last norm, and logits.
+
+A family gives the layer (`layer_class`) and says what its norms and names do differently.
+"""
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.checkpoint import Checkpoint
+from engine.layers.attention import Attention
+from engine.layers.embedding import VocabEmbedding
+from engine.layers.norm import RMSNorm
+from engine.layers.placement import Placement
+from engine.layers.rotary import rotary_table
+from engine.model_config import ModelConfig, RopeConfig
+
+
+class DecoderLayer(Protocol):
+    attention: Attention
+
+    def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, placement: Placement) -> None: ...
+
+    def load(self, ckpt: Checkpoint) -> None: ...
+
+    def __call__(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
+        """Adds x, what the layer before it made, to the residual, in place. Returns what this layer makes."""
+
+
+class Model:
+    """A decoder-only transformer, this rank's share of it. The caller sets torch.inference_mode."""
+
+    layer_class: ClassVar[type[DecoderLayer]]
+    norm_offset: ClassVar[float] = 0.0
+    prefixes: ClassVar[tuple[str, ...]] = ("model",)  # of the names in the checkpoint; the first that is there
+
+    def __init__(self, config: ModelConfig, max_model_len: int, placement: Placement) -> None:
+        self.config = config
+        self.embedding = VocabEmbedding("embed_tokens", config.vocab_size, config.hidden_size, placement)
+        tables: dict[RopeConfig | None, Tensor] = {}
+        for rope in config.layer_ropes:
+            if rope not in tables:
+                rotary_dim = rope.rotary_dim if rope else config.head_dim
+                tables[rope] = rotary_table(rope, rotary_dim, max_model_len, placement.device)
+        self.layers = [
+            self.layer_class(config, i, tables[rope], placement) for i, rope in enumerate(config.layer_ropes)
+        ]
+        self.norm = RMSNorm("norm", config.hidden_size, config.rms_norm_eps, placement, self.norm_offset)
+        self.lm_head = self.embedding
+        if not config.tie_word_embeddings:
+            self.lm_head = VocabEmbedding("lm_head", config.vocab_size, config.hidden_size, placement)
+        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=placement.dtype).item()
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return [layer.attention for layer in self.layers]
+
+    def load(self, ckpt: Checkpoint) -> None:
+        prefix = next((name for name in self.prefixes if ckpt.has(f"{name}.norm.weight")), self.prefixes[0])
+        stem = ckpt.scope(prefix)
+        self.embedding.load(stem)
+        for i, layer in enumerate(self.layers):
+            layer.load(stem.scope(f"layers.{i}"))
+        self.norm.load(stem)
+        if self.lm_head is not self.embedding:
+            self.lm_head.load(ckpt)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """The hidden states [T, hidden_size] of the batch's tokens, after the last norm."""
+        x = self.embedding(batch.token_ids)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
+        residual = torch.zeros_like(x)
+        for layer in self.layers:
+            x = layer(x, residual, batch)
+        return self.norm.add(x, residual)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, vocab_size] float32 of hidden states [n, hidden_size]."""
+        logits = self.lm_head.logits(hidden).float()
+        cap = self.config.final_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits

@@ -1,0 +1,137 @@
+"""Every family says what transformers says on the same weights, however the prompt is cut and the cache is laid out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.checkpoint import open_checkpoint
+from engine.config import BLOCK_SIZE
+from engine.model_config import FAMILIES, ModelConfig
+from engine.models import MODELS, Model, build_model
+from engine.parallel.groups import Group
+
+CPU = torch.device("cpu")
+NUM_TOKENS = 20
+ROTARY = 16  # numbers of a head that the tiny Llama and Phi-3 rotate
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+YARN_MSCALE = YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+
+
+def longrope(num_frequencies: int) -> dict[str, object]:
+    short = [1.0 + 0.1 * i for i in range(num_frequencies)]
+    long = [1.5 + 0.7 * i for i in range(num_frequencies)]
+    return {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+
+
+CASES = {
+    "llama": ("llama", {}),
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama without shared heads": ("llama", {"num_key_value_heads": 4}),
+    "llama with wide heads": ("llama", {"head_dim": 32}),
+    "llama linear": ("llama", {"rope_scaling": LINEAR}),
+    "llama dynamic": ("llama", {"rope_scaling": DYNAMIC}),
+    "llama 3.1": ("llama", {"rope_scaling": LLAMA3, "rope_theta": 500.0}),
+    "llama yarn": ("llama", {"rope_scaling": YARN}),
+    "llama yarn with all options": ("llama", {"rope_scaling": YARN_MSCALE}),
+    "mistral with a window": ("mistral", {}),
+    "mistral without window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {}),
+    "qwen3 yarn": ("qwen3", {"rope_scaling": YARN, "attention_bias": True}),
+    "gemma2": ("gemma2", {}),
+    "gemma2 without soft caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2 with tight soft caps": ("gemma2", {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3", {}),
+    "gemma3 linear": ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "phi3": ("phi3", {"sliding_window": 8}),
+    "phi3 longrope, short": ("phi3", {"rope_scaling": longrope(8), "original_max_position_embeddings": 512}),
+    "phi3 longrope, long": ("phi3", {"rope_scaling": longrope(8), "original_max_position_embeddings": 12}),
+    "phi4-mini": (
+        "phi3",
+        {
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": longrope(6),
+            "original_max_position_embeddings": 12,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm3": ("smollm3", {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(case, tiny_checkpoint):
+    family, overrides = CASES[case]
+    path = tiny_checkpoint(family, **overrides)
+    token_ids = torch.randint(3, 512, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
+    expected = transformers_logits(path, token_ids)
+    for chunks in ([NUM_TOKENS], [7, 5, *[1] * (NUM_TOKENS - 12)]):
+        found = run(load(path), token_ids, chunks)
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+        assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    assert len(set(expected.argmax(-1).tolist())) > NUM_TOKENS // 2, "an oracle that always says the same proves little"
+
+
+def load(path: Path, group: Group = Group()) -> Model:  # noqa: B008 (frozen)
+    model = build_model(ModelConfig.from_path(path), torch.float32, CPU, group)
+    model.load(open_checkpoint(path, dtype=torch.float32))
+    return model
+
+
+def transformers_logits(path: Path, token_ids: Tensor) -> Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    with torch.inference_mode():
+        return model(token_ids.unsqueeze(0)).logits[0]
+
+
+def run(model: Model, token_ids: Tensor, chunks: list[int]) -> Tensor:
+    """The logits of all tokens, given chunk by chunk to a request whose blocks lie scattered in the cache."""
+    block_table = torch.tensor([[0, 0, 0], [5, 2, 7]], dtype=torch.int32)  # the request is in row 1
+    for attention in model.attentions:
+        shape = (9, attention.num_kv_heads, BLOCK_SIZE, attention.head_dim)
+        attention.k_cache, attention.v_cache = torch.full(shape, 1e4), torch.full(shape, 1e4)  # what was there before
+    logits, start = [], 0
+    with torch.inference_mode():
+        for num_tokens in chunks:
+            batch = one_request(token_ids, start, num_tokens, block_table)
+            logits.append(model.logits(model.forward(batch)))
+            start += num_tokens
+    return torch.cat(logits)
+
+
+def one_request(token_ids: Tensor, start: int, num_tokens: int, block_table: Tensor) -> ForwardBatch:
+    positions = torch.arange(start, start + num_tokens, dtype=torch.int32)
+    blocks = block_table[1, (positions // BLOCK_SIZE).long()]
+    end = start + num_tokens
+    return ForwardBatch(
+        token_ids=token_ids[start:end].int(),
+        positions=positions,
+        slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
+        context_lens=torch.tensor([end], dtype=torch.int32),
+        rows=torch.tensor([1], dtype=torch.int32),
+        block_table=block_table,
+        num_decodes=int(num_tokens == 1),
+        max_query_len=num_tokens,
+        max_context_len=end,
+    )
+
+
+def test_every_family_that_can_be_read_can_be_built():
+    assert set(MODELS) == set(FAMILIES)
