@@ -97,7 +97,8 @@ class ModelRunner:
         growing = [request for request in batch.requests if request.block_ids]
         if not growing:
             return
-        places, block_ids = [], []
+        places: list[int] = []
+        block_ids: list[int] = []
         for request in growing:
             last = (request.start + request.num_tokens - 1) // BLOCK_SIZE
             first = request.row * self.max_blocks + last + 1 - len(request.block_ids)

@@ -83,7 +83,7 @@ def logprobs_of(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
 def _change_logits(logits: Tensor, row: SamplingRow, history: Tensor) -> None:
     """Apply logit_bias, min_tokens and the penalties of one row, in place.   logits [vocab], history [num_tokens]"""
     params = row.params
-    if row.bias_ids is not None:
+    if row.bias_ids is not None and row.bias_values is not None:
         logits[row.bias_ids] += row.bias_values
     num_outputs = len(history) - row.num_prompt_tokens
     if row.stop_ids is not None and num_outputs < params.min_tokens:

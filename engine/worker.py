@@ -43,20 +43,21 @@ class Worker:
             )
 
         on_progress("loading weights", 0.0)
-        self.model = build_model(self.model_config, self.dtype, self.device)
+        longest = config.max_model_len or native_len
+        self.model = build_model(self.model_config, self.dtype, self.device, max_model_len=longest)
         self.model.load(
             open_checkpoint(
                 path,
                 load_format=config.load_format,
                 dtype=self.dtype,
                 seed=config.seed,
-                on_progress=lambda fraction: on_progress("loading weights", fraction),
+                on_progress=lambda done, total: on_progress("loading weights", done / max(total, 1)),
             )
         )
         on_progress("measuring memory", 0.0)
         attentions = self.model.attentions
         block_bytes = kv_cache.bytes_per_block(attentions, self.dtype)
-        runner = ModelRunner(self.model, self.device, self.max_num_seqs, config.max_model_len or native_len)
+        runner = ModelRunner(self.model, self.device, self.max_num_seqs, longest)
         self._run_largest_batch(runner)
         self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device)
         self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)

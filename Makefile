@@ -1,0 +1,31 @@
+# make serve    install what is missing, fetch the small default model, serve it on 127.0.0.1:8000
+#               make serve ARGS="--port 8123 --host 0.0.0.0" passes flags on
+# make test     the same set-up, then every test
+# make setup    the set-up alone
+# make lint     ruff and mypy
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: serve test setup lint
+
+serve: setup
+	$(BIN)/vcli serve $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The stamp is newer than pyproject.toml once everything it asks for is installed; the model is looked for each time,
+# which takes no time once it is there.
+setup: .venv/.installed
+	@$(BIN)/python -m engine.hub > /dev/null
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@touch $@
