@@ -1,0 +1,154 @@
+"""The whole engine against transformers, greedy token for token, whatever the batching."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.messages import AddRequest, TokenOutput
+from engine.sampling_params import SamplingParams
+
+NUM_TOKENS = 20
+FAMILIES = [
+    ("llama", {}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+    ("mistral", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("gemma2", {}),
+    ("gemma3", {}),
+    ("phi3", {}),
+    ("smollm3", {}),
+]
+
+
+def make_prompts() -> list[list[int]]:
+    """Short and long ones, some that begin alike, one twice."""
+    generator = torch.Generator().manual_seed(3)
+    random = [torch.randint(3, 512, (n,), generator=generator).tolist() for n in (1, 2, 15, 16, 17, 40, 61, 33)]
+    return [*random, [*random[6][:50], 7, 8, 9], random[5], random[6][:32]]
+
+
+def make_core(folder: Path, **options) -> EngineCore:
+    defaults = {"dtype": "float32", "device": "cpu", "kv_cache_memory": 1 << 20, "max_num_seqs": 4}
+    return EngineCore(EngineConfig(model=str(folder), **(defaults | options)))
+
+
+def run(core: EngineCore) -> Iterator[TokenOutput]:
+    for _ in range(5000):
+        if not core.has_work:
+            return
+        yield from core.step()
+        core.scheduler.check()
+    raise AssertionError("the engine does not come to an end")
+
+
+def generate(core: EngineCore, prompts: list[list[int]], **params) -> list[list[int]]:
+    params = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True} | params
+    for i, prompt in enumerate(prompts):
+        core.add(AddRequest(str(i), prompt, SamplingParams(**params)))
+    tokens: list[list[int]] = [[] for _ in prompts]
+    for output in run(core):
+        tokens[int(output.request_id)] += output.token_ids
+    return tokens
+
+
+def generate_by_transformers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "pad_token_id": 0}
+    return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
+
+
+@pytest.mark.parametrize(("family", "overrides"), FAMILIES, ids=lambda value: value if isinstance(value, str) else "")
+def test_greedy_tokens_equal_those_of_transformers(tiny_checkpoint, family: str, overrides: dict):
+    """Chunked prefill, mixed batches, prefix hits and preemptions on the way."""
+    folder = tiny_checkpoint(family, **overrides)
+    prompts = make_prompts()
+    expected = generate_by_transformers(folder, prompts)
+    whole = make_core(folder, max_num_seqs=16)
+    assert generate(whole, prompts) == expected
+    block_bytes = (1 << 20) // whole.ready.num_blocks
+    cramped = make_core(
+        folder,
+        max_num_batched_tokens=24,
+        max_prefill_chunk=9,
+        max_model_len=96,
+        kv_cache_memory=10 * block_bytes,
+    )
+    assert generate(cramped, prompts) == expected
+    stats = cramped.stats
+    assert stats.num_preemptions > 0
+    assert stats.prefix_cache_hits > 0
+
+
+def test_seeded_draws_do_not_depend_on_the_batch_or_a_restart(tiny_checkpoint):
+    folder = tiny_checkpoint("llama")
+    params = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
+    together = generate(make_core(folder), make_prompts(), **params)
+    for prompt, tokens in zip(make_prompts()[:4], together, strict=False):
+        assert generate(make_core(folder, max_num_batched_tokens=8), [prompt], **params) == [tokens]
+
+
+def test_logprobs_and_prompt_logprobs_equal_those_of_transformers(tiny_checkpoint):
+    import transformers
+
+    folder = tiny_checkpoint("llama")
+    prompt = make_prompts()[6]
+    core = make_core(folder, max_num_batched_tokens=16)
+    core.add(AddRequest("r", prompt, SamplingParams(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=1)))
+    outputs = list(run(core))
+    tokens = [token for output in outputs for token in output.token_ids]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
+    found = outputs[0].prompt_logprobs
+    assert found is not None
+    assert found[0] is None
+    assert len(found) == len(prompt)
+    for i, entry in enumerate(found[1:]):
+        assert entry.token_id == prompt[i + 1]
+        assert entry.logprob == pytest.approx(expected[i, prompt[i + 1]].item(), abs=1e-4)
+        assert entry.top[0][1] == pytest.approx(expected[i].max().item(), abs=1e-4)
+    for i, output in enumerate(outputs):
+        (entry,) = output.logprobs
+        assert entry.logprob == pytest.approx(expected[len(prompt) - 1 + i, tokens[i]].item(), abs=1e-4)
+        assert len(entry.top) == 2
+        assert entry.rank == 1
+
+
+def test_an_aborted_request_leaves_at_once_and_the_others_do_not_notice(tiny_checkpoint):
+    core = make_core(tiny_checkpoint("llama"))
+    prompts = make_prompts()
+    expected = generate(core, prompts[:4])
+    for i, prompt in enumerate(prompts[:4]):
+        core.add(AddRequest(str(i), prompt, SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)))
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(4)}
+    for step in range(200):
+        if step == 5:
+            core.abort(["1"])
+            core.scheduler.check()
+            assert "1" not in core.scheduler.requests
+        for output in core.step():
+            tokens[output.request_id] += output.token_ids
+    assert [tokens[str(i)] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+    assert len(tokens["1"]) < NUM_TOKENS
+
+
+def test_a_request_runs_to_the_very_end_of_the_context(tiny_checkpoint):
+    core = make_core(tiny_checkpoint("llama"), max_model_len=32)
+    (tokens,) = generate(core, [[5] * 20], max_tokens=100)
+    assert len(tokens) == 12
+
+
+def test_two_steps_in_flight_draw_the_same_tokens(tiny_checkpoint):
+    """On a CPU nothing overlaps, but the bookkeeping is that of a GPU."""
+    folder = tiny_checkpoint("llama")
+    core = make_core(folder, max_num_batched_tokens=24, max_prefill_chunk=9)
+    core.max_in_flight = 2
+    assert generate(core, make_prompts()) == generate(make_core(folder), make_prompts())
