@@ -29,16 +29,19 @@ class Attention:
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.qkv_bias, placement, "qkv_proj")
         self.o_proj = RowParallelLinear("o_proj", q_size, config.hidden_size, config.o_bias, placement)
-        self.head_norms = [
-            RMSNorm(name, config.head_dim, self.eps, placement, norm_offset)
-            for name in ("q_norm", "k_norm")
-            if config.has_qk_norm
-        ]
-        self.q_norm, self.k_norm = [norm.weight for norm in self.head_norms] or [None, None]
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.has_qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(name, config.head_dim, self.eps, placement, norm_offset) for name in ("q_norm", "k_norm")
+            )
 
     def load(self, ckpt: Checkpoint) -> None:
-        for layer in (self.qkv_proj, self.o_proj, *self.head_norms):
-            layer.load(ckpt)
+        self.qkv_proj.load(ckpt)
+        self.o_proj.load(ckpt)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.load(ckpt)
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         q = ops.rotate_and_store(
@@ -48,8 +51,8 @@ class Attention:
             self.cos_sin,
             self.k_cache,
             self.v_cache,
-            self.q_norm,
-            self.k_norm,
+            self.q_norm.weight if self.q_norm else None,
+            self.k_norm.weight if self.k_norm else None,
             self.eps,
         )  # [T, num_heads, head_dim]
         out = ops.paged_attention(q, self.k_cache, self.v_cache, batch, self.scale, self.window, self.softcap)
