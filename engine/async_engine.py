@@ -1,0 +1,299 @@
+"""The front door of the API process: submit a prompt, get an async stream of its tokens.
+
+The engine runs in a process of its own. Its messages are decoded and turned into text on the link's thread, a whole
+step at a time, and reach the event loop with one call, so that the loop never waits for either. What is known about a
+request lives here, from `submit` until its last token, an abort or the engine's death.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import secrets
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import TracebackType
+
+from engine import messages
+from engine.config import EngineConfig
+from engine.errors import UserError
+from engine.intake import make_requests
+from engine.link import EngineLink
+from engine.outputs import OutputDelta, RequestOutput, RequestState, RequestTimings
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+
+
+class EngineDeadError(Exception):
+    """The engine process is gone, and with it every request that it had; the message says why."""
+
+
+class AsyncEngine:
+    """Owns the engine process and the requests in flight. All methods belong to the event loop's thread."""
+
+    def __init__(self, config: EngineConfig, *, command: list[str] | None = None) -> None:
+        self.config = config
+        self.progress: tuple[str, float] = ("starting", 0.0)
+        self.ready: messages.Ready | None = None  # set when requests can be submitted
+        self.tokenizer: Tokenizer | None = None
+        self.error: str | None = None  # why the engine is dead
+        self.stats = messages.EngineStats()
+        self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
+        self._command = command
+        self._link: EngineLink | None = None
+        self._engine_ready: messages.Ready | None = None  # the engine's part of being ready; the tokenizer is the other
+        self._failure: str | None = None  # the cause of an end that is about to be seen
+        self._settled = asyncio.Event()  # ready or dead
+        self._seeds = random.Random(config.seed)
+        self._sequences: dict[str, tuple[RequestStream, int]] = {}  # by the engine's request id; index among its n
+
+    async def start(self) -> None:
+        """Start the engine and the tokenizer's loading; both go on while this returns."""
+        self._loop = asyncio.get_running_loop()
+        self._link = EngineLink(self._on_messages, self._on_exit, self._command)
+        self._link.send(messages.Start(dataclasses.asdict(self.config)))
+        if not self.config.skip_tokenizer_init:
+            # Not the loop's own pool: a download must not keep the process from ending.
+            threading.Thread(target=self._load_tokenizer, name="tokenizer-loading", daemon=True).start()
+
+    async def wait_ready(self) -> None:
+        """Return when requests can be submitted. Raises UserError if the engine died before."""
+        await self._settled.wait()
+        if self.error is not None:
+            raise UserError(self.error)
+
+    @property
+    def returncode(self) -> int | None:
+        """The engine process's exit code, None while it runs."""
+        return self._link.process.poll() if self._link else None
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str = "",
+        prompt: str = "",
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> "RequestStream":
+        """Send a request to the engine. Raises ValueError for one that cannot run, EngineDeadError when none can."""
+        if self.error is not None:
+            raise EngineDeadError(self.error)
+        if self.ready is None or self._link is None:
+            raise RuntimeError("the model is still loading: wait for wait_ready()")
+        requests = make_requests(
+            self._free_id(request_id, params.n),
+            prompt_token_ids,
+            params,
+            ready=self.ready,
+            has_tokenizer=self.tokenizer is not None,
+            seeds=self._seeds,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        stream = RequestStream(self, RequestState(request_id, prompt or None, requests, self.tokenizer))
+        for index, request in enumerate(requests):
+            self._sequences[request.request_id] = (stream, index)
+            self._link.send(request)
+        return stream
+
+    async def shutdown(self) -> None:
+        """End the engine; streams still open end with EngineDeadError."""
+        if self._link is None:
+            return
+        self._failure = self._failure or "the engine was shut down"
+        wait_s = 5.0 if self.ready else 0.0  # an engine that loads its model hears nothing
+        await asyncio.to_thread(self._link.close, wait_s)
+
+    def _free_id(self, request_id: str, n: int) -> str:
+        """Two clients may choose the same id at the same time; the engine sees two."""
+        free = request_id or secrets.token_hex(8)
+        while free in self._sequences or any(f"{free}-{index}" in self._sequences for index in range(n)):
+            free = f"{request_id}.{secrets.token_hex(4)}"
+        return free
+
+    def _abort(self, stream: "RequestStream") -> None:
+        num_aborted = self._drop(stream)
+        stream.state.timings.finish_reasons += ["abort"] * num_aborted
+        self._finished(stream)
+
+    def _drop(self, stream: "RequestStream") -> int:
+        """Forget a request, here and in the engine; how many of its sequences were still running."""
+        request_ids = [sequence.request.request_id for sequence in stream.state.sequences]
+        running = [request_id for request_id in request_ids if self._sequences.pop(request_id, None)]
+        if running and self._link is not None:
+            self._link.send(messages.Abort(running))
+        return len(running)
+
+    def _finished(self, stream: "RequestStream") -> None:
+        for callback in self.on_finish:
+            callback(stream.state.timings)
+
+    # On the tokenizer's thread.
+
+    def _load_tokenizer(self) -> None:
+        try:
+            loaded = Tokenizer.load(self.config.tokenizer or self.config.model, self.config.revision)
+        except UserError as error:
+            self._loop.call_soon_threadsafe(self._fail, str(error))
+        except Exception as error:
+            traceback.print_exc()
+            self._loop.call_soon_threadsafe(self._fail, f"loading the tokenizer failed: {error}")
+        else:
+            self._loop.call_soon_threadsafe(self._on_tokenizer, loaded)
+
+    # On the link's thread.
+
+    def _on_messages(self, received: list[messages.FromEngine]) -> None:
+        deltas: dict[RequestStream, list[OutputDelta]] = {}
+        controls: list[messages.FromEngine] = []
+        for message in received:
+            if isinstance(message, messages.StepOutput):
+                self._take(message.outputs, deltas)
+                self.stats = message.stats
+            else:
+                controls.append(message)
+        self._loop.call_soon_threadsafe(self._deliver, deltas, controls)
+
+    def _take(self, outputs: list[messages.TokenOutput], deltas: "dict[RequestStream, list[OutputDelta]]") -> None:
+        """Turn one step's tokens into text. A sequence that met its stop string is taken from the engine."""
+        now = time.monotonic()
+        stopped = []
+        for output in outputs:
+            stream, index = self._sequences.get(output.request_id, (None, 0))
+            if stream is None:
+                continue  # aborted while its tokens were on the way
+            try:
+                delta = stream.state.take(index, output, now)
+            except Exception as error:  # one request that cannot be turned into text must not end the others
+                traceback.print_exc()
+                self._drop(stream)
+                self._loop.call_soon_threadsafe(stream._fail, error)
+                continue
+            deltas.setdefault(stream, []).append(delta)
+            if delta.finish_reason is not None:
+                self._sequences.pop(output.request_id, None)
+                if output.finish_reason is None:
+                    stopped.append(output.request_id)
+        if stopped and self._link is not None:
+            self._link.send(messages.Abort(stopped))
+
+    def _on_exit(self, returncode: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop ended before its engine: nobody is waiting
+            self._loop.call_soon_threadsafe(self._die, returncode)
+
+    # On the loop.
+
+    def _deliver(self, deltas: "dict[RequestStream, list[OutputDelta]]", controls: list[messages.FromEngine]) -> None:
+        for stream, gained in deltas.items():
+            stream._deliver(gained)
+        for message in controls:
+            if isinstance(message, messages.Progress):
+                self.progress = (message.stage, message.fraction)
+            elif isinstance(message, messages.Ready):
+                self._engine_ready = message
+                self._settle()
+            elif isinstance(message, messages.Failed):
+                self._failure = message.error
+
+    def _on_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._settle()
+
+    def _settle(self) -> None:
+        has_tokenizer = self.tokenizer is not None or self.config.skip_tokenizer_init
+        if self._engine_ready is not None and has_tokenizer and self.error is None:
+            self.ready = self._engine_ready
+            self._settled.set()
+
+    def _fail(self, reason: str) -> None:
+        self._failure = self._failure or reason
+        if self._link is not None:
+            self._link.kill()
+
+    def _die(self, returncode: int) -> None:
+        self.error = self._failure or describe_exit(returncode)
+        self._settled.set()
+        open_streams = dict.fromkeys(stream for stream, _ in self._sequences.values())
+        self._sequences.clear()
+        for stream in open_streams:
+            stream._fail(EngineDeadError(self.error))
+
+
+class RequestStream:
+    """The tokens of one request as they come: an async iterator of all that is new, and a context that aborts at exit.
+
+    `async with engine.submit(...) as stream: async for deltas in stream: ...`
+    """
+
+    def __init__(self, engine: AsyncEngine, state: RequestState) -> None:
+        self.state = state
+        self._engine = engine
+        self._pending: list[OutputDelta] = []
+        self._num_running = len(state.sequences)
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> list[OutputDelta]:
+        while not self._pending:
+            if self._error is not None:
+                raise self._error
+            if self._num_running == 0:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        deltas, self._pending = self._pending, []
+        return deltas
+
+    async def result(self) -> RequestOutput:
+        """Wait for the end, and give the whole."""
+        async for _ in self:
+            pass
+        return self.state.result()
+
+    def abort(self) -> None:
+        """Stop: no more tokens come. The engine forgets the sequences that still run; does nothing at the end."""
+        if self._num_running == 0 or self._error is not None:
+            return
+        self._num_running = 0
+        self._pending = []
+        self._news.set()
+        self._engine._abort(self)
+
+    async def __aenter__(self) -> "RequestStream":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _deliver(self, deltas: list[OutputDelta]) -> None:
+        if self._num_running == 0:
+            return  # aborted
+        self._pending += deltas
+        self._num_running -= sum(delta.finish_reason is not None for delta in deltas)
+        self._news.set()
+        if self._num_running == 0:
+            self._engine._finished(self)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._news.set()
+
+
+def describe_exit(returncode: int) -> str:
+    """The end of a process that left no message, in words."""
+    if returncode >= 0:
+        return f"the engine process ended with exit code {returncode}: its last lines in the log say why"
+    name = signal.Signals(-returncode).name
+    hint = " (often the system's answer to too little memory)" if name == "SIGKILL" and sys.platform == "linux" else ""
+    return f"the engine process was ended by {name}{hint}"

@@ -1,0 +1,132 @@
+"""The engine process as the API process sees it: one child, one socket, one thread that serves both.
+
+The thread alone touches the socket. `send` may be called from anywhere; what the engine says arrives in `on_messages`,
+on the link's thread, everything that is there in one call; `on_exit` comes last, once, whatever ended the process.
+"""
+
+import collections
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+
+import zmq
+
+from engine import messages
+from engine.child import module_command, module_environment
+
+POLL_MS = 200  # how soon the death of a silent engine is noticed
+FAREWELL_S = 5.0  # for the engine to end by itself, and again after SIGTERM
+
+
+class EngineLink:
+    """Owns the engine process and the socket to it."""
+
+    def __init__(
+        self,
+        on_messages: Callable[[list[messages.FromEngine]], None],
+        on_exit: Callable[[int], None],
+        command: list[str] | None = None,
+    ) -> None:
+        self._on_messages = on_messages
+        self._on_exit = on_exit
+        self._directory = tempfile.TemporaryDirectory(prefix="vcli-", dir=_short_temporary_directory())  # mode 0700
+        address = f"ipc://{self._directory.name}/engine.sock"
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            self._socket.setsockopt(option, 0)
+        self._socket.bind(address)
+        self._outbox: collections.deque[messages.ToEngine] = collections.deque()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        # Started on the caller's thread: the engine ends when the thread that started it does. Its own session keeps
+        # the terminal's Ctrl-C away from it.
+        self.process = subprocess.Popen(
+            [*(command or module_command("engine.process")), address], env=_environment(), start_new_session=True
+        )
+        self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
+        self._thread.start()
+
+    def send(self, message: messages.ToEngine) -> None:
+        self._outbox.append(message)
+        with contextlib.suppress(OSError):  # full: the thread is about to wake anyway; closed: nobody is left to tell
+            self._wake_in.send(b"\0")
+
+    def close(self, wait_s: float = FAREWELL_S) -> None:
+        """End the engine and wait for it: asked first, then told, then killed."""
+        self.send(messages.Shutdown())
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                self.process.wait(wait_s)
+                break
+            except subprocess.TimeoutExpired:
+                self.kill(signal_number)
+                wait_s = FAREWELL_S
+        self.process.wait()
+        self._thread.join()
+
+    def kill(self, signal_number: int = signal.SIGKILL) -> None:
+        """Signal the engine and whatever it started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal_number)
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:  # a frame that is no message, or a loop that is gone: the engine has nobody to work for
+            traceback.print_exc()
+            self.kill()
+        returncode = self.process.wait()
+        self._socket.close()
+        self._context.term()
+        self._wake_in.close()
+        self._wake_out.close()
+        self._directory.cleanup()
+        self._on_exit(returncode)
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake_out, zmq.POLLIN)
+        while True:
+            has_exited = self.process.poll() is not None  # asked before reading: its last words are read after it
+            poller.poll(POLL_MS)
+            self._send_outbox()
+            received = self._receive()
+            if received:
+                self._on_messages(received)
+            elif has_exited:
+                return
+
+    def _send_outbox(self) -> None:
+        try:
+            self._wake_out.recv(4096)
+        except BlockingIOError:
+            return
+        while self._outbox:
+            self._socket.send(messages.encode(self._outbox.popleft()))
+
+    def _receive(self) -> list[messages.FromEngine]:
+        received = []
+        while True:
+            try:
+                received.append(messages.decode_from_engine(self._socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return received
+
+
+def _short_temporary_directory() -> str | None:
+    """A socket's path has about 100 characters; a long TMPDIR takes too many of them."""
+    return None if len(tempfile.gettempdir()) < 64 else "/tmp"
+
+
+def _environment() -> dict[str, str]:
+    """In a container this process can be number 1, which the engine would take for an orphan's parent."""
+    return module_environment() | ({"VCLI_PARENT_IS_INIT": "1"} if os.getpid() == 1 else {})
