@@ -1,0 +1,6 @@
+"""Measurements of the engine and of any OpenAI-compatible server; it returns numbers and rows, and knows no terminal.
+
+`workloads` makes the requests, `client` sends them, `serving` drives a run against a server, `throughput` one without a
+server, `baseline` the same prompts through transformers; `metrics` holds the definitions and the arithmetic, `floor`
+what the hardware allows, `result` and `report` what is written down, `parity` whether the tokens are right.
+"""

@@ -1,0 +1,242 @@
+"""The load client: streams completions from an OpenAI-compatible server and notes when each token arrived.
+
+It watches itself too: a meter on the same event loop notes how late it wakes up, so that a run in which the client was
+the bottleneck can be told from a slow server.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+import msgspec
+import numpy as np
+
+from bench.metrics import RequestRecord
+from bench.workloads import BenchRequest
+
+# Uvicorn drops idle connections after 5 s: leave them earlier, so that no request is sent into a closing one.
+KEEPALIVE_S = 2.0
+LAG_PERIOD_S = 0.01
+OnRecord = Callable[[RequestRecord], None]
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    token_ids: list[int] | None = None
+
+    @property
+    def has_content(self) -> bool:
+        delta = self.delta
+        return bool(self.token_ids or self.text or (delta and (delta.content or delta.reasoning_content)))
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+class RefusedError(Exception):
+    """The server answered with an error status."""
+
+
+@dataclass
+class LoadClient:
+    """Sends requests to one server. Owns its connections: use it with `async with`."""
+
+    url: str
+    model: str
+    api_key: str = ""
+    extensions: dict[str, Any] = field(default_factory=dict)  # request fields that not every server knows
+    timeout_s: float = 600.0  # longest silence of a server
+    clock: Callable[[], float] = time.perf_counter
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=60, sock_read=self.timeout_s),
+            headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def send(self, request: BenchRequest) -> RequestRecord:
+        """Run one request to its end. Never raises for a failure: the record holds it."""
+        path, body = self._compose(request)
+        record = RequestRecord(sent=self.clock())
+        try:
+            async with self._session.post(self.url + path, json=body) as response:
+                if response.status != 200:
+                    raise RefusedError(f"HTTP {response.status}: {_error_message(await response.text())}")
+                await self._receive(response, record)
+        except TimeoutError:
+            record.error = f"no data for {self.timeout_s:g} s"
+        except (aiohttp.ClientError, OSError, RefusedError, msgspec.MsgspecError) as error:
+            record.error = str(error) or type(error).__name__
+        record.ended = self.clock()
+        return record
+
+    async def get(self, path: str) -> str:
+        """The body of a GET. Raises aiohttp.ClientError, OSError or TimeoutError."""
+        async with self._session.get(self.url + path, raise_for_status=True) as response:
+            return await response.text()
+
+    def _compose(self, request: BenchRequest) -> tuple[str, dict[str, Any]]:
+        body = {
+            "model": self.model,
+            "max_tokens": request.output_len,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.extensions,
+        }
+        if request.messages is not None:
+            return "/v1/chat/completions", {**body, "messages": request.messages}
+        return "/v1/completions", {**body, "prompt": request.prompt}
+
+    async def _receive(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
+        usage: _Usage | None = None
+        by_content: list[tuple[float, int]] = []  # arrivals with text, and in how many events it came
+        async for now, chunks in _read_stream(response, self.clock):
+            for chunk in chunks:
+                if chunk.error:
+                    raise RefusedError(_error_message(chunk.error))
+                usage = chunk.usage or usage
+            choices = [choice for chunk in chunks for choice in chunk.choices]
+            if num_tokens := sum(len(choice.token_ids or []) for choice in choices):
+                record.chunks.append((now, num_tokens))
+            if num_events := sum(choice.has_content for choice in choices):
+                by_content.append((now, num_events))
+        if usage is None:
+            raise RefusedError("the server reports no usage (stream_options.include_usage): tokens cannot be counted")
+        record.num_prompt_tokens = usage.prompt_tokens
+        record.chunks = record.chunks or _spread(by_content, usage.completion_tokens)
+        if not record.chunks:
+            raise RefusedError("the stream ended without a token")
+
+
+async def _read_stream(
+    response: aiohttp.ClientResponse, clock: Callable[[], float]
+) -> AsyncIterator[tuple[float, list[_Chunk]]]:
+    """The server-sent events of each arrival, with its time."""
+    rest, is_done = b"", False
+    async for data in response.content.iter_any():
+        now = clock()
+        *lines, rest = (rest + data).split(b"\n")
+        payloads = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+        is_done |= b"[DONE]" in payloads
+        yield now, [_decode(payload) for payload in payloads if payload != b"[DONE]"]
+    if not is_done:
+        raise RefusedError("the stream broke off before [DONE]")
+
+
+def _spread(chunks: list[tuple[float, int]], num_tokens: int) -> list[tuple[float, int]]:
+    """The arrivals with `num_tokens` laid evenly over them, for a stream that does not say how many came in each.
+
+    The first arrival always holds a token; a later one left without any falls out.
+    """
+    edges = [-(-num_tokens * (i + 1) // len(chunks)) for i in range(len(chunks))]
+    shares = [edge - before for before, edge in zip([0, *edges], edges, strict=False)]
+    return [(now, share) for (now, _), share in zip(chunks, shares, strict=True) if share]
+
+
+def _error_message(body: Any) -> str:
+    """The message inside an OpenAI-shaped error, or the start of whatever came instead."""
+    if isinstance(body, str):
+        try:
+            body = msgspec.json.decode(body)
+        except msgspec.DecodeError:
+            return str(body).strip()[:300]
+    inner = body.get("error", body) if isinstance(body, dict) else body
+    return str(inner.get("message", inner) if isinstance(inner, dict) else inner)[:300]
+
+
+async def closed_loop(client: LoadClient, requests: list[BenchRequest], concurrency: int, on_record: OnRecord) -> None:
+    """Keep `concurrency` requests under way until all are done."""
+    waiting = iter(requests)
+
+    async def user() -> None:
+        for request in waiting:
+            on_record(await client.send(request))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(concurrency, len(requests))):
+            group.create_task(user())
+
+
+async def open_loop(
+    client: LoadClient, requests: list[BenchRequest], rate: float, seed: int, lag: "LagMeter", on_record: OnRecord
+) -> None:
+    """Send requests at random moments (Poisson arrivals, `rate` a second; inf: all at once), whatever comes back."""
+    start = client.clock()
+
+    async def send(request: BenchRequest) -> None:
+        on_record(await client.send(request))
+
+    async with asyncio.TaskGroup() as group:
+        for request, offset in zip(requests, arrival_times(len(requests), rate, seed), strict=True):
+            await asyncio.sleep(max(0.0, start + offset - client.clock()))
+            if rate != float("inf"):
+                lag.note(client.clock() - (start + offset))
+            group.create_task(send(request))
+
+
+def arrival_times(num_requests: int, rate: float, seed: int) -> list[float]:
+    """Seconds from the start at which requests are sent."""
+    gaps = np.random.default_rng(seed).exponential(1.0, num_requests) / rate
+    return [float(offset) for offset in np.cumsum(gaps)]
+
+
+class LagMeter:
+    """How late this event loop wakes up. Runs from `async with` to its end."""
+
+    def __init__(self) -> None:
+        self.lags: list[float] = []
+        self.cpu_share = 0.0  # of one core, this process
+
+    def note(self, lag: float) -> None:
+        self.lags.append(max(0.0, lag))
+
+    def percentile(self, percentile: float) -> float:
+        return float(np.percentile(self.lags, percentile)) if self.lags else 0.0
+
+    async def __aenter__(self) -> Self:
+        self._start = time.perf_counter(), time.process_time()
+        self._task = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._task.cancel()
+        wall, cpu = self._start
+        self.cpu_share = (time.process_time() - cpu) / max(time.perf_counter() - wall, 1e-9)
+
+    async def _watch(self) -> None:
+        while True:
+            due = time.perf_counter() + LAG_PERIOD_S
+            await asyncio.sleep(LAG_PERIOD_S)
+            self.note(time.perf_counter() - due)

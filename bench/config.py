@@ -1,0 +1,66 @@
+"""Every knob of a benchmark, once; the engine's own stand in engine/config.py."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from engine.errors import UserError
+
+DEFAULT_CONCURRENCY = 64
+MIN_PROMPTS = 16
+PROMPTS_PER_CLIENT = 4
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is sent, how, and where the result goes. The workload's seed is the engine's `seed`."""
+
+    concurrency: Annotated[
+        int | None, "requests under way at any time (closed loop); default: 64. Offline: batch of the baseline"
+    ] = None
+    request_rate: Annotated[
+        float | None,
+        "send so many requests a second (Poisson), whatever comes back, instead of --concurrency; inf: all",
+    ] = None
+    num_prompts: Annotated[int | None, "requests to measure; default: 4 for each concurrent one, at least 16"] = None
+    dataset: Annotated[
+        str, "`random` token ids, or a FILE: .jsonl lines with prompt or messages, ShareGPT .json, plain text lines"
+    ] = "random"
+    input_len: Annotated[int, "tokens in a random prompt"] = 128
+    output_len: Annotated[int, "tokens to generate, where a dataset does not say"] = 64
+    range_ratio: Annotated[float, "random lengths vary by this share, up and down"] = 0.0
+    url: Annotated[str, "measure the server that runs there, instead of starting one"] = ""
+    api_key: Annotated[str, "bearer token for --url; better given as VCLI_API_KEY"] = field(default="", repr=False)
+    offline: Annotated[bool, "no server: all prompts at once into the engine in this process"] = False
+    baseline: Annotated[
+        Literal["none", "transformers"], "afterwards run the same prompts through transformers' generate, and compare"
+    ] = "none"
+    output: Annotated[Path | None, "write the result to FILE: .json, .csv, .md or .html"] = None
+    json: Annotated[bool, "print the result as JSON instead of a table"] = False
+
+    def __post_init__(self) -> None:
+        limits = (("concurrency", 1), ("num_prompts", 1), ("input_len", 1), ("output_len", 1))
+        for name, smallest in limits:
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
+        if self.request_rate is not None and not self.request_rate > 0:
+            raise UserError(f"--request-rate must be more than 0, got {self.request_rate:g}")
+        if not 0 <= self.range_ratio < 1:
+            raise UserError(f"--range-ratio must be in [0, 1), got {self.range_ratio:g}")
+        if self.request_rate is not None and (self.concurrency is not None or self.offline):
+            other = "--offline" if self.offline else "--concurrency"
+            raise UserError(f"--request-rate and {other} exclude each other: an open loop does not wait for answers")
+        if self.url and self.offline:
+            raise UserError("--url and --offline exclude each other: one measures a server, the other needs none")
+        if self.url and self.baseline != "none":
+            raise UserError("--baseline needs the weights on this machine: it cannot be combined with --url")
+
+    @property
+    def batch_size(self) -> int:
+        """Requests under way at once: of a closed loop, and of the baseline."""
+        return self.concurrency or DEFAULT_CONCURRENCY
+
+    @property
+    def num_requests(self) -> int:
+        return self.num_prompts or max(MIN_PROMPTS, PROMPTS_PER_CLIENT * self.batch_size)

@@ -1,0 +1,96 @@
+"""The machine and the software behind a figure, so that somebody else can believe it or repeat it.
+
+Imports no torch: the load client must stay light, and the facts are in files and in `nvidia-smi`.
+"""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "numpy", "aiohttp")
+
+
+def environment() -> dict[str, Any]:
+    """GPU and CPU, versions, git revision, date and the command that was run."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        **gpus(),
+        "cpu": cpu_name(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "vcli": _version("vcli"),
+        **{name: _version(name) for name in PACKAGES},
+        "cuda": _torch_cuda_version(),
+        **git_revision(),
+    }
+
+
+def command_line() -> str:
+    """The command as it can be typed again."""
+    program = Path(sys.argv[0])
+    module = {"__main__.py": f"python -m {program.parent.name}"}.get(program.name)
+    if module is None and program.suffix == ".py":
+        module = f"python -m {program.parent.name}.{program.stem}"
+    return " ".join([module or program.name, *map(shlex.quote, sys.argv[1:])])
+
+
+def gpus() -> dict[str, Any]:
+    """{"gpu": name, "num_gpus": n, "driver": version}; gpu is None on a machine without one."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    lines = [line.split(", ") for line in _output(query).splitlines() if ", " in line]
+    if not lines:
+        return {"gpu": None, "num_gpus": 0, "driver": None}
+    return {"gpu": lines[0][0], "num_gpus": len(lines), "driver": lines[0][1]}
+
+
+def cpu_name() -> str:
+    try:
+        models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        models = []
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def git_revision() -> dict[str, Any]:
+    """The checkout's commit and whether files differ from it; None outside a checkout."""
+    revision = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]).strip()
+    if not revision:
+        return {"git_revision": None, "git_dirty": None}
+    changes = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
+    return {"git_revision": revision, "git_dirty": bool(changes.strip())}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_cuda_version() -> str | None:
+    """The CUDA version torch was built for, read from its version file."""
+    spec = importlib.util.find_spec("torch")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        file = Path(folder) / "version.py"
+        found = re.search(r"^cuda[^=]*= '([\d.]+)'", file.read_text(), re.MULTILINE) if file.is_file() else None
+        return found[1] if found else None
+    return None
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; nothing when it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

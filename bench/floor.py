@@ -1,0 +1,100 @@
+"""What the hardware allows: the least time a decode step, a prefill or a whole run can take.
+
+Decode reads every weight once (the embedding table is looked up, not read; the output head is read) and the KV of
+every running token; where the matrix work of the batch takes longer than the weights' read, it takes its place. Prefill
+is the matrix work of the linear layers and of causal attention. The ceilings are measured, not from a data sheet.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.model_config import ModelConfig
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches when it does one thing only."""
+
+    name: str
+    bytes_per_s: float
+    flops_per_s: float  # bf16 or fp16 matrix products
+
+
+# Measured on one NVIDIA H200 (driver 580.159, CUDA 13.0): the sum of 8 GB by a persistent kernel, and a bf16 product
+# of two 8192 x 8192 matrices of random numbers.
+H200 = Ceilings(name="H200", bytes_per_s=4.69e12, flops_per_s=752e12)
+CEILINGS = (H200,)
+
+
+def find_ceilings(gpu: str | None) -> Ceilings | None:
+    """The ceilings of a GPU by the name that nvidia-smi gives it; None where nobody has measured them."""
+    return next((c for c in CEILINGS if gpu and c.name in gpu.split()), None)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least times of one model on one device. Lengths are in tokens, times in seconds."""
+
+    model: ModelConfig
+    dtype: str
+    ceilings: Ceilings
+
+    @property
+    def num_layer_params(self) -> int:
+        """Of the matrices of all layers."""
+        c = self.model
+        attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
+        return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+
+    @property
+    def num_decode_params(self) -> int:
+        """Read in a decode step: the layers and the output head."""
+        return self.num_layer_params + self.model.vocab_size * self.model.hidden_size
+
+    def kv_bytes(self, context: float) -> float:
+        """Keys and values that one token reads when it sits at the end of `context` tokens."""
+        c = self.model
+        tokens = sum(min(context, window) if window else context for window in c.layer_windows)
+        return 2 * c.num_kv_heads * c.head_dim * DTYPE_BYTES[self.dtype] * tokens
+
+    def weights_s(self, batch: int) -> float:
+        """The part of a decode step that does not depend on the context."""
+        read_s = self.num_decode_params * DTYPE_BYTES[self.dtype] / self.ceilings.bytes_per_s
+        return max(read_s, 2 * self.num_decode_params * batch / self.ceilings.flops_per_s)
+
+    def decode_step_s(self, batch: int, context: float) -> float:
+        return self.weights_s(batch) + batch * self.kv_bytes(context) / self.ceilings.bytes_per_s
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """One prompt to its first token."""
+        c = self.model
+        # Key positions seen by all queries together: a triangle, cut off at the window.
+        seen = 0.0
+        for window in c.layer_windows:
+            span = min(window or num_tokens, num_tokens)
+            seen += span * span / 2 + (num_tokens - span) * span
+        flops = 2 * self.num_layer_params * num_tokens + 4 * c.num_heads * c.head_dim * seen
+        return flops / self.ceilings.flops_per_s
+
+    def run_s(self, lengths: list[tuple[int, int]], batch: int) -> float:
+        """Requests of (input, output) tokens, `batch` of them at a time, no prefix shared."""
+        batch = min(batch, len(lengths))
+        prefill_s = sum(self.prefill_s(num_input) for num_input, _ in lengths)
+        num_steps = sum(num_output for _, num_output in lengths) / batch
+        kv_bytes = sum(num_output * self.kv_bytes(num_input + num_output / 2) for num_input, num_output in lengths)
+        return prefill_s + num_steps * self.weights_s(batch) + kv_bytes / self.ceilings.bytes_per_s
+
+    def summary(self, lengths: list[tuple[int, int]], batch: int) -> dict[str, Any]:
+        """The floor of a run and of its mean step and prompt, with the ceilings it stands on."""
+        num_input = sum(num for num, _ in lengths) / len(lengths)
+        num_output = sum(num for _, num in lengths) / len(lengths)
+        return {
+            "device": self.ceilings.name,
+            "read_tb_per_s": self.ceilings.bytes_per_s / 1e12,
+            "tflop_per_s": self.ceilings.flops_per_s / 1e12,
+            "run_s": self.run_s(lengths, batch),
+            "decode_step_ms": self.decode_step_s(min(batch, len(lengths)), num_input + num_output / 2) * 1e3,
+            "prefill_ms": self.prefill_s(round(num_input)) * 1e3,
+        }

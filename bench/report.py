@@ -1,0 +1,225 @@
+"""Results as rows for a table, as files, and as the table in the README.
+
+    python -m bench.report bench/results README.md
+
+writes the README's results anew from the JSON files of the folder, between its two marker comments. Running it twice
+changes nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.result import KINDS, BenchResult
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+EXTENSIONS = (".json", ".csv", ".md", ".html")
+LATENCIES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2EL", "e2el"))
+# Key, what the person reads, unit. A figure that a run does not have is left out.
+FIGURES = (
+    ("duration", "duration", "s"),
+    ("completed", "requests completed", ""),
+    ("failed", "requests failed", ""),
+    ("total_input_tokens", "input tokens", ""),
+    ("total_output_tokens", "output tokens", ""),
+    ("request_throughput", "request throughput", "req/s"),
+    ("output_throughput", "output throughput", "tok/s"),
+    ("total_token_throughput", "total throughput (input + output)", "tok/s"),
+    ("prefill_throughput", "prefill throughput", "tok/s"),
+    ("decode_throughput", "decode throughput", "tok/s"),
+    ("kv_waste_perc", "KV waste, mean", "%"),
+    ("peak_kv_waste_perc", "KV waste, peak", "%"),
+    ("peak_kv_usage_perc", "KV use, peak", "%"),
+    ("prefix_cache_hit_perc", "prefix cache hits", "%"),
+    ("num_preemptions", "preemptions", ""),
+    ("client_lag_ms", "client lag, p99", "ms"),
+    ("client_cpu_perc", "client CPU, of one core", "%"),
+)
+Table = tuple[list[str], list[list[Any]]]  # column names, rows
+
+
+def latency_table(result: BenchResult) -> Table:
+    """Milliseconds: one row a latency."""
+    statistics = ["mean", "p50", "p95", "p99", *(["adj_p99"] if result.metrics.get("failed") else [])]
+    rows = [
+        [label, *(result.metrics.get(f"{statistic}_{name}_ms") for statistic in statistics)]
+        for label, name in LATENCIES
+        if f"mean_{name}_ms" in result.metrics
+    ]
+    return ["ms", *statistics], rows
+
+
+def figure_table(result: BenchResult) -> Table:
+    """Everything else, and the comparison with the baseline and the floor."""
+    rows = [[label, result.metrics[key], unit] for key, label, unit in FIGURES if result.metrics.get(key) is not None]
+    if baseline := result.baseline:
+        rows.append(
+            [f"{baseline['engine']} generate, batch {baseline['batch_size']}", baseline["output_throughput"], "tok/s"]
+        )
+        rows.append(["output throughput / baseline", baseline["ratio"], "x"])
+    if floor := result.floor:
+        rows.append([f"floor of the run on one {floor['device']}", floor["run_s"], "s"])
+        rows.append(["floor / duration", floor["run_s"] / result.metrics["duration"] * 100, "%"])
+        rows.append(["floor of a decode step", floor["decode_step_ms"], "ms"])
+        rows.append(["floor of one prefill", floor["prefill_ms"], "ms"])
+    return ["figure", "value", "unit"], rows
+
+
+def describe(result: BenchResult) -> str:
+    """The run in one line: model, workload, machine."""
+    return f"{result.model} · {describe_workload(result)} · {describe_machine(result)}"
+
+
+def describe_machine(result: BenchResult) -> str:
+    if host := result.workload.get("remote_host"):
+        return f"server at {host}"
+    env = result.environment
+    return env.get("gpu") or f"{env.get('cpu')} ({env.get('cpu_count')} cores)"
+
+
+def describe_workload(result: BenchResult) -> str:
+    workload = result.workload
+    if workload["dataset"] == "random":
+        spread = f" ± {workload['range_ratio']:.0%}" if workload.get("range_ratio") else ""
+        shape = f"{workload['input_len']}/{workload['output_len']}{spread}"
+    else:
+        shape = str(workload["dataset"])
+    if result.kind == "throughput":
+        return f"{workload['num_prompts']} x {shape}, offline"
+    if workload.get("request_rate") is not None:
+        return f"{workload['num_prompts']} x {shape}, {workload['request_rate']} req/s"
+    return f"{workload['num_prompts']} x {shape}, {workload['concurrency']} concurrent"
+
+
+def write(result: BenchResult, path: Path) -> None:
+    """Write a result in the format that the file's extension names."""
+    writers = {".json": result.to_json, ".csv": lambda: to_csv(result), ".md": lambda: to_markdown(result)}
+    writers[".html"] = lambda: to_html(result)
+    check_extension(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(writers[path.suffix](), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+
+
+def check_extension(path: Path) -> None:
+    """Raise UserError before a long run rather than after it."""
+    if path.suffix not in EXTENSIONS:
+        raise UserError(f"--output {path}: the extension must be one of {', '.join(EXTENSIONS)}")
+
+
+def to_csv(result: BenchResult) -> str:
+    """One line a run, so that the files of several runs can be put together; blocks as workload.seed and so on."""
+    return str(_flat_frame(result).to_csv(index=False))
+
+
+def to_markdown(result: BenchResult) -> str:
+    parts = [f"### {describe(result)}"]
+    parts += [markdown_table(*table) for table in (latency_table(result), figure_table(result)) if table[1]]
+    parts += [f"`{result.environment.get('command')}`"]
+    parts += ["\n".join(f"- {name}: {text}" for name, text in result.definitions.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def to_html(result: BenchResult) -> str:
+    import pandas as pd
+
+    tables = [pd.DataFrame(rows, columns=columns) for columns, rows in (latency_table(result), figure_table(result))]
+    return f"<h3>{describe(result)}</h3>\n" + "\n".join(
+        str(table.to_html(index=False)) for table in tables if len(table)
+    )
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---" if index == 0 else "---:" for index in range(len(columns))]]
+    lines += [[format_figure(value) for value in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def format_figure(value: Any) -> str:
+    """Three or more digits that count: 12,345 and 123.4 and 1.23."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.1f}" if abs(value) >= 100 else f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def results_table(results: list[BenchResult]) -> str:
+    """The README's table: one line a run, and below it the commands."""
+    columns = ["model", "workload", "machine", "output tok/s", "TTFT p50 / p99 ms", "TPOT p50 ms", "ITL p99 ms"]
+    columns += ["KV waste %", "x transformers", "% of floor", "revision"]
+    rows = []
+    for result in results:
+        figures, env = result.metrics, result.environment
+        ttft = [format_figure(figures.get(f"p{p}_ttft_ms")) for p in (50, 99)] if "p50_ttft_ms" in figures else ["-"]
+        rows.append(
+            [
+                result.model,
+                describe_workload(result),
+                describe_machine(result),
+                figures["output_throughput"],
+                " / ".join(ttft),
+                figures.get("p50_tpot_ms"),
+                figures.get("p99_itl_ms"),
+                figures.get("kv_waste_perc"),
+                result.baseline["ratio"] if result.baseline else None,
+                result.floor["run_s"] / figures["duration"] * 100 if result.floor else None,
+                (env.get("git_revision") or "-")[:9] + ("+" if env.get("git_dirty") else ""),
+            ]
+        )
+    commands = "\n".join(str(result.environment.get("command")) for result in results)
+    return f"{markdown_table(columns, rows)}\n\nThe commands, line by line:\n\n```bash\n{commands}\n```"
+
+
+def update_readme(results_folder: Path, readme: Path) -> bool:
+    """Put the table of all valid results between the markers. True when the file changed."""
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"{readme} needs the lines {BEGIN} and {END}: the results go between them")
+    results = [result for result in map(_read_if_bench, sorted(results_folder.glob("*.json"))) if result]
+    table = results_table(results) if results else "No results yet."
+    updated = f"{before}{BEGIN}\n{table}\n{END}{after}"
+    if updated != text:
+        readme.write_text(updated, encoding="utf-8")
+    return updated != text
+
+
+def _read_if_bench(path: Path) -> BenchResult | None:
+    """The result in a file; None for other measurements in the same folder, and for a run that is not valid."""
+    result = BenchResult.read(path)
+    return result if result.kind in KINDS and result.is_valid else None
+
+
+def _flat_frame(result: BenchResult) -> "pd.DataFrame":
+    import pandas as pd
+
+    values = {name: value for name, value in result.to_dict().items() if name != "definitions"}
+    values["invalid_reasons"] = "; ".join(values.get("invalid_reasons", []))
+    values["errors"] = "; ".join(f"{count}x {error}" for error, count in values.get("errors", {}).items())
+    return pd.json_normalize(values)
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2:
+        print("usage: python -m bench.report RESULTS_FOLDER README", file=sys.stderr)
+        return 2
+    try:
+        changed = update_readme(Path(arguments[0]), Path(arguments[1]))
+    except UserError as error:
+        print(f"bench.report: {error}", file=sys.stderr)
+        return 1
+    print(f"{arguments[1]}: {'updated' if changed else 'already up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

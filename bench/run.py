@@ -1,0 +1,202 @@
+"""One benchmark from its options to its result: workload, measurement, baseline, floor, environment.
+
+The same options give the same requests every time they are made, so the baseline asks for what was measured.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from bench import floor, serving
+from bench.baseline import BaselineTask, run_baseline
+from bench.config import BenchConfig
+from bench.environment import environment
+from bench.result import BenchResult
+from bench.workloads import BenchRequest, file_requests, random_requests
+from engine.config import EngineConfig
+from engine.errors import UserError
+from engine.hub import resolve_model
+from engine.model_config import ModelConfig
+
+# Token ids below this are in every vocabulary, for a server whose model is not on this machine.
+SAFE_VOCAB_SIZE = 32_000
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+
+
+def run_serving(
+    engine: EngineConfig, options: BenchConfig, url: str, on_progress: Callable[[serving.RunProgress], None]
+) -> BenchResult:
+    """Measure the server at `url`: the one at options.url, or one that runs `engine`."""
+    served = _run_async(serving.served_model(url, options.api_key))
+    path = None if options.url else resolve_model(engine.model, engine.revision)
+    name = engine.model if options.url and engine.model else str(served["id"])
+    requests = make_requests(options, engine.seed, _vocab_size(path or _local_path(served.get("root"))))
+    _check_lengths(requests, served.get("max_model_len"))
+    load = serving.Load(options.batch_size if options.request_rate is None else None, options.request_rate, engine.seed)
+    run = _run_async(serving.measure(url, name, requests, load, api_key=options.api_key, on_progress=on_progress))
+    result = BenchResult(
+        kind="serving",
+        model=short_name(name),
+        workload=_workload(engine, options, len(requests)),
+        metrics=run.metrics(),
+        environment=environment(),
+    )
+    lengths = [(r.num_prompt_tokens, r.num_output_tokens) for r in run.records if not r.error]
+    return replace(result, floor=_floor(result, path, engine.dtype, lengths, load.concurrency or len(requests)))
+
+
+def run_offline(
+    engine: EngineConfig,
+    options: BenchConfig,
+    on_start: Callable[[str, float], None],
+    on_progress: Callable[[int, int], None],
+) -> BenchResult:
+    """Measure the engine in this process."""
+    path = resolve_model(engine.model, engine.revision)
+    requests = token_requests(make_requests(options, engine.seed, _vocab_size(path)), path, engine)
+
+    from bench import throughput
+    from engine.core import EngineCore
+
+    core = EngineCore(replace(engine, skip_tokenizer_init=True), on_start)
+    _check_lengths(requests, core.ready.max_model_len)
+    throughput.measure(core, throughput.warm_up(requests))
+    num_preemptions = core.stats.num_preemptions
+    steps = throughput.measure(core, requests, on_progress)
+    result = BenchResult(
+        kind="throughput",
+        model=short_name(engine.model or path.stem),
+        workload={
+            **_workload(engine, options, len(requests)),
+            "device": core.ready.device,
+            "dtype": core.ready.dtype,
+            "max_num_seqs": core.ready.max_num_seqs,
+        },
+        metrics=throughput.throughput_metrics(steps, requests, core.stats.num_preemptions - num_preemptions),
+        environment=environment(),
+        definitions=dict(throughput.DEFINITIONS),
+    )
+    lengths = [(len(request.prompt), request.output_len) for request in requests]
+    return replace(result, floor=_floor(result, path, engine.dtype, lengths, core.ready.max_num_seqs))
+
+
+def with_baseline(result: BenchResult, engine: EngineConfig, options: BenchConfig) -> BenchResult:
+    """The result with the same prompts run through transformers, batch by batch."""
+    path = resolve_model(engine.model, engine.revision)
+    requests = token_requests(make_requests(options, engine.seed, _vocab_size(path)), path, engine)
+    task = BaselineTask(
+        path=str(path),
+        load_format=engine.load_format,
+        device=engine.device,
+        dtype=engine.dtype,
+        prompts=[request.prompt for request in requests if isinstance(request.prompt, list)],
+        output_lens=[request.output_len for request in requests],
+        batch_size=min(options.batch_size, len(requests)),
+    )
+    baseline = run_baseline(task)
+    baseline["ratio"] = result.metrics["output_throughput"] / baseline["output_throughput"]
+    return replace(result, baseline=baseline)
+
+
+def make_requests(options: BenchConfig, seed: int, vocab_size: int) -> list[BenchRequest]:
+    """The workload. Raises UserError for a dataset file that cannot be read."""
+    if options.dataset == "random":
+        return random_requests(
+            options.num_requests,
+            input_len=options.input_len,
+            output_len=options.output_len,
+            vocab_size=vocab_size,
+            seed=seed,
+            range_ratio=options.range_ratio,
+        )
+    return file_requests(Path(options.dataset), options.num_requests, output_len=options.output_len, seed=seed)
+
+
+def token_requests(requests: list[BenchRequest], path: Path, engine: EngineConfig) -> list[BenchRequest]:
+    """The same requests with token ids for prompts, as the server would make them."""
+    if all(isinstance(request.prompt, list) for request in requests):
+        return requests
+
+    from engine.chat_template import render_chat
+    from engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(engine.tokenizer or str(path), engine.revision)
+
+    def token_ids(request: BenchRequest) -> list[int]:
+        if request.messages is not None:
+            if tokenizer.chat_template is None:
+                raise UserError("the dataset holds messages, and the model has no chat template: use prompts")
+            bos, eos = tokenizer.bos_token, tokenizer.eos_token
+            text = render_chat(tokenizer.chat_template, request.messages, bos_token=bos, eos_token=eos)
+            return tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else request.prompt
+
+    return [replace(request, prompt=token_ids(request), messages=None) for request in requests]
+
+
+def short_name(model: str) -> str:
+    """A model's name for a table: the last part of a path, the whole of a name on the hub."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def _run_async(coroutine: Any) -> Any:
+    """uvloop halves the client's own time for each token."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(coroutine)
+    return uvloop.run(coroutine)
+
+
+def _local_path(root: Any) -> Path | None:
+    return Path(root) if isinstance(root, str) and Path(root).exists() else None
+
+
+def _vocab_size(path: Path | None) -> int:
+    return ModelConfig.from_path(path).vocab_size if path else SAFE_VOCAB_SIZE
+
+
+def _check_lengths(requests: list[BenchRequest], max_model_len: int | None) -> None:
+    """Refuse token prompts that the model has no room for, before a run full of failures."""
+    lengths = [len(request.prompt) + request.output_len for request in requests if isinstance(request.prompt, list)]
+    if max_model_len and max(lengths, default=0) > max_model_len:
+        raise UserError(
+            f"a request has {max(lengths):,} tokens (input and output), the model has room for {max_model_len:,}: "
+            "lower --input-len or --output-len, or raise --max-model-len"
+        )
+
+
+def _workload(engine: EngineConfig, options: BenchConfig, num_requests: int) -> dict[str, Any]:
+    is_random = options.dataset == "random"
+    host = urlsplit(options.url).hostname if options.url else None
+    is_closed = options.request_rate is None and not options.offline
+    return {
+        "dataset": options.dataset if is_random else Path(options.dataset).name,
+        "num_prompts": num_requests,
+        **({"input_len": options.input_len, "range_ratio": options.range_ratio} if is_random else {}),
+        "output_len": options.output_len,
+        **({"concurrency": options.batch_size} if is_closed else {}),
+        **({"request_rate": str(options.request_rate)} if options.request_rate is not None else {}),
+        **({"remote_host": host} if host and host not in LOCAL_HOSTS else {}),
+        "seed": engine.seed,
+        "device": engine.device,
+        "dtype": engine.dtype,
+        "load_format": engine.load_format,
+    }
+
+
+def _floor(
+    result: BenchResult, path: Path | None, dtype: str, lengths: list[tuple[int, int]], batch: int
+) -> dict[str, Any] | None:
+    """The floor on this machine's GPU; None where it is unknown or the run was not on it."""
+    ceilings = floor.find_ceilings(result.environment["gpu"])
+    if path is None or not lengths or ceilings is None or result.workload["device"] == "cpu":
+        return None
+    model = ModelConfig.from_path(path)
+    dtype = model.dtype if dtype == "auto" else dtype
+    if dtype == "float32":  # the matrix ceiling is for 16 bits
+        return None
+    return floor.Floor(model, dtype, ceilings).summary(lengths, batch)

@@ -1,0 +1,108 @@
+"""`vcli bench`: measure a model through a server started for it, a server that runs somewhere, or without one."""
+
+from typing import TYPE_CHECKING, Self
+
+import typer
+
+from bench.config import BenchConfig
+from engine.config import EngineConfig
+from vcli.flags import with_flags
+
+if TYPE_CHECKING:
+    from bench.result import BenchResult
+    from bench.serving import RunProgress
+
+
+@with_flags
+def bench(engine: EngineConfig, options: BenchConfig) -> None:
+    """Measure latency and throughput of a model, or of a server that runs already.
+
+    Starts a server for MODEL (or takes --url), warms up, sends requests that generate exactly their output length,
+    and prints the percentiles with their definitions.
+    """
+    from bench import report
+    from bench.run import with_baseline
+
+    if options.output:
+        report.check_extension(options.output)
+    result = _offline(engine, options) if options.offline else _serving(engine, options)
+    if options.baseline != "none":
+        with _Status() as status:
+            status.show("running the transformers baseline")
+            result = with_baseline(result, engine, options)
+    if options.output:
+        report.write(result, options.output)
+    _print(result, as_json=options.json)
+    if not result.metrics["completed"]:
+        raise typer.Exit(1)
+
+
+def _serving(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
+    from bench.run import run_serving
+    from vcli.server_process import running_server
+
+    with _Status() as status:
+        if options.url:
+            return run_serving(engine, options, options.url, status.show_run)
+        status.show("starting the server")
+        with running_server(engine, status.show_start) as url:
+            return run_serving(engine, options, url, status.show_run)
+
+
+def _offline(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
+    from bench.run import run_offline
+
+    with _Status() as status:
+
+        def show_run(num_done: int, num_tokens: int) -> None:
+            status.show("measuring", num_done, options.num_requests, detail=f"{num_tokens:,} tokens")
+
+        return run_offline(engine, options, status.show_start, show_run)
+
+
+def _print(result: "BenchResult", as_json: bool) -> None:
+    """The result on stdout; what makes it worthless on stderr."""
+    from bench import report
+    from vcli.console import console, out, print_table
+
+    if as_json:
+        out.out(result.to_json(), end="", highlight=False)
+    else:
+        columns, rows = report.latency_table(result)
+        if rows:
+            print_table(report.describe(result), columns, rows)
+        notes = [f"{name}: {text}" for name, text in result.definitions.items()]
+        print_table("" if rows else report.describe(result), *report.figure_table(result), notes=["", *notes])
+    for error, count in result.metrics.get("errors", {}).items():
+        console.print(f"{count} failed: {error}", style="red", markup=False)
+    for reason in result.metrics.get("invalid_reasons", []):
+        console.print(f"not a valid result: {reason}", style="red", markup=False)
+
+
+class _Status:
+    """What is going on, on stderr: a live bar on a terminal, elsewhere one line for each stage."""
+
+    def __enter__(self) -> Self:
+        from vcli.console import console, progress_bar
+
+        self._console, self._bar, self._stage = console, progress_bar(), ""
+        self._bar.start()
+        self._task = self._bar.add_task("")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, stage: str, num_done: int = 0, num_total: int | None = None, detail: str = "") -> None:
+        self._bar.update(self._task, description=f"{stage}  {detail}", completed=num_done, total=num_total)
+        if stage != self._stage and not self._console.is_terminal:
+            self._console.print(stage, markup=False)
+        self._stage = stage
+
+    def show_start(self, stage: str, fraction: float) -> None:
+        self.show(f"starting: {stage}", round(fraction * 100), 100)
+
+    def show_run(self, progress: "RunProgress") -> None:
+        rate = progress.num_output_tokens / progress.elapsed_s if progress.elapsed_s else 0.0
+        failed = f", {progress.num_failed} failed" if progress.num_failed else ""
+        self.show(progress.stage, progress.num_done, progress.num_requests, detail=f"{rate:,.0f} tok/s{failed}")

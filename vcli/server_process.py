@@ -1,0 +1,128 @@
+"""A `vcli serve` of our own: started on a free port, waited for, and stopped whatever happens.
+
+Invariant: when the `with` block ends, by its end, an error, Ctrl-C or SIGTERM, no process of the server is left.
+"""
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from engine.child import module_command, module_environment
+from engine.config import EngineConfig
+from engine.errors import UserError
+from vcli.flags import flags_of
+
+READY_POLL_S = 0.1
+STOP_TIMEOUT_S = 20.0
+LOG_LINES = 15
+OnProgress = Callable[[str, float], None]  # stage, share done
+
+
+@contextlib.contextmanager
+def running_server(config: EngineConfig, on_progress: OnProgress) -> Iterator[str]:
+    """Start a server with this configuration and give its URL once the model is loaded. Raises UserError with the end
+    of its log when it does not come up."""
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    arguments = [*serve_arguments(config), "--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s"]
+    with tempfile.TemporaryFile("w+", prefix="vcli-serve-", errors="replace") as log, _sigterm_as_exit():
+        # Its own session: Ctrl-C reaches us alone, and we stop the server in order.
+        process = subprocess.Popen(
+            module_command("vcli", "serve", *arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=module_environment(),
+            start_new_session=True,
+        )
+        try:
+            while not _is_ready(url, on_progress):
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise UserError(_last_words(process.returncode, log.read()))
+                time.sleep(READY_POLL_S)
+            yield url
+        finally:
+            _stop(process)
+
+
+def serve_arguments(config: EngineConfig) -> list[str]:
+    """The command line that says what `config` says; what is as by default is left out."""
+    arguments = [config.model] if config.model else []
+    for flag in flags_of(EngineConfig):
+        value = getattr(config, flag.field)
+        if flag.field == "model" or value == flag.default:
+            continue
+        if isinstance(value, bool):
+            arguments.append(flag.name if value else f"--no-{flag.name[2:]}")
+        else:
+            arguments += [flag.name, str(value)]
+    return arguments
+
+
+def _is_ready(url: str, on_progress: OnProgress) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=10):
+            return True
+    except urllib.error.HTTPError as error:
+        with error:
+            on_progress(*_stage(error.read()))
+    except (OSError, ValueError):
+        pass  # it does not listen yet
+    return False
+
+
+def _stage(body: bytes) -> tuple[str, float]:
+    try:
+        status: dict[str, Any] = json.loads(body)
+        return str(status["stage"]), float(status["fraction"])
+    except (ValueError, LookupError, TypeError):
+        return "starting", 0.0
+
+
+def _last_words(returncode: int, log: str) -> str:
+    lines = log.strip().splitlines()[-LOG_LINES:]
+    if returncode == 1 and lines and lines[-1].startswith("vcli: "):
+        return lines[-1].removeprefix("vcli: ")  # its message to the person is ours
+    return "\n".join([f"the server ended with exit code {returncode} before it was ready; its last words:", *lines])
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and SIGKILL for one that does not go."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """While it lasts, SIGTERM unwinds this process as an exit does, so that `finally` is reached."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
