@@ -1,7 +1,181 @@
-"""Native CPU bodies of the ops, built from kernels/cpu at first use."""
+"""Native CPU bodies of the ops: one call into the library of kernels/cpu each, a few microseconds around the work.
 
+Each knows bfloat16 and float32; what it does not know goes to the reference. Invariant: a pointer handed to the library
+is that of a contiguous tensor which a local name keeps alive.
+"""
+
+import ctypes
+import functools
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.ops import reference
+from engine.ops.native_build import load_library
+
+TYPES = {torch.bfloat16: 0, torch.float32: 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+BLOCK_SIZE = 16
+# From here on torch's own matrix product is faster: the work is bound by arithmetic, which it tiles better.
+MAX_LINEAR_ROWS = {torch.bfloat16: 16, torch.float32: 32}
+
+_POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+SIGNATURES = {
+    "rms_norm": [_POINTER] * 4 + [_SIZE] * 2 + [_FLOAT, _INT],
+    "gated_activation": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
+    "rotate_and_store": [_POINTER] * 9 + [_SIZE] * 6 + [_FLOAT, _INT],
+    "paged_attention": [_POINTER] * 8 + [_SIZE] * 6 + [_FLOAT, _FLOAT, _INT],
+    "linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT],
+    "gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
+}
 
 
 def is_usable(x: Tensor) -> bool:
-    return False
+    """Whether the functions of this module can be called with x (they may still hand it on to the reference)."""
+    return x.is_cpu and _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = load_library()
+    if library:
+        for name, signature in SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = signature, None
+    return library
+
+
+def _call(name: str, *arguments: int | float | None) -> None:
+    getattr(_library(), name)(*arguments)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    type_ = TYPES.get(x.dtype)
+    if type_ is None or weight.dtype != x.dtype:
+        return reference.rms_norm(x, weight, eps)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    dim = len(weight)
+    _call("rms_norm", y.data_ptr(), x.data_ptr(), None, weight.data_ptr(), x.numel() // dim, dim, eps, type_)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    type_ = TYPES.get(x.dtype)
+    if type_ is None or not weight.dtype == residual.dtype == x.dtype or not residual.is_contiguous():
+        return reference.add_rms_norm(x, residual, weight, eps)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    dim = len(weight)
+    pointers = y.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+    _call("rms_norm", *pointers, x.numel() // dim, dim, eps, type_)
+    return y
+
+
+def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
+    type_ = TYPES.get(gate_up.dtype)
+    if type_ is None:
+        return reference.gated_activation(gate_up, kind)
+    gate_up = gate_up.contiguous()
+    rows, double = gate_up.shape
+    y = gate_up.new_empty((rows, double // 2))
+    _call("gated_activation", y.data_ptr(), gate_up.data_ptr(), rows, double // 2, ACTIVATIONS[kind], type_)
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    type_ = TYPES.get(x.dtype)
+    if type_ is None or len(x) > MAX_LINEAR_ROWS[x.dtype] or weight.dtype != x.dtype or not weight.is_contiguous():
+        return F.linear(x, weight, bias)
+    x = x.contiguous()
+    rows, in_features = x.shape
+    y = x.new_empty((rows, len(weight)))
+    bias_pointer = bias.data_ptr() if bias is not None else None
+    pointers = y.data_ptr(), x.data_ptr(), weight.data_ptr(), bias_pointer
+    _call("linear", *pointers, rows, in_features, len(weight), type_)
+    return y
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    type_ = TYPES.get(qkv.dtype)
+    norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+    if type_ is None or k_cache.dtype != qkv.dtype or any(norm.dtype != qkv.dtype for norm in norms):
+        return reference.rotate_and_store(qkv, positions, slot_mapping, cos_sin, k_cache, v_cache, q_norm, k_norm, eps)
+    qkv = qkv.contiguous()
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    q = qkv.new_empty((len(qkv), num_heads, head_dim))
+    _call(
+        "rotate_and_store",
+        q.data_ptr(),
+        qkv.data_ptr(),
+        positions.data_ptr(),
+        slot_mapping.data_ptr(),
+        cos_sin.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        q_norm.data_ptr() if q_norm is not None else None,
+        k_norm.data_ptr() if k_norm is not None else None,
+        len(qkv),
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        cos_sin.shape[1],
+        block_size,
+        eps,
+        type_,
+    )
+    return q
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float, window: int, softcap: float
+) -> Tensor:
+    type_ = TYPES.get(q.dtype)
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    if type_ is None or k_cache.dtype != q.dtype or head_dim % 32 or block_size != BLOCK_SIZE:
+        return reference.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    _call(
+        "paged_attention",
+        out.data_ptr(),
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        batch.query_start.data_ptr(),
+        batch.context_lens.data_ptr(),
+        batch.rows.data_ptr(),
+        batch.block_table.data_ptr(),
+        len(batch.rows),
+        batch.block_table.shape[1],
+        q.shape[1],
+        num_kv_heads,
+        head_dim,
+        window,
+        scale,
+        softcap,
+        type_,
+    )
+    return out
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    if seeds.dtype != torch.int64:
+        return reference.gumbel_noise(seeds, positions, vocab_size)
+    seeds, positions = seeds.contiguous(), positions.to(torch.int32).contiguous()
+    noise = torch.empty(len(seeds), vocab_size)
+    _call("gumbel_noise", noise.data_ptr(), seeds.data_ptr(), positions.data_ptr(), len(seeds), vocab_size)
+    return noise

@@ -96,7 +96,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
     words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1).flatten(1)[:, :vocab_size]
-    uniform = ((words >> 8).float() + 0.5) * 2.0**-24
+    uniform = ((words >> 9).float() + 0.5) * 2.0**-23  # 24 bits would round up to 1, whose noise is infinite
     return -torch.log(-torch.log(uniform))
 
 

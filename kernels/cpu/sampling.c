@@ -1,0 +1,43 @@
+// Standard Gumbel noise that depends on nothing but (seed, position, token).   noise [rows, vocab_size] float32
+//
+// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): counter (token / 4, 0, position,
+// 0), key seed; word token % 4 becomes u in (0, 1) and the noise -log(-log(u)). Bound by arithmetic, all of it in vectors.
+#include "common.h"
+
+#define TOKENS 256  // drawn at a time, words first
+
+INLINE void draw_words(uint32_t *words4, uint32_t first_counter, uint64_t seed, uint32_t position) {
+#pragma omp simd
+    for (uint32_t i = 0; i < TOKENS / 4; i++) {
+        uint32_t c0 = first_counter + i, c1 = 0, c2 = position, c3 = 0, key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+        for (int round = 0; round < 10; round++) {
+            const uint64_t product0 = 0xD2511F53ull * c0, product1 = 0xCD9E8D57ull * c2;
+            c0 = (uint32_t)(product1 >> 32) ^ c1 ^ key0;
+            c1 = (uint32_t)product1;
+            c2 = (uint32_t)(product0 >> 32) ^ c3 ^ key1;
+            c3 = (uint32_t)product0;
+            key0 += 0x9E3779B9u;
+            key1 += 0xBB67AE85u;
+        }
+        words4[4 * i] = c0;
+        words4[4 * i + 1] = c1;
+        words4[4 * i + 2] = c2;
+        words4[4 * i + 3] = c3;
+    }
+}
+
+void gumbel_noise(float *noise, const int64_t *seeds, const int32_t *positions, int64_t rows, int64_t vocab_size) {
+    const int64_t parts = (vocab_size + TOKENS - 1) / TOKENS;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows * parts; i++) {
+        const int64_t row = i / parts, first = i % parts * TOKENS;
+        const int64_t size = vocab_size - first < TOKENS ? vocab_size - first : TOKENS;
+        uint32_t drawn[TOKENS];
+        draw_words(drawn, first / 4, seeds[row], positions[row]);
+#pragma omp simd
+        for (int64_t token = 0; token < size; token++) {
+            const float uniform = ((float)(int32_t)(drawn[token] >> 9) + 0.5f) * 0x1p-23f;
+            noise[row * vocab_size + first + token] = -fast_log(-fast_log(uniform));
+        }
+    }
+}
