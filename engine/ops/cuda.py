@@ -1,0 +1,293 @@
+"""CUDA bodies of the ops: they pick tile and grid and launch the kernels of kernels/*.cu into new tensors.
+
+Nothing here reads from the device, and grids depend on shapes and the batch's host numbers alone.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.config import BLOCK_SIZE
+from engine.errors import UserError
+from engine.ops import launcher
+from engine.ops.compiler import Build, arch_of, cubins
+
+SCALARS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "float"}
+MAX_GROUP = 8  # query heads that one block of the decode kernel holds in registers
+MAX_SPLITS = 128  # of one context, as in attention/decode.cu
+
+
+def warm_up(device: torch.device, dtype: torch.dtype, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
+    """Compile (or find in the cache) and load every kernel that a model needs: none is compiled while it serves."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    builds = list(model_builds(_arch(index), dtype, head_dim, num_heads // num_kv_heads))
+    cubins(builds)
+    for build in builds:
+        launcher.load(build, index)
+
+
+def model_builds(arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int) -> Iterator[Build]:
+    """The builds that a model of these numbers runs on."""
+    if dtype not in SCALARS:
+        raise UserError(f"the CUDA kernels know bfloat16, float16 and float32, not {dtype}: choose one with --dtype")
+    if head_dim % 8 or not 0 < head_dim <= 256:
+        raise UserError(f"the CUDA kernels know head sizes of 8, 16, 24 to 256, not {head_dim}: use --device cpu")
+    yield _build(arch, "norm.cu", dtype)
+    yield _build(arch, "activation.cu", dtype)
+    yield _build(arch, "sampling.cu", dtype)
+    yield _build(arch, "rotary.cu", dtype, head_dim)
+    yield _build(arch, "attention/decode.cu", dtype, head_dim, _group(heads_per_kv))
+    if _has_prefill_kernel(dtype, head_dim):
+        yield _build(arch, "attention/prefill.cu", dtype, head_dim)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y, dim = torch.empty_like(x), x.shape[-1]
+    _check_rows(x, y)
+    if x.numel():
+        kernel = _kernel(x, "norm.cu", "rms_norm" + _weight_suffix(weight, x))
+        grid = (x.numel() // dim, 1, 1)
+        kernel(grid, _norm_threads(x), y.data_ptr(), x.data_ptr(), weight.data_ptr(), dim, eps)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y, dim = torch.empty_like(x), x.shape[-1]
+    _check_rows(x, y, residual)
+    if x.numel():
+        kernel = _kernel(x, "norm.cu", "add_rms_norm" + _weight_suffix(weight, x))
+        grid, pointers = (x.numel() // dim, 1, 1), (y.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr())
+        kernel(grid, _norm_threads(x), *pointers, dim, eps)
+    return y
+
+
+def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
+    dim = gate_up.shape[-1] // 2
+    y = gate_up.new_empty(*gate_up.shape[:-1], dim)
+    _check_rows(y, gate_up)
+    if y.numel():
+        threads = 128
+        kernel = _kernel(gate_up, "activation.cu", {"silu": "gated_silu", "gelu_tanh": "gated_gelu_tanh"}[kind])
+        grid = (y.numel() // dim, -(-dim * y.itemsize // (16 * threads)), 1)
+        kernel(grid, threads, y.data_ptr(), gate_up.data_ptr(), dim)
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    num_tokens, num_kv_heads, head_dim = len(qkv), k_cache.shape[1], k_cache.shape[3]
+    num_all_heads = qkv.shape[1] // head_dim
+    num_heads = num_all_heads - 2 * num_kv_heads
+    _check_rows(qkv, k_cache, v_cache)
+    assert cos_sin.dtype is torch.float32, cos_sin.dtype
+    norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+    norm_is_float = bool(norms) and _weight_suffix(norms[0], qkv) != ""
+    assert len({norm.dtype for norm in norms}) <= 1, norms
+    q = qkv.new_empty(num_tokens, num_heads, head_dim)
+    if num_tokens:
+        threads = 256
+        lanes_per_head = min(32, 1 << (head_dim * qkv.itemsize // 16 - 1).bit_length())  # as in rotary.cu
+        _kernel(qkv, "rotary.cu", "rotate_and_store", head_dim)(
+            (num_tokens, -(-num_all_heads * lanes_per_head // threads), 1),
+            threads,
+            *(q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), qkv.data_ptr()),
+            *(positions.data_ptr(), slot_mapping.data_ptr(), cos_sin.data_ptr(), _pointer(q_norm), _pointer(k_norm)),
+            *(norm_is_float, eps, num_heads, num_kv_heads, cos_sin.shape[1]),
+        )
+    return q
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Requests of one token go to the decode kernel, chunks to the prefill kernel where tensor cores know the type."""
+    _check_rows(q, k_cache, v_cache)
+    assert k_cache.shape[2] == BLOCK_SIZE, k_cache.shape
+    out = torch.empty_like(q)
+    num_decodes = batch.num_decodes if _has_prefill_kernel(q.dtype, q.shape[2]) else len(q)
+    if num_decodes:
+        _decode(out, q, k_cache, v_cache, batch, num_decodes, scale, window, softcap)
+    if num_decodes < len(q):
+        _prefill(out, q, k_cache, v_cache, batch, scale, window, softcap)
+    return out
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    noise = torch.empty(len(seeds), vocab_size, dtype=torch.float32, device=seeds.device)
+    positions = positions.long()
+    assert seeds.dtype is torch.int64, seeds.dtype
+    if noise.numel():
+        threads = 128
+        kernel = _kernel(noise, "sampling.cu", "gumbel_noise")
+        grid = (len(seeds), -(-vocab_size // (4 * threads)), 1)
+        kernel(grid, threads, noise.data_ptr(), seeds.data_ptr(), positions.data_ptr(), vocab_size)
+    return noise
+
+
+def num_splits(num_blocks: int, max_context: int, num_sms: int) -> int:
+    """Parts that contexts are cut into: enough for four blocks of threads on each multiprocessor, but no part so short
+    (256 tokens) that joining the parts costs more than it saves."""
+    wanted = -(-4 * num_sms // num_blocks)
+    return max(1, min(wanted, -(-max_context // 256), MAX_SPLITS))
+
+
+def prefill_tile(head_dim: int) -> tuple[int, int]:
+    """(warps of 16 query rows, keys in a stage): what registers and the 99 KiB of shared memory of small GPUs hold."""
+    return (4, 32) if head_dim > 128 else (8, 64)
+
+
+def prefill_shared_bytes(head_dim: int) -> int:
+    """Two stages of keys and values; queries of wide heads have a place of their own (as in attention/prefill.cu)."""
+    warps, keys = prefill_tile(head_dim)
+    num_rows = 4 * keys + (16 * warps if head_dim > 128 else 0)
+    return num_rows * (head_dim + 8) * 2
+
+
+def _decode(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    num_tokens: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Attention of the first num_tokens queries, each on its own."""
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    group = _group(num_heads // num_kv_heads)
+    blocks_per_token = num_kv_heads * -(-num_heads // num_kv_heads // group)
+    max_context = min(batch.max_context_len, window + BLOCK_SIZE) if window else batch.max_context_len
+    splits = num_splits(num_tokens * blocks_per_token, max_context, _num_sms(q.get_device()))
+    num_parts = num_tokens * num_heads * splits if splits > 1 else 0
+    parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
+    part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
+    _kernel(q, "attention/decode.cu", "decode", head_dim, group)(
+        (num_tokens, blocks_per_token, splits),
+        128,
+        *(out.data_ptr(), parts.data_ptr(), part_weights, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
+        *_batch_pointers(batch),
+        *(batch.num_decodes, len(batch.context_lens), batch.block_table.shape[1], num_heads, num_kv_heads),
+        *(scale, window, softcap),
+    )
+    if splits > 1:
+        combine = _kernel(q, "attention/decode.cu", "combine", head_dim, group)
+        combine((num_tokens, num_heads, 1), 128, out.data_ptr(), parts.data_ptr(), part_weights, splits)
+
+
+def _prefill(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Attention of the requests after the batch's decodes."""
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    warps, _ = prefill_tile(head_dim)
+    num_rows = batch.max_query_len * (num_heads // num_kv_heads)
+    _kernel(q, "attention/prefill.cu", "prefill", head_dim)(
+        (-(-num_rows // (16 * warps)), num_kv_heads, len(batch.context_lens) - batch.num_decodes),
+        32 * warps,
+        *(out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
+        *_batch_pointers(batch),
+        *(batch.num_decodes, batch.block_table.shape[1], num_heads, num_kv_heads, scale, window, softcap),
+        shared_bytes=prefill_shared_bytes(head_dim),
+    )
+
+
+def _batch_pointers(batch: ForwardBatch) -> tuple[int, int, int, int]:
+    tensors = (batch.query_start, batch.context_lens, batch.rows, batch.block_table)
+    for tensor in tensors:
+        assert tensor.dtype is torch.int32, tensor.dtype
+    query_start, context_lens, rows, block_table = (tensor.data_ptr() for tensor in tensors)
+    return query_start, context_lens, rows, block_table
+
+
+def _has_prefill_kernel(dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype is not torch.float32 and head_dim % 16 == 0
+
+
+def _group(heads_per_kv: int) -> int:
+    """Query heads a block of the decode kernel takes: all that share a KV head, or an even share of them."""
+    return -(-heads_per_kv // -(-heads_per_kv // MAX_GROUP))
+
+
+def _norm_threads(x: Tensor) -> int:
+    """Threads for a row of x: one for 16 bytes up to 4 KiB, then up to four times 16 bytes each."""
+    vecs = x.shape[-1] * x.itemsize // 16
+    threads = -(-vecs // 32) * 32 if vecs <= 256 else max(256, -(-vecs // 128) * 32)
+    assert threads <= 1024, f"rows of {x.shape[-1]} numbers are too long for the norm kernels"
+    return threads
+
+
+def _weight_suffix(weight: Tensor, x: Tensor) -> str:
+    if weight.dtype is x.dtype:
+        return ""
+    assert weight.dtype is torch.float32, (weight.dtype, x.dtype)
+    return "_float_weight"
+
+
+def _check_rows(*tensors: Tensor) -> None:
+    """Kernels read and write 16 bytes at a time, in tensors of one type without gaps."""
+    for tensor in tensors:
+        assert tensor.is_contiguous(), tensor.stride()
+        assert tensor.dtype is tensors[0].dtype, (tensor.dtype, tensors[0].dtype)
+        assert tensor.shape[-1] * tensor.itemsize % 16 == 0, tensor.shape
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _kernel(x: Tensor, file: str, name: str, head_dim: int = 0, group: int = 0) -> launcher.Kernel:
+    return _loaded(x.get_device(), x.dtype, file, name, head_dim, group)
+
+
+@cache
+def _loaded(device: int, dtype: torch.dtype, file: str, name: str, head_dim: int, group: int) -> launcher.Kernel:
+    kernel = launcher.load(_build(_arch(device), file, dtype, head_dim, group), device)[name]
+    if name == "prefill":
+        kernel.allow_shared_bytes(prefill_shared_bytes(head_dim))
+    return kernel
+
+
+def _build(arch: str, file: str, dtype: torch.dtype, head_dim: int = 0, group: int = 0) -> Build:
+    defines = [f"SCALAR={SCALARS[dtype]}"] if file != "sampling.cu" else []
+    defines += [f"HEAD_DIM={head_dim}"] if head_dim else []
+    defines += [f"GROUP={group}"] if group else []
+    if file == "attention/prefill.cu":
+        warps, keys = prefill_tile(head_dim)
+        defines += [f"WARPS={warps}", f"KEYS={keys}"]
+    return Build(file, arch, tuple(defines))
+
+
+@cache
+def _arch(device: int) -> str:
+    return arch_of(torch.cuda.get_device_capability(device))
+
+
+@cache
+def _num_sms(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,221 @@
+// Attention of prompt chunks over the paged KV cache: out = softmax(cap(q · Kᵀ · scale)) · V, causal, on tensor cores.
+//
+// Work: the query heads that share a KV head are stacked, so a request has num_tokens · heads_per_kv rows for each KV head;
+// a block of threads takes kRows of them and walks over the keys they see, kKeys at a time, with an online softmax
+// (Dao, "FlashAttention-2", 2023): scores and output stay in registers, 16 rows a warp. The next keys and values come to
+// shared memory in the background (two stages). Bound by FLOPs once the chunk is longer than a few tokens.
+//
+// Built with SCALAR (bf16 or f16), HEAD_DIM (a multiple of 16), WARPS and KEYS (keys in a stage).
+#include "types.cuh"
+#include "reduce.cuh"
+#include "attention.cuh"
+
+using Scalar = SCALAR;
+constexpr int kHeadDim = HEAD_DIM;
+constexpr int kThreads = WARPS * 32;
+constexpr int kRows = WARPS * 16;
+constexpr int kKeys = KEYS;
+constexpr bool kIsWide = kHeadDim > 128;  // output fills the registers of wide heads: their queries stay in shared memory
+// Eight numbers of room after each row: the eight rows that one ldmatrix reads then lie in different banks.
+constexpr int kStride = kHeadDim + 8;
+constexpr int kVecs = kHeadDim / 8;
+constexpr int kSteps = kHeadDim / 16;  // tensor core steps along the head
+
+struct Tile { Scalar rows[kKeys * kStride]; };
+struct Stage { Tile keys, values; };
+
+struct Softmax {  // of this lane's rows, lane / 4 and lane / 4 + 8; sums are over the lane's own columns until the end
+  float peak[2], sum[2], out[kHeadDim / 8][4];
+};
+
+struct Row {  // one stacked row: a query head of a token
+  int token, head;
+};
+__device__ inline Row row_of(int row, int heads_per_kv) { return {row / heads_per_kv, row % heads_per_kv}; }
+
+struct Context {  // where the keys and values of one request and KV head lie, and which of them the block sees
+  const Scalar *k_cache, *v_cache;
+  const int* table;
+  i64 block_stride;
+  int begin, end;
+};
+
+// Bring keys [first, first + kKeys) and their values; zeros where there are none, since 0 · (what lies there) may be NaN.
+__device__ inline void load_stage(Stage& stage, const Context& context, int first) {
+  for (int i = threadIdx.x; i < kKeys * kVecs; i += kThreads) {
+    const int row = i / kVecs, at = i % kVecs * 8, key = first + row;
+    const bool exists = key >= context.begin && key < context.end;
+    const i64 block = exists ? context.table[key / kBlockSize] : 0;
+    const i64 source = block * context.block_stride + key % kBlockSize * kHeadDim + at;
+    cp_async_16(&stage.keys.rows[row * kStride + at], context.k_cache + source, exists);
+    cp_async_16(&stage.values.rows[row * kStride + at], context.v_cache + source, exists);
+  }
+  cp_async_commit();
+}
+
+__device__ inline void load_queries(Scalar* queries, const Scalar* q, i64 first_token, int first_row, int num_rows, int kv_head,
+                                    int num_heads, int heads_per_kv) {
+  for (int i = threadIdx.x; i < kRows * kVecs; i += kThreads) {
+    const int at = i % kVecs * 8;
+    const bool exists = first_row + i / kVecs < num_rows;
+    const Row row = row_of(exists ? first_row + i / kVecs : 0, heads_per_kv);
+    const i64 source = ((first_token + row.token) * num_heads + kv_head * heads_per_kv + row.head) * kHeadDim + at;
+    cp_async_16(&queries[i / kVecs * kStride + at], q + source, exists);
+  }
+  cp_async_commit();
+}
+
+// The A operand: 16 query rows, 16 numbers of the head.
+__device__ inline void query_fragment(u32 (&fragment)[4], const Scalar* queries, int step) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  ldmatrix(fragment, &queries[(warp * 16 + lane % 16) * kStride + step * 16 + lane / 16 * 8]);
+}
+
+__device__ inline void scores_of(float (&scores)[kKeys / 8][4], const u32 (&query)[4], const Tile& keys, int step) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int pair = 0; pair < kKeys / 16; ++pair) {
+    u32 fragment[4];  // of 16 keys: two B operands
+    const int key = pair * 16 + lane / 16 * 8 + lane % 8;
+    ldmatrix(fragment, &keys.rows[key * kStride + step * 16 + lane / 8 % 2 * 8]);
+    mma_16x8x16<Scalar>(scores[2 * pair], query, fragment[0], fragment[1]);
+    mma_16x8x16<Scalar>(scores[2 * pair + 1], query, fragment[2], fragment[3]);
+  }
+}
+
+// Scores become weights 2^(score - peak), and what was summed before fades to the new peak. `factor` brings scores to base 2.
+__device__ inline void add_scores(Softmax& state, float (&scores)[kKeys / 8][4], float factor) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float peak = state.peak[half];
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) peak = fmaxf(peak, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+    peak = team_max<4>(peak);
+    const float base = finite_or_zero(peak) * factor;
+    const float fade = exp2_fast(state.peak[half] * factor - base);
+    state.peak[half] = peak;
+    state.sum[half] *= fade;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        scores[n][i] = exp2_fast(scores[n][i] * factor - base);
+        state.sum[half] += scores[n][i];
+      }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+      state.out[n][2 * half] *= fade;
+      state.out[n][2 * half + 1] *= fade;
+    }
+  }
+}
+
+__device__ inline void add_values(Softmax& state, const float (&weights)[kKeys / 8][4], const Tile& values) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 0; step < kKeys / 16; ++step) {
+    // What a lane holds of two products C is just what it must bring of one operand A.
+    const u32 weight[4] = {pack<Scalar>(weights[2 * step][0], weights[2 * step][1]),
+                           pack<Scalar>(weights[2 * step][2], weights[2 * step][3]),
+                           pack<Scalar>(weights[2 * step + 1][0], weights[2 * step + 1][1]),
+                           pack<Scalar>(weights[2 * step + 1][2], weights[2 * step + 1][3])};
+#pragma unroll
+    for (int pair = 0; pair < kHeadDim / 16; ++pair) {
+      u32 fragment[4];
+      const int key = step * 16 + lane % 16;
+      ldmatrix_transposed(fragment, &values.rows[key * kStride + pair * 16 + lane / 16 * 8]);
+      mma_16x8x16<Scalar>(state.out[2 * pair], weight, fragment[0], fragment[1]);
+      mma_16x8x16<Scalar>(state.out[2 * pair + 1], weight, fragment[2], fragment[3]);
+    }
+  }
+}
+
+// Grid: x = pieces of kRows stacked rows (the last, with the longest context, first), y = KV heads, z = requests.
+extern "C" __global__ void __launch_bounds__(kThreads)
+prefill(Scalar* out, const Scalar* q, const Scalar* k_cache, const Scalar* v_cache, const int* query_start,
+        const int* context_lens, const int* rows, const int* block_table, int first_request, int table_width, int num_heads,
+        int num_kv_heads, float scale, int window, float softcap) {
+  static_assert(kIsWide || kRows <= 2 * kKeys, "queries fit in a stage");
+  extern __shared__ uint4 shared[];
+  Stage* stages = reinterpret_cast<Stage*>(shared);
+  // Queries go to registers and leave their place to the second stage, or stay in a place of their own.
+  Scalar* queries = reinterpret_cast<Scalar*>(stages + (kIsWide ? 2 : 1));
+
+  const int request = first_request + blockIdx.z, kv_head = blockIdx.y;
+  const int heads_per_kv = num_heads / num_kv_heads;
+  const int first_token = query_start[request], num_tokens = query_start[request + 1] - first_token;
+  const int num_rows = num_tokens * heads_per_kv;
+  const int first_row = (gridDim.x - 1 - blockIdx.x) * kRows;
+  if (first_row >= num_rows) return;
+
+  const int before = context_lens[request] - num_tokens;  // tokens of the context that came before this chunk
+  const int first_position = before + first_row / heads_per_kv;
+  const int last_position = before + min(first_row + kRows - 1, num_rows - 1) / heads_per_kv;
+  const i64 head_offset = static_cast<i64>(kv_head) * kBlockSize * kHeadDim;
+  const Context context = {k_cache + head_offset, v_cache + head_offset,
+                           block_table + static_cast<i64>(rows[request]) * table_width,
+                           static_cast<i64>(num_kv_heads) * kBlockSize * kHeadDim,
+                           window > 0 ? max(0, first_position - window + 1) : 0, last_position + 1};
+  const int first_key = context.begin / kKeys * kKeys;
+
+  load_queries(queries, q, first_token, first_row, num_rows, kv_head, num_heads, heads_per_kv);
+  load_stage(stages[0], context, first_key);
+  u32 query[kIsWide ? 1 : kSteps][4];
+  if constexpr (!kIsWide) {
+    cp_async_wait<1>();
+    __syncthreads();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) query_fragment(query[step], queries, step);
+  }
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int positions[2];  // of this lane's rows
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    positions[half] = before + row_of(first_row + warp * 16 + half * 8 + lane / 4, heads_per_kv).token;
+
+  Softmax state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}, {}};
+  int now = 0;
+  for (int first = first_key; first < context.end; first += kKeys, now ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();  // this stage has come for all, and all have left the other one
+    if (first + kKeys < context.end) load_stage(stages[now ^ 1], context, first + kKeys);
+
+    float scores[kKeys / 8][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if constexpr (kIsWide) query_fragment(query[0], queries, step);
+      scores_of(scores, query[kIsWide ? 0 : step], stages[now].keys, step);
+    }
+    if (softcap > 0.0f)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[n][i] = capped(scores[n][i] * scale, softcap);
+    const bool all_visible = first + kKeys - 1 <= first_position && (window == 0 || last_position - first < window);
+    if (!all_visible)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int distance = positions[i / 2] - (first + n * 8 + lane % 4 * 2 + i % 2);
+          if (distance < 0 || (window > 0 && distance >= window)) scores[n][i] = -kInfinity;
+        }
+    add_scores(state, scores, softcap > 0.0f ? kLog2e : scale * kLog2e);
+    add_values(state, scores, stages[now].values);
+  }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = team_sum<4>(state.sum[half]);
+    const float share = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const int at = first_row + warp * 16 + half * 8 + lane / 4;
+    if (at >= num_rows) continue;
+    const Row row = row_of(at, heads_per_kv);
+    Scalar* target = out + ((static_cast<i64>(first_token) + row.token) * num_heads + kv_head * heads_per_kv + row.head) * kHeadDim;
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+      *reinterpret_cast<u32*>(target + n * 8 + lane % 4 * 2) =
+          pack<Scalar>(state.out[n][2 * half] * share, state.out[n][2 * half + 1] * share);
+  }
+}

@@ -1,0 +1,86 @@
+// The few PTX instructions that CUDA C++ has no name for, and the number types they know: kernels are compiled where no
+// CUDA header is installed. All of them exist from sm_80 on.
+#pragma once
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+
+// Two 16-bit numbers in a word, the first in the low half.
+template <class T> __device__ inline float2 unpack(u32 word);
+template <> __device__ inline float2 unpack<bf16>(u32 word) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+template <> __device__ inline float2 unpack<f16>(u32 word) {
+  float2 pair;
+  asm("{ .reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+      : "=f"(pair.x), "=f"(pair.y) : "r"(word));
+  return pair;
+}
+template <class T> __device__ inline u32 pack(float low, float high);
+template <> __device__ inline u32 pack<bf16>(float low, float high) {
+  u32 word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+template <> __device__ inline u32 pack<f16>(float low, float high) {
+  u32 word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// 2^x; 0 for -infinity.
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// tanh to about 1e-7 absolute: tanh.approx (2^-11) is too coarse for scores that are capped at 50.
+__device__ inline float tanh_fast(float x) {
+  return 1.0f - __fdividef(2.0f, 1.0f + exp2_fast(2.0f * 1.4426950408889634f * x));
+}
+
+__device__ inline u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+
+// Copy 16 bytes to shared memory in the background, or 16 zero bytes where `is_valid` is false (nothing is read then).
+__device__ inline void cp_async_16(void* shared, const void* global, bool is_valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               ::"r"(shared_address(shared)), "l"(global), "r"(is_valid ? 16 : 0) : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending> __device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit numbers; lane l brings the address of row l % 8 of matrix l / 8.
+// Lane l receives numbers 2(l % 4) and 2(l % 4) + 1 of row l / 4 of each matrix (of each column for the transposed form).
+__device__ inline void ldmatrix(u32 (&matrices)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared_address(shared_row)) : "memory");
+}
+__device__ inline void ldmatrix_transposed(u32 (&matrices)[4], const void* shared_row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+               : "r"(shared_address(shared_row)) : "memory");
+}
+
+// C [16, 8] += A [16, 16] · B [16, 8]. With row = lane / 4 and pair = 2 (lane % 4), a lane holds
+// A: (row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8), two columns each;
+// B: (pair, row), (pair + 8, row), two rows each;   C: (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1).
+template <class T> __device__ inline void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1);
+template <> __device__ inline void mma_16x8x16<bf16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> __device__ inline void mma_16x8x16<f16>(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
