@@ -21,6 +21,7 @@ from types import TracebackType
 from engine import messages
 from engine.config import EngineConfig
 from engine.errors import UserError
+from engine.hub import resolve_model
 from engine.intake import make_requests
 from engine.link import EngineLink
 from engine.outputs import OutputDelta, RequestOutput, RequestState, RequestTimings
@@ -45,20 +46,19 @@ class AsyncEngine:
         self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
         self._command = command
         self._link: EngineLink | None = None
-        self._engine_ready: messages.Ready | None = None  # the engine's part of being ready; the tokenizer is the other
+        self._engine_ready: messages.Ready | None = None  # the engine's part of being ready
+        self._is_loaded = False  # this process's part
         self._failure: str | None = None  # the cause of an end that is about to be seen
         self._settled = asyncio.Event()  # ready or dead
         self._seeds = random.Random(config.seed)
         self._sequences: dict[str, tuple[RequestStream, int]] = {}  # by the engine's request id; index among its n
 
     async def start(self) -> None:
-        """Start the engine and the tokenizer's loading; both go on while this returns."""
+        """Start the engine and the loading of model and tokenizer, which goes on after this returns."""
         self._loop = asyncio.get_running_loop()
         self._link = EngineLink(self._on_messages, self._on_exit, self._command)
-        self._link.send(messages.Start(dataclasses.asdict(self.config)))
-        if not self.config.skip_tokenizer_init:
-            # Not the loop's own pool: a download must not keep the process from ending.
-            threading.Thread(target=self._load_tokenizer, name="tokenizer-loading", daemon=True).start()
+        # Not the loop's own pool of threads: a download must not keep the process from ending.
+        threading.Thread(target=self._load, args=[self._link], name="loading", daemon=True).start()
 
     async def wait_ready(self) -> None:
         """Return when requests can be submitted. Raises UserError if the engine died before."""
@@ -134,18 +134,25 @@ class AsyncEngine:
         for callback in self.on_finish:
             callback(stream.state.timings)
 
-    # On the tokenizer's thread.
+    # On the loading thread.
 
-    def _load_tokenizer(self) -> None:
+    def _load(self, link: EngineLink) -> None:
+        """Find the model (once, here: the engine gets a path) and, while the engine loads it, load the tokenizer."""
         try:
-            loaded = Tokenizer.load(self.config.tokenizer or self.config.model, self.config.revision)
+            path = str(resolve_model(self.config.model, self.config.revision))
+            link.send(messages.Start(dataclasses.asdict(dataclasses.replace(self.config, model=path))))
+            tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.tokenizer or path)
         except UserError as error:
-            self._loop.call_soon_threadsafe(self._fail, str(error))
+            self._call_on_loop(self._fail, str(error))
         except Exception as error:
             traceback.print_exc()
-            self._loop.call_soon_threadsafe(self._fail, f"loading the tokenizer failed: {error}")
+            self._call_on_loop(self._fail, f"loading failed: {type(error).__name__}: {error}")
         else:
-            self._loop.call_soon_threadsafe(self._on_tokenizer, loaded)
+            self._call_on_loop(self._on_tokenizer, tokenizer)
+
+    def _call_on_loop(self, call: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is waiting
+            self._loop.call_soon_threadsafe(call, *arguments)
 
     # On the link's thread.
 
@@ -184,8 +191,7 @@ class AsyncEngine:
             self._link.send(messages.Abort(stopped))
 
     def _on_exit(self, returncode: int) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop ended before its engine: nobody is waiting
-            self._loop.call_soon_threadsafe(self._die, returncode)
+        self._call_on_loop(self._die, returncode)
 
     # On the loop.
 
@@ -201,13 +207,13 @@ class AsyncEngine:
             elif isinstance(message, messages.Failed):
                 self._failure = message.error
 
-    def _on_tokenizer(self, tokenizer: Tokenizer) -> None:
+    def _on_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
+        self._is_loaded = True
         self._settle()
 
     def _settle(self) -> None:
-        has_tokenizer = self.tokenizer is not None or self.config.skip_tokenizer_init
-        if self._engine_ready is not None and has_tokenizer and self.error is None:
+        if self._engine_ready is not None and self._is_loaded and self.error is None:
             self.ready = self._engine_ready
             self._settled.set()
 

@@ -4,6 +4,7 @@ The same core as behind the server, without messages in between, so a debugger c
 leaves nothing behind in the engine, also when it is interrupted.
 """
 
+import dataclasses
 import difflib
 import random
 import signal
@@ -20,6 +21,7 @@ from engine.chat_template import render_chat
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import UserError
+from engine.hub import resolve_model
 from engine.intake import make_requests
 from engine.messages import TokenOutput
 from engine.outputs import RequestOutput, RequestState
@@ -34,9 +36,10 @@ class LLM:
     """A model loaded into this process. The keywords are the fields of EngineConfig, as on the command line."""
 
     def __init__(self, model: str = "", **flags: Any) -> None:
-        self.config = make_config(model, flags)
-        self.tokenizer = None if self.config.skip_tokenizer_init else _load_tokenizer(self.config)
-        self.core = EngineCore(self.config)
+        self.config = config = make_config(model, flags)
+        path = str(resolve_model(config.model, config.revision))
+        self.tokenizer = None if config.skip_tokenizer_init else Tokenizer.load(config.tokenizer or path)
+        self.core = EngineCore(dataclasses.replace(config, model=path))
         self._seeds = random.Random(self.config.seed)
         self._num_requests = 0
 
@@ -159,10 +162,6 @@ def make_config(model: str, flags: dict[str, Any]) -> EngineConfig:
         if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
             raise ValueError(f"{name} must be one of {', '.join(get_args(hints[name]))}, got {value!r}")
     return EngineConfig(**{"model": model, **flags})
-
-
-def _load_tokenizer(config: EngineConfig) -> Tokenizer:
-    return Tokenizer.load(config.tokenizer or config.model, config.revision)
 
 
 def _read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:

@@ -79,22 +79,7 @@ def _load_folder(cls: type[Tokenizer], folder: Path) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{file} is not a readable tokenizer ({error}): download it again") from error
     bos_token, eos_token = (_token_string(special_tokens.get(name)) for name in ("bos_token", "eos_token"))
-    _set_bos_and_eos(backend, config, bos_token, eos_token)
     return cls(backend, bos_token=bos_token, eos_token=eos_token, chat_template=_chat_template(folder, config))
-
-
-def _set_bos_and_eos(
-    backend: tokenizers.Tokenizer, config: dict[str, Any], bos_token: str | None, eos_token: str | None
-) -> None:
-    """Where tokenizer_config.json says whether prompts get bos and eos, it has the last word over tokenizer.json."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    before = [bos_token] if config.get("add_bos_token") and bos_token else []
-    after = [eos_token] if config.get("add_eos_token") and eos_token else []
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[*before, "$A", *after],
-        special_tokens=[(token, id) for token in before + after if (id := backend.token_to_id(token)) is not None],
-    )
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
