@@ -70,7 +70,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     Parameters of other types stay what they are: plain Typer options of that command.
     """
     parameters = list(inspect.signature(command, eval_str=True).parameters.values())
-    configs = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
+    configs: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
     flags = {name: flags_of(config) for name, config in configs.items()}
 
     @functools.wraps(command)

@@ -1,0 +1,52 @@
+"""The commands and their help. What a command needs is imported when it runs, so that help is instant."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from engine.errors import UserError
+from vcli.flags import Command, FlagError
+from vcli.serve import serve
+
+app = typer.Typer(
+    name="vcli",
+    help="Serve and benchmark open-weight language models. Every flag has an environment twin: --max-model-len is "
+    "VCLI_MAX_MODEL_LEN. Numbers may carry units: 32k, 8GiB, 500ms.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 110},
+)
+
+
+def main() -> None:
+    """The console entry. Exit codes: 0 fine, 1 error, 2 usage."""
+    try:
+        app(prog_name="vcli")
+    except UserError as error:
+        print(f"vcli: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, FlagError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from vcli.version import version
+
+        print(version())
+        raise typer.Exit()
+
+
+@app.callback()
+def _vcli(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(cls=Command)(serve)

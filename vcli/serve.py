@@ -1,0 +1,62 @@
+"""`vcli serve`: from flags to a listening server. What can be wrong with them is said before anything is started."""
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig
+from engine.errors import UserError
+from vcli.flags import with_flags
+from vcli.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    import socket
+
+BACKLOG = 2048  # connections that the system holds for us: many clients may come at the same moment
+
+
+@with_flags
+def serve(engine: EngineConfig, server: ServerConfig) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API."""
+    from engine.hub import resolve_model
+    from vcli.server.lifetime import Plan, run
+
+    path = resolve_model(engine.model, engine.revision)
+    plan = Plan(
+        engine=replace(engine, model=str(path)),
+        server=server,
+        model_name=server.served_model_name or engine.model or path.stem,
+        model_root=engine.model or str(path),
+        chat_template=_read_template(server),
+        listener=listen(server.host, server.port),
+    )
+    sys.exit(run(plan))
+
+
+def listen(host: str, port: int) -> "socket.socket":
+    """A listening socket. Raises UserError when the address cannot be had."""
+    import errno
+    import socket
+
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except socket.gaierror as error:
+        raise UserError(f"--host {host} is no address that can be resolved ({error.strerror})") from None
+    except OSError as error:
+        reasons = {
+            errno.EADDRINUSE: f"port {port} is taken: choose another with --port",
+            errno.EACCES: f"port {port} needs more rights than you have: choose one above 1023 with --port",
+            errno.EADDRNOTAVAIL: f"--host {host} is no address of this machine: 127.0.0.1 or 0.0.0.0 will do",
+        }
+        reason = reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error.strerror}")
+        raise UserError(reason) from None
+
+
+def _read_template(server: ServerConfig) -> str | None:
+    if server.chat_template is None:
+        return None
+    try:
+        return server.chat_template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {server.chat_template} cannot be read: {error}") from None

@@ -1,0 +1,108 @@
+"""What a client sends becomes token ids: texts, token ids, and conversations by the model's chat template.
+
+Tokenizing and templating run in threads, because a long prompt takes longer than other requests may wait. What always
+holds: a text that cannot fit in the context is refused before it is tokenized.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from engine.chat_template import render_chat
+from engine.tokenizer import Tokenizer
+from vcli.server.protocol import ApiError, ChatMessage
+
+MAX_TOKEN_LENGTH = 256  # characters; no tokenizer has longer tokens, but for runs of one and the same character
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt on its way in: `text` is what the client wrote, or what the template made of it."""
+
+    token_ids: list[int]
+    text: str | None
+
+
+async def encode_texts(
+    tokenizer: Tokenizer, texts: list[str], max_model_len: int, *, add_special_tokens: bool
+) -> list[Prompt]:
+    """Raises ApiError for a text that is longer than the context in any case."""
+    for text in texts:
+        if len(text) > max_model_len * MAX_TOKEN_LENGTH:
+            message = f"prompt has {len(text):,} characters and --max-model-len is {max_model_len:,} tokens: shorten it"
+            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+
+    def encode() -> list[Prompt]:
+        return [Prompt(tokenizer.encode(text, add_special_tokens), text) for text in texts]
+
+    return await asyncio.to_thread(encode)
+
+
+async def decode_tokens(tokenizer: Tokenizer, token_ids: list[int]) -> str:
+    """The text of known token ids. Raises ApiError for a token that the tokenizer does not have."""
+    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < tokenizer.vocab_size), None)
+    if wrong is not None:
+        raise ApiError(400, f"token {wrong} does not exist: the tokenizer has {tokenizer.vocab_size:,} tokens")
+    return await asyncio.to_thread(tokenizer.decode, token_ids, skip_special_tokens=False)
+
+
+async def render(
+    messages: list[ChatMessage],
+    tokenizer: Tokenizer,
+    template: str | None,
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+    template_kwargs: dict[str, Any] | None,
+) -> str:
+    """A conversation as the prompt that the model was trained on. Raises ApiError."""
+    if template is None:
+        raise ApiError(400, "the model has no chat template: use /v1/completions, or serve with --chat-template FILE")
+    plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+    kwargs = template_kwargs or {}
+    if taken := sorted(_RESERVED & kwargs.keys()):
+        raise ApiError(400, f"chat_template_kwargs must not set {taken[0]}", param="chat_template_kwargs")
+    try:
+        text = await asyncio.to_thread(
+            render_chat,
+            template,
+            plain,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            **kwargs,
+        )
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from None
+    return _cut_after(text, plain[-1]["content"]) if continue_final_message and plain else text
+
+
+_RESERVED = {"template", "messages", "add_generation_prompt", "bos_token", "eos_token", "tools"}
+
+
+def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
+    """The message as plain data, its content parts joined into one text. Raises ApiError for parts of other kinds."""
+    plain: dict[str, Any] = msgspec.to_builtins(message)
+    if isinstance(message.content, list):
+        plain["content"] = "".join(_text_of(part, index) for part in message.content)
+    return {"content": "", **plain}
+
+
+def _text_of(part: dict[str, Any], index: int) -> str:
+    if part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    param = f"messages[{index}].content"
+    kind = str(part.get("type"))[:40]
+    if kind == "text":
+        raise ApiError(400, f"{param}: a text part needs a string in its field text", param=param)
+    raise ApiError(400, f"{param}: this model reads text only, got a part of type {kind!r}", param=param)
+
+
+def _cut_after(text: str, last_content: str) -> str:
+    """The prompt up to the end of the last message, so that the model goes on with it."""
+    position = text.rfind(last_content.strip())
+    if position < 0:
+        raise ApiError(400, "the chat template changes the last message: it cannot be continued", param="messages")
+    return text[: position + len(last_content.strip())]

@@ -1,0 +1,258 @@
+"""The two endpoints that generate: /v1/chat/completions and /v1/completions.
+
+Each call reads top to bottom in `__call__`: read, check, tokenize, enter, submit, reply. They are plain ASGI
+applications, so that one function holds a request from its first byte to its last.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
+from engine.messages import Ready
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+from vcli.server import chat, streaming
+from vcli.server.admission import RETRY_LATER_S, Admission
+from vcli.server.chat import Prompt
+from vcli.server.config import ServerConfig
+from vcli.server.metrics import Metrics
+from vcli.server.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    TokenizeRequest,
+    decode,
+)
+from vcli.server.replies import DONE, ChatReply, CompletionReply, Reply, error_event
+
+MAX_BODY_BYTES = 32 * 2**20
+
+log = logging.getLogger("vcli")
+
+
+@dataclass
+class Service:
+    """What every endpoint needs, made once when the server starts."""
+
+    config: ServerConfig
+    engine: AsyncEngine
+    model_name: str
+    model_root: str  # the folder, file or name that the model was loaded from
+    chat_template: str | None  # the operator's own; None: the model's
+    admission: Admission
+    metrics: Metrics
+
+    def require_ready(self) -> Ready:
+        """Raises ApiError while the model loads and after the engine's death."""
+        if self.engine.error is not None:
+            raise ApiError(500, f"the engine is dead: {self.engine.error}", code="engine_dead")
+        if self.engine.ready is None:
+            stage, fraction = self.engine.progress
+            message = f"the model is still loading ({stage}, {fraction:.0%}): try again soon, or watch /ready"
+            raise self.admission.reject("loading", 503, message, RETRY_LATER_S)
+        return self.engine.ready
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Raises ApiError when this server handles token ids only."""
+        if self.engine.tokenizer is None:
+            raise ApiError(400, "this server was started with --skip-tokenizer-init: send token ids to /v1/completions")
+        return self.engine.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        if name and name not in (self.model_name, self.model_root):
+            message = f"the model {name[:100]!r} does not exist here: this server has {self.model_name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def render(self, request: ChatRequest | TokenizeRequest) -> str:
+        """A conversation as text, by the model's template. Raises ApiError."""
+        tokenizer = self.require_tokenizer()
+        continues = bool(request.continue_final_message)
+        return await chat.render(
+            request.messages or [],
+            tokenizer,
+            self.chat_template or tokenizer.chat_template,
+            add_generation_prompt=not continues
+            if request.add_generation_prompt is None
+            else request.add_generation_prompt,
+            continue_final_message=continues,
+            template_kwargs=request.chat_template_kwargs,
+        )
+
+
+class GenerationEndpoint(ABC):
+    """One ASGI application for each API; they differ in how prompts are made and replies are shaped."""
+
+    decoder: msgspec.json.Decoder[Any]
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self.service
+        try:
+            request: GenerationRequest = decode(self.decoder, await read_body(scope, receive))
+        except ClientGoneError:
+            return
+        service.check_model(request.model)
+        request.refuse_unsupported()
+        params = request.sampling_params()
+        ready = service.require_ready()
+        prompts = await self.prompts(request, ready)
+        with service.admission.enter(len(prompts) * params.n, ready.max_num_seqs):
+            reply = await self.reply(request, prompts, params.n)
+            streams = self._submit(request, prompts, params, reply.id)
+            async with streaming.abort_at_disconnect(receive, streams):
+                if request.stream:
+                    await self._send_events(send, request, streams, reply)
+                else:
+                    await self._send_whole(send, streams, reply)
+
+    @abstractmethod
+    async def prompts(self, request: Any, ready: Ready) -> list[Prompt]:
+        """The prompts of a call as token ids. Raises ApiError."""
+
+    @abstractmethod
+    async def reply(self, request: Any, prompts: list[Prompt], n: int) -> Reply:
+        """The empty reply to a call."""
+
+    def _submit(
+        self, request: GenerationRequest, prompts: list[Prompt], params: SamplingParams, request_id: str
+    ) -> list[RequestStream]:
+        """One stream for each prompt. Raises ApiError, and then none of them runs."""
+        streams: list[RequestStream] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                stream = self.service.engine.submit(
+                    prompt.token_ids,
+                    params,
+                    request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
+                    priority=request.priority or 0,
+                    cache_salt=request.cache_salt or "",
+                )
+                streams.append(stream)
+        except (ValueError, EngineDeadError) as error:
+            for stream in streams:
+                stream.abort()
+            raise self._as_api_error(error, prompts[len(streams)]) from None
+        return streams
+
+    def _as_api_error(self, error: Exception, prompt: Prompt) -> ApiError:
+        if isinstance(error, EngineDeadError):
+            return engine_dead(error)
+        ready = self.service.engine.ready
+        is_too_long = ready is not None and len(prompt.token_ids) >= ready.max_model_len
+        return ApiError(400, str(error), code="context_length_exceeded" if is_too_long else None)
+
+    async def _send_whole(self, send: Send, streams: list[RequestStream], reply: Reply) -> None:
+        meter = self.service.metrics.meter()
+        try:
+            async for prompt_index, deltas in streaming.interleave(streams):
+                meter.on_deltas(prompt_index, deltas)
+                for delta in deltas:
+                    reply.add(prompt_index, delta, keep=True)
+        except EngineDeadError as error:
+            raise engine_dead(error) from None
+        await streaming.send_json(send, reply.whole(), reply.id)
+
+    async def _send_events(
+        self, send: Send, request: GenerationRequest, streams: list[RequestStream], reply: Reply
+    ) -> None:
+        meter = self.service.metrics.meter()
+        await streaming.start_events(send, reply.id)
+        try:
+            async for prompt_index, deltas in streaming.interleave(streams):
+                meter.on_deltas(prompt_index, deltas)
+                await streaming.send_events(send, b"".join([reply.event(prompt_index, delta) for delta in deltas]))
+            wants_usage = request.stream_options is not None and request.stream_options.include_usage
+            tail = reply.usage_event() + DONE if wants_usage else DONE
+        except EngineDeadError as error:
+            tail = error_event(engine_dead(error))
+        except Exception:
+            log.exception("a reply failed halfway")
+            tail = error_event(ApiError(500, "the server failed on this request: its log says why"))
+        await streaming.send_events(send, tail, is_last=True)
+
+
+class ChatCompletions(GenerationEndpoint):
+    decoder = msgspec.json.Decoder(ChatRequest)
+
+    async def prompts(self, request: ChatRequest, ready: Ready) -> list[Prompt]:
+        text = await self.service.render(request)
+        return await chat.encode_texts(
+            self.service.require_tokenizer(),
+            [text],
+            ready.max_model_len,
+            add_special_tokens=bool(request.add_special_tokens),  # the template has written them
+        )
+
+    async def reply(self, request: ChatRequest, prompts: list[Prompt], n: int) -> ChatReply:
+        return ChatReply(request, **_common(self.service, request, prompts, n))
+
+
+class Completions(GenerationEndpoint):
+    decoder = msgspec.json.Decoder(CompletionRequest)
+
+    async def prompts(self, request: CompletionRequest, ready: Ready) -> list[Prompt]:
+        given = request.prompts()
+        token_prompts = [Prompt(prompt, None) for prompt in given if isinstance(prompt, list)]
+        if token_prompts:
+            return token_prompts
+        return await chat.encode_texts(
+            self.service.require_tokenizer(),
+            [prompt for prompt in given if isinstance(prompt, str)],
+            ready.max_model_len,
+            add_special_tokens=request.add_special_tokens is not False,
+        )
+
+    async def reply(self, request: CompletionRequest, prompts: list[Prompt], n: int) -> CompletionReply:
+        echoes = [await self._text(prompt) if request.echo else "" for prompt in prompts]
+        return CompletionReply(request, echoes, **_common(self.service, request, prompts, n))
+
+    async def _text(self, prompt: Prompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        return await chat.decode_tokens(self.service.require_tokenizer(), prompt.token_ids)
+
+
+class ClientGoneError(Exception):
+    """The client left before it had said what it wants."""
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes:
+    """The whole request body. Raises ApiError for one that is too large, ClientGoneError if it never comes."""
+    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    too_large = ApiError(413, f"the request body is larger than {MAX_BODY_BYTES >> 20} MiB: send less at once")
+    if length.isdigit() and int(length) > MAX_BODY_BYTES:
+        raise too_large
+    parts: list[bytes] = []
+    num_bytes = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        parts.append(message.get("body", b""))
+        num_bytes += len(parts[-1])
+        if num_bytes > MAX_BODY_BYTES:
+            raise too_large
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def engine_dead(error: EngineDeadError) -> ApiError:
+    return ApiError(500, f"the engine died: {error}", code="engine_dead")
+
+
+def _common(service: Service, request: GenerationRequest, prompts: list[Prompt], n: int) -> dict[str, Any]:
+    return {
+        "model": service.model_name,
+        "prompts": prompts,
+        "n": n,
+        "tokenizer": service.engine.tokenizer,
+        "usage_in_every_event": bool(request.stream_options and request.stream_options.continuous_usage_stats),
+    }

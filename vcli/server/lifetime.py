@@ -1,0 +1,188 @@
+"""The API process from its first moment to its exit code.
+
+HTTP answers at once, the engine loads beside it. SIGTERM or SIGINT lets open requests finish and ends with 0, a second
+signal ends at once; when the engine dies its cause is the last thing said, and the exit code is 1. What always holds:
+this process owns the engine's, and never ends before it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import setproctitle
+import uvicorn
+import uvloop
+
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.errors import UserError
+from engine.messages import Ready
+from vcli.console import console, format_seconds
+from vcli.server.admission import Admission
+from vcli.server.app import make_app
+from vcli.server.config import ServerConfig
+from vcli.server.generation import Service
+from vcli.server.metrics import Metrics
+from vcli.version import version
+
+WATCH_INTERVAL_S = 0.1
+LAST_WORDS_S = 2.0  # for replies that are already written to reach their clients
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be served, with everything that can be wrong already checked."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    model_name: str
+    model_root: str
+    chat_template: str | None
+    listener: socket.socket
+
+
+def run(plan: Plan) -> int:
+    """Serve until a signal or the engine's death; the process's exit code."""
+    setproctitle.setproctitle("vcli: api")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    _allow_many_connections()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Lifetime(plan).run())
+
+
+class Lifetime:
+    """Owns the engine, the HTTP server and the signals."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.engine = AsyncEngine(plan.engine)
+        admission = Admission(plan.server.max_queue)
+        metrics = Metrics(plan.model_name, lambda: self.engine.stats, lambda: admission.rejections)
+        self.engine.on_finish.append(metrics.on_finish)
+        self.service = Service(
+            config=plan.server,
+            engine=self.engine,
+            model_name=plan.model_name,
+            model_root=plan.model_root,
+            chat_template=plan.chat_template,
+            admission=admission,
+            metrics=metrics,
+        )
+        self.signals: list[int] = []
+        self._signalled = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> int:
+        http = _http_server(self.service)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        started = time.monotonic()
+        await self.engine.start()
+        serving = asyncio.create_task(http.serve(sockets=[self.plan.listener]))
+        try:
+            if await self._until_ready():
+                self._report(time.monotonic() - started)
+                await self._until_end()
+            await self._drain()
+        finally:
+            died = self.engine.error if not self.signals else None
+            http.should_exit = True
+            await self.engine.shutdown()
+            await serving
+        if died is not None:
+            raise UserError(died)
+        return 128 + self.signals[1] if len(self.signals) > 1 else 0
+
+    async def _until_ready(self) -> bool:
+        """Tell how loading goes. False if a signal or the engine's death came first."""
+        shown = ""
+        with console.status("starting") as status:  # moves on a terminal; elsewhere each stage is one line
+            while self.engine.ready is None and self.engine.error is None and not self.signals:
+                stage, fraction = self.engine.progress
+                status.update(f"{stage} ({fraction:.0%})" if 0 < fraction < 1 else stage)
+                if stage != shown and not console.is_terminal:
+                    console.print(f"vcli: {stage}", markup=False)
+                shown = stage
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._signalled.wait(), WATCH_INTERVAL_S)
+        return self.engine.ready is not None and not self.signals
+
+    async def _until_end(self) -> None:
+        while self.engine.error is None and not self.signals:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._signalled.wait(), WATCH_INTERVAL_S)
+
+    async def _drain(self) -> None:
+        """No new requests; the open ones may finish, unless a second signal says otherwise."""
+        timeout_s = self.plan.server.drain_timeout_s if self.signals else LAST_WORDS_S
+        if self.signals and (num_open := self.service.admission.num_open):
+            console.print(f"vcli: {num_open} open requests may finish within {format_seconds(timeout_s)}")
+        draining = asyncio.create_task(self.service.admission.drain(timeout_s))
+        hurrying = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait([draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
+        hurrying.cancel()
+        draining.cancel()
+
+    def _on_signal(self, number: int) -> None:
+        self.signals.append(number)
+        self._signalled.set()
+        if len(self.signals) > 1:
+            self._hurry.set()
+
+    def _report(self, seconds: float) -> None:
+        ready = self.engine.ready
+        assert ready is not None
+        address, port, *_ = self.plan.listener.getsockname()
+        url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+        console.print(f"vcli {version()} serves {self.plan.model_name} on {url}", markup=False, style="bold")
+        for line in capacity_report(ready):
+            console.print(line, markup=False)
+        console.print(f"ready in {format_seconds(seconds)}", markup=False)
+
+
+def capacity_report(ready: Ready) -> list[str]:
+    """What the server can hold, in words."""
+    num_tokens = ready.num_blocks * ready.block_size
+    num_full = num_tokens / ready.max_model_len
+    return [
+        f"device {ready.device}, {ready.dtype}; up to {ready.max_num_seqs:,} requests run at once",
+        f"KV cache holds {num_tokens:,} tokens: {num_full:,.1f} requests of the full {ready.max_model_len:,} tokens",
+    ]
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: `Lifetime` has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _http_server(service: Service) -> _HttpServer:
+    config = uvicorn.Config(
+        make_app(service),
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,  # through the root logger, which writes to stderr
+        log_level=service.config.uvicorn_log_level,
+        access_log=service.config.uvicorn_log_level in ("info", "debug"),
+        server_header=False,
+        timeout_graceful_shutdown=int(LAST_WORDS_S),
+    )
+    return _HttpServer(config)
+
+
+def _allow_many_connections() -> None:
+    """Each client is an open file, and the usual soft limit of 1,024 of them is low for a server."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,296 @@
+"""What clients may ask, as typed structs: OpenAI's parameters and vLLM's extras, checked before anything runs.
+
+A body becomes a request struct and its SamplingParams, or an ApiError that names the parameter and the value. What
+always holds: unknown fields are ignored, but a parameter that this server knows and cannot honour is refused, never
+silently dropped.
+"""
+
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+
+MAX_STOP_STRINGS = 64  # each is looked for after every token
+MAX_STOP_LENGTH = 1024
+
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what msgpack can carry to the engine
+
+
+class ApiError(Exception):
+    """A request that gets an error reply, in OpenAI's shape."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
+
+    def body(self) -> bytes:
+        kind = _ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error"}
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True):
+    """What both generation endpoints take. None is 'not given': OpenAI's clients may send null for anything."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Int | None = None
+    n: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Int | None = None
+    stop: str | list[str] | None = None
+    # vLLM's extras
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[Int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Int | None = None
+    prompt_logprobs: Int | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
+    # refused unless empty (see `refuse_unsupported`)
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    use_beam_search: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    truncate_prompt_tokens: Any = None
+
+    def sampling_params(self) -> SamplingParams:
+        """Raises ApiError."""
+        given = {name: value for name in _SHARED_NAMES if (value := getattr(self, name)) is not None}
+        given["stop"] = self._stop_strings()
+        given["logit_bias"] = self._logit_bias()
+        given["max_tokens"] = self.output_limit()
+        given["logprobs"] = self.num_logprobs()
+        try:
+            return SamplingParams(**given)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=str(error).split(" ", 1)[0]) from None
+
+    def output_limit(self) -> int | None:
+        return self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        return None
+
+    def refuse_unsupported(self) -> None:
+        """Raises ApiError for what would otherwise be silently ignored."""
+        for name in _UNSUPPORTED_NAMES:
+            value = getattr(self, name, None)
+            if value and not (name == "response_format" and value == {"type": "text"}):
+                raise unsupported(name, value)
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options is only allowed with stream: true", param="stream_options")
+
+    def _stop_strings(self) -> list[str]:
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stop) > MAX_STOP_STRINGS:
+            raise ApiError(400, f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(stop)}", param="stop")
+        if any(len(text) > MAX_STOP_LENGTH for text in stop):
+            raise ApiError(400, f"stop must hold strings of at most {MAX_STOP_LENGTH} characters", param="stop")
+        return stop
+
+    def _logit_bias(self) -> dict[int, float] | None:
+        try:
+            return {int(token): bias for token, bias in self.logit_bias.items()} if self.logit_bias else None
+        except ValueError:
+            strange = next((token for token in self.logit_bias or {} if not re.fullmatch(r"\d{1,18}", token)), "")
+            raise ApiError(
+                400, f"logit_bias must map token ids, got key {strange[:40]!r}", param="logit_bias"
+            ) from None
+
+
+class ChatMessage(msgspec.Struct, omit_defaults=True):
+    """One message as the template sees it; fields of other kinds are dropped."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    messages: list[ChatMessage]
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    chat_template: Any = None
+    modalities: Any = None
+    audio: Any = None
+
+    def output_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise ApiError(
+                400, f"top_logprobs must be 0 to {MAX_LOGPROBS}, got {self.top_logprobs}", param="top_logprobs"
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.tools and self.tool_choice != "none":
+            raise ApiError(400, "tools are not supported yet by this server: leave them out", param="tools")
+        if self.modalities and self.modalities != ["text"]:
+            raise unsupported("modalities", self.modalities)
+        if not self.messages:
+            raise ApiError(400, "messages must hold at least one message", param="messages")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError(
+                400,
+                "continue_final_message and add_generation_prompt exclude each other: set one of them",
+                param="continue_final_message",
+            )
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    prompt: str | list[str | Int | list[Int]]
+    echo: bool | None = None
+    logprobs: Int | None = None
+    suffix: Any = None
+    best_of: Int | None = None
+    prompt_embeds: Any = None
+
+    @property
+    def drops_output(self) -> bool:
+        """max_tokens 0 with echo: the client wants the prompt's log probabilities and nothing else."""
+        return self.max_tokens == 0 and bool(self.echo)
+
+    def output_limit(self) -> int | None:
+        return 1 if self.drops_output else 16 if self.max_tokens is None else self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def sampling_params(self) -> SamplingParams:
+        params = super().sampling_params()
+        if self.echo and self.logprobs is not None and params.prompt_logprobs is None:
+            return msgspec.structs.replace(params, prompt_logprobs=self.logprobs)
+        return params
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise unsupported("best_of", self.best_of)
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt: its text or its token ids. Raises ApiError for an empty or mixed list."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if prompt and all(isinstance(item, int) for item in prompt):
+            return [prompt]  # type: ignore[list-item]
+        if prompt and len({type(item) for item in prompt}) == 1:
+            return prompt  # type: ignore[return-value]
+        raise ApiError(
+            400,
+            "prompt must be a string, a list of strings, a list of token ids or a list of such lists",
+            param="prompt",
+        )
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    model: str | None = None
+    tokens: list[Int]
+
+
+_SHARED_NAMES = sorted(set(SamplingParams.__struct_fields__) & set(GenerationRequest.__struct_fields__))
+_UNSUPPORTED_NAMES = (
+    *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("use_beam_search", "allowed_token_ids", "bad_words", "truncate_prompt_tokens"),
+    *("functions", "chat_template", "audio", "suffix", "prompt_embeds"),
+)
+
+Request = TypeVar("Request")
+
+
+def decode(decoder: msgspec.json.Decoder[Request], body: bytes) -> Request:
+    """A JSON body as a request struct. Raises ApiError(400) naming the field and what was wrong with it."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message, param = _readable(str(error))
+        raise ApiError(400, message, param=param) from None
+    except RecursionError:
+        raise ApiError(400, "the request body is nested too deeply") from None
+    except ValueError as error:  # malformed JSON or text that is not UTF-8
+        raise ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def unsupported(name: str, value: Any) -> ApiError:
+    shown = msgspec.json.encode(value).decode()
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return ApiError(
+        400, f"{name} = {shown} is not supported by this server: leave it out", param=name, code="unsupported_value"
+    )
+
+
+def _readable(complaint: str) -> tuple[str, str | None]:
+    """msgspec's complaint in our words, and the field it is about.
+
+    "Expected `int | null`, got `str` - at `$.n`" -> "n must be int, got str", "n"
+    """
+    what, _, where = complaint.partition(" - at ")
+    param = where.strip("`").removeprefix("$").removeprefix(".") or None
+    if match := re.fullmatch(r"Expected `([^`]*)`, got `([^`]*)`", what):
+        expected, got = match[1].replace(" | null", "").replace("array", "list"), match[2].replace("array", "list")
+        return f"{param or 'the request body'} must be {expected}, got {got}", param
+    if match := re.fullmatch(r"Object missing required field `([^`]*)`", what):
+        return f"{match[1]} is required", f"{param}.{match[1]}" if param else match[1]
+    return f"{param}: {what}" if param else what, param

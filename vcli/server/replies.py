@@ -1,0 +1,277 @@
+"""What clients get: the engine's deltas in the shapes of OpenAI's two APIs, whole or as server-sent events.
+
+An event is the same bytes for every token but for a few: the prefix is encoded once for each request and only the text
+(and what was asked for beside it) for each delta. What always holds: the token counts in `usage` are the engine's.
+"""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from engine.messages import TokenLogprob
+from engine.outputs import OutputDelta, PromptLogprobs
+from engine.tokenizer import Tokenizer
+from vcli.server.chat import Prompt
+from vcli.server.protocol import ApiError, ChatRequest, CompletionRequest
+
+DONE = b"data: [DONE]\n\n"
+
+encode = msgspec.json.Encoder().encode
+
+
+@dataclass
+class Choice:
+    """One sequence of the reply, as far as it got. A streamed reply keeps its number of tokens only."""
+
+    prompt: Prompt
+    has_started: bool = False  # the event with its role, or its echo, is sent
+    num_tokens: int = 0
+    text_offset: int = 0  # characters of the tokens with log probabilities so far
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class Reply(ABC):
+    """The reply to one call: `n` choices for each prompt, prompt by prompt."""
+
+    object_name: str  # OpenAI's name of the whole reply, and of a piece of it
+    chunk_name: str
+    id_prefix: str
+
+    def __init__(
+        self, model: str, prompts: list[Prompt], n: int, tokenizer: Tokenizer | None, *, usage_in_every_event: bool
+    ) -> None:
+        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.model = model
+        self.created = int(time.time())
+        self.prompts = prompts
+        self.n = n
+        self.tokenizer = tokenizer
+        self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
+        self.prompt_logprobs: list[PromptLogprobs | None] = [None] * len(prompts)
+        self.num_cached_tokens = [0] * len(prompts)
+        self.usage_in_every_event = usage_in_every_event
+        head = {"id": self.id, "object": self.chunk_name, "created": self.created, "model": model}
+        self._event_prefix = b"data: " + encode(head)[:-1] + b',"choices":['
+
+    def add(self, prompt_index: int, delta: OutputDelta, *, keep: bool) -> Choice:
+        """Take note of a delta; a reply that is sent whole keeps all of it."""
+        choice = self.choices[prompt_index * self.n + delta.index]
+        choice.num_tokens += len(delta.token_ids)
+        choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+        if delta.index == 0 and delta.num_cached_tokens:
+            self.num_cached_tokens[prompt_index] = delta.num_cached_tokens
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs[prompt_index] = delta.prompt_logprobs
+        if keep:
+            choice.texts.append(delta.text)
+            choice.token_ids += delta.token_ids
+            choice.logprobs += delta.logprobs or []
+        return choice
+
+    def event(self, prompt_index: int, delta: OutputDelta) -> bytes:
+        """A delta as one server-sent event."""
+        choice = self.add(prompt_index, delta, keep=False)
+        is_first, choice.has_started = not choice.has_started, True
+        index = b'{"index":%d,' % (prompt_index * self.n + delta.index)
+        parts = [self._event_prefix, index, self._delta(prompt_index, choice, delta, is_first=is_first)]
+        if delta.finish_reason is None:
+            parts.append(b',"finish_reason":null}]')
+        else:
+            reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            parts += [b",", encode(reasons)[1:], b"]"]
+        if self.usage_in_every_event:
+            parts += [b',"usage":', encode(self.usage())]
+        return b"".join([*parts, b"}\n\n"])
+
+    def usage_event(self) -> bytes:
+        return b"".join([self._event_prefix, b'],"usage":', encode(self.usage()), b"}\n\n"])
+
+    def whole(self) -> bytes:
+        """The reply in one piece."""
+        body: dict[str, Any] = {
+            "id": self.id,
+            "object": self.object_name,
+            "created": self.created,
+            "model": self.model,
+            "choices": [self._choice(index, choice) for index, choice in enumerate(self.choices)],
+            "usage": self.usage(),
+        }
+        return encode(body | self._extras())
+
+    def usage(self) -> dict[str, Any]:
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        num_output_tokens = sum(choice.num_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": num_prompt_tokens + num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self.num_cached_tokens)},
+        }
+
+    @abstractmethod
+    def _delta(self, prompt_index: int, choice: Choice, delta: OutputDelta, *, is_first: bool) -> bytes:
+        """The part of an event that differs between the APIs."""
+
+    @abstractmethod
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """One choice of the whole reply."""
+
+    def _extras(self) -> dict[str, Any]:
+        return {}
+
+    def _token_text(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.tokenizer is None else self.tokenizer.token_text(token_id)
+
+
+class ChatReply(Reply):
+    object_name, chunk_name, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, request: ChatRequest, **common: Any) -> None:
+        super().__init__(**common)
+        self.has_logprobs = bool(request.logprobs)
+        self.has_token_ids = bool(request.return_token_ids) or self.tokenizer is None
+
+    def _delta(self, prompt_index: int, choice: Choice, delta: OutputDelta, *, is_first: bool) -> bytes:
+        if is_first:
+            parts = [b'"delta":{"role":"assistant","content":', encode(delta.text), b"}"]
+        elif delta.text:
+            parts = [b'"delta":{"content":', encode(delta.text), b"}"]
+        else:
+            parts = [b'"delta":{}']
+        if self.has_logprobs:
+            parts += [b',"logprobs":', encode(self._logprobs(delta.logprobs or []))]
+        if self.has_token_ids:
+            parts += [b',"token_ids":', encode(delta.token_ids)]
+        return b"".join(parts)
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(choice.texts)},
+            "logprobs": self._logprobs(choice.logprobs) if self.has_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        return body | ({"token_ids": choice.token_ids} if self.has_token_ids else {})
+
+    def _extras(self) -> dict[str, Any]:
+        prompt_logprobs = self.prompt_logprobs[0]
+        extras: dict[str, Any] = {}
+        if prompt_logprobs is not None:
+            extras["prompt_logprobs"] = _prompt_logprobs(prompt_logprobs, self._token_text)
+        if self.has_token_ids:
+            extras["prompt_token_ids"] = self.prompts[0].token_ids
+        return extras
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        content = [
+            self._token(token.token_id, token.logprob)
+            | {"top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top]}
+            for token in logprobs
+        ]
+        return {"content": content}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token_bytes = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
+        return {"token": self._token_text(token_id), "logprob": _finite(logprob), "bytes": list(token_bytes)}
+
+
+class CompletionReply(Reply):
+    object_name, chunk_name, id_prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, request: CompletionRequest, echoes: list[str], **common: Any) -> None:
+        super().__init__(**common)
+        self.echoes = echoes  # what to say before the answer to each prompt; empty strings without `echo`
+        self.has_echo = bool(request.echo)
+        self.drops_output = request.drops_output
+        self.has_logprobs = request.logprobs is not None
+        self.has_prompt_logprobs = request.prompt_logprobs is not None
+        self.has_token_ids = bool(request.return_token_ids) or self.tokenizer is None
+
+    def add(self, prompt_index: int, delta: OutputDelta, *, keep: bool) -> Choice:
+        if self.drops_output:
+            delta.text, delta.token_ids, delta.logprobs = "", [], []
+        return super().add(prompt_index, delta, keep=keep)
+
+    def _delta(self, prompt_index: int, choice: Choice, delta: OutputDelta, *, is_first: bool) -> bytes:
+        echo = self.echoes[prompt_index] if is_first else ""
+        parts = [b'"text":', encode(echo + delta.text)]
+        if self.has_logprobs:
+            tokens = self._echoed_logprobs(prompt_index) if is_first else []
+            parts += [b',"logprobs":', encode(self._logprobs([*tokens, *(delta.logprobs or [])], choice, prompt_index))]
+        if self.has_token_ids:
+            parts += [b',"token_ids":', encode(delta.token_ids)]
+        return b"".join(parts)
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        prompt_index = index // self.n
+        body: dict[str, Any] = {
+            "index": index,
+            "text": self.echoes[prompt_index] + "".join(choice.texts),
+            "logprobs": None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        prompt_logprobs = self.prompt_logprobs[prompt_index]
+        if self.has_logprobs:
+            tokens = [*self._echoed_logprobs(prompt_index), *choice.logprobs]
+            body["logprobs"] = self._logprobs(tokens, choice, prompt_index)
+        if self.has_prompt_logprobs and prompt_logprobs is not None:
+            body["prompt_logprobs"] = _prompt_logprobs(prompt_logprobs, self._token_text)
+        if self.has_token_ids:
+            body |= {"token_ids": choice.token_ids, "prompt_token_ids": choice.prompt.token_ids}
+        return body
+
+    def _echoed_logprobs(self, prompt_index: int) -> Sequence[TokenLogprob | None]:
+        return (self.prompt_logprobs[prompt_index] or []) if self.has_echo else []
+
+    def _logprobs(
+        self, tokens: Sequence[TokenLogprob | None], choice: Choice, prompt_index: int
+    ) -> dict[str, list[Any]]:
+        """OpenAI's parallel lists. None stands for a prompt's first token, which nothing predicts."""
+        first_token_id = choice.prompt.token_ids[0]
+        texts, offsets = [], []
+        for token in tokens:
+            texts.append(self._token_text(first_token_id if token is None else token.token_id))
+            offsets.append(choice.text_offset)
+            choice.text_offset += len(texts[-1])
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if token is None else _finite(token.logprob) for token in tokens],
+            "top_logprobs": [None if token is None else self._top(token) for token in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: TokenLogprob) -> dict[str, float]:
+        return {self._token_text(token_id): _finite(logprob) for token_id, logprob in token.top}
+
+
+def error_event(error: ApiError) -> bytes:
+    return b"data: " + error.body() + b"\n\n"
+
+
+def _prompt_logprobs(logprobs: PromptLogprobs, token_text: Any) -> list[dict[str, Any] | None]:
+    """vLLM's shape: for each prompt token what the model thought of it and of its rivals, by token id."""
+    return [None if token is None else _rivals(token, token_text) for token in logprobs]
+
+
+def _rivals(token: TokenLogprob, token_text: Any) -> dict[str, Any]:
+    ranked = {token_id: (logprob, rank) for rank, (token_id, logprob) in enumerate(token.top, start=1)}
+    ranked[token.token_id] = (token.logprob, token.rank)
+    return {
+        str(token_id): {"logprob": _finite(logprob), "rank": rank, "decoded_token": token_text(token_id)}
+        for token_id, (logprob, rank) in ranked.items()
+    }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, -9999.0)  # JSON has no minus infinity
