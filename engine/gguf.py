@@ -54,7 +54,7 @@ GEMMA_NAMES = LAYER_NAMES | {
 }
 PHI3_NAMES = LAYER_NAMES | {"mlp.gate_up_proj": "ffn_up"}
 
-CHUNK_NUMBERS = 1 << 24  # dequantized at a time, in float32
+CHUNK_NUMBERS = 1 << 20  # dequantized at a time: what a CPU's cache holds
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
@@ -148,10 +148,10 @@ class GGUFFile:
     def _dequantize(self, rows: np.ndarray, tensor: StoredTensor) -> np.ndarray:
         kind = gguf.GGMLQuantizationType(tensor.type_id)
         try:
-            values = gguf.dequantize(np.ascontiguousarray(rows), kind)
+            values = gguf.dequantize(rows.reshape(1, -1), kind)  # as one row: the package works on 16 at a time
         except NotImplementedError as error:
             raise UserError(f"{self.path}: type {kind.name} is not supported: use a Q8_0 or Q4_K file") from error
-        return np.array(values, dtype=np.float32)
+        return np.require(values, np.float32, "W").reshape(len(rows), -1)
 
     def _restore_pairs(self, weight: Tensor) -> None:
         """Rows of each head from the order 0, d/2, 1, d/2 + 1, ... back to 0, 1, 2, ..."""

@@ -108,6 +108,12 @@ class _Fields:
             raise UserError(f"{self.source}: {name} is {value!r}, but must be a number")
         return float(value)
 
+    def mapping(self, name: str) -> dict[str, Any]:
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise UserError(f"{self.source}: {name} is {value!r}, but must be an object")
+        return value
+
     def flag(self, name: str, default: bool = False) -> bool:
         return bool(self.get(name, default))
 
@@ -125,8 +131,7 @@ def _load_json(file: Path) -> dict[str, Any]:
 def _read(c: _Fields, generation: dict[str, Any]) -> ModelConfig:
     architecture = _architecture(c)
     outer = c
-    if c.get("text_config"):  # a model that also sees: its text part
-        c = _Fields(c.values | c.get("text_config"), c.source)
+    c = _Fields(c.values | c.mapping("text_config"), c.source)  # of a model that also sees: its text part
     defaults, habits = FAMILIES[architecture]
     c = _Fields(defaults | c.values, c.source)
 
@@ -165,7 +170,7 @@ def _architecture(c: _Fields) -> str:
     if supported is None:
         what = f"architecture {', '.join(named)} is not supported" if named else "names no architecture"
         raise UserError(f"{c.source}: {what}; supported are {', '.join(FAMILIES)}")
-    if quantization := c.get("quantization_config"):
+    if quantization := c.mapping("quantization_config"):
         method = quantization.get("quant_method", "method unnamed")
         raise UserError(f"{c.source}: quantized weights ({method}) are not supported: use the unquantized model")
     return supported
@@ -250,14 +255,13 @@ def _layer_windows(c: _Fields, num_layers: int) -> tuple[int, ...]:
 
 def _layer_ropes(c: _Fields, head_dim: int, windows: tuple[int, ...]) -> tuple[RopeConfig | None, ...]:
     """Reads `rope_theta` with `rope_scaling`, and `rope_parameters` (flat, or one set for each type of layer)."""
-    parameters = c.get("rope_parameters", {})
+    parameters = c.mapping("rope_parameters")
     if not any(isinstance(value, dict) for value in parameters.values()):
-        parameters = {"full_attention": parameters | c.get("rope_scaling", {})}
-        if c.get("rope_local_base_freq"):
-            parameters["sliding_attention"] = {"rope_theta": c.get("rope_local_base_freq")}
-    everywhere = _rope(c, parameters.get("full_attention") or {}, head_dim)
-    local = parameters.get("sliding_attention")
-    in_windows = _rope(c, local, head_dim) if local else everywhere
+        parameters = {"full_attention": parameters | c.mapping("rope_scaling")}
+    everywhere = in_windows = _rope(c, parameters.get("full_attention") or {}, head_dim)
+    local = parameters.get("sliding_attention") or {}
+    if local_theta := local.get("rope_theta") or c.get("rope_local_base_freq"):
+        in_windows = _rope(c, local | {"rope_theta": local_theta}, head_dim)
     has_rope = c.get("no_rope_layers")  # 1: rotated
     if has_rope is None:
         interval = c.get("no_rope_layer_interval")
@@ -322,7 +326,7 @@ def _attention_factor(p: _Fields, kind: str, factor: float, original: int) -> fl
 def _max_model_len(c: _Fields) -> int:
     """max_position_embeddings, but for yarn: there the published configs may still say the length before stretching."""
     max_len = c.count("max_position_embeddings")
-    p = _Fields(c.get("rope_parameters", {}) | c.get("rope_scaling", {}), c.source)
+    p = _Fields(c.mapping("rope_parameters") | c.mapping("rope_scaling"), c.source)
     if p.get("rope_type", p.get("type")) != "yarn" or not p.get("original_max_position_embeddings"):
         return max_len
     return max(max_len, int(p.count("original_max_position_embeddings") * p.number("factor", 1.0)))
