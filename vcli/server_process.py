@@ -85,7 +85,7 @@ def _is_ready(url: str, on_progress: OnProgress) -> bool:
 def _stage(body: bytes) -> tuple[str, float]:
     try:
         status: dict[str, Any] = json.loads(body)
-        return str(status["stage"]), float(status["fraction"])
+        return str(status["stage"]), float(status["percent"]) / 100
     except (ValueError, LookupError, TypeError):
         return "starting", 0.0
 

@@ -88,7 +88,7 @@ class FakeServer:
         return response
 
 
-@pytest.fixture()
+@pytest.fixture
 def fake_server() -> Iterator[FakeServer]:
     """The server, listening in a thread of its own; its fields may be changed while it runs."""
     server = FakeServer()

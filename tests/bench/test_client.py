@@ -1,6 +1,7 @@
 """The load client against a fake server whose delays are known. Ratios and orders only: the machine may be busy."""
 
 import asyncio
+import itertools
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_a_closed_loop_keeps_its_number_of_requests_under_way(fake_server):
 def test_arrivals_are_poisson_at_the_asked_rate_and_the_same_for_a_seed():
     times = arrival_times(4000, rate=50.0, seed=1)
 
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     mean = sum(gaps) / len(gaps)
     deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
     assert mean == pytest.approx(1 / 50, rel=0.1)

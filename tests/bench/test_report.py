@@ -1,0 +1,139 @@
+"""Results as tables and files, and the README's results."""
+
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench import report
+from bench.metrics import RequestRecord, serving_metrics
+from bench.result import BenchResult
+from engine.errors import UserError
+
+
+def make_result(num_failed: int = 0, **changes: object) -> BenchResult:
+    records = [RequestRecord(float(i), [(i + 0.5, 1), (i + 0.6, 1)], i + 0.7, 16) for i in range(4)]
+    records += [RequestRecord(0.0, ended=1.0, error="HTTP 500: oh")] * num_failed
+    values = {
+        "kind": "serving",
+        "model": "tiny",
+        "workload": {
+            "dataset": "random",
+            "num_prompts": 4,
+            "input_len": 16,
+            "output_len": 2,
+            "range_ratio": 0.0,
+            "concurrency": 2,
+            "seed": 0,
+        },
+        "metrics": {**serving_metrics(records), "valid": True, "invalid_reasons": [], "errors": {}},
+        "environment": {
+            "gpu": None,
+            "cpu": "A CPU",
+            "cpu_count": 2,
+            "command": "vcli bench tiny",
+            "git_revision": "abc",
+        },
+    }
+    return BenchResult(**(values | changes))
+
+
+def test_json_comes_back_as_it_was(tmp_path: Path):
+    result = make_result(num_failed=1, floor={"device": "H200", "run_s": 1.0}, baseline={"ratio": 2.0})
+
+    report.write(result, tmp_path / "result.json")
+
+    assert BenchResult.read(tmp_path / "result.json") == result
+
+
+def test_the_json_has_the_fields_own_names_at_the_top(tmp_path: Path):
+    values = json.loads(make_result().to_json())
+
+    names = ("p99_ttft_ms", "p50_tpot_ms", "p95_itl_ms", "p99_e2el_ms", "mean_ttft_ms", "median_itl_ms", "std_tpot_ms")
+    assert all(isinstance(values[name], float) for name in names)
+    assert (values["completed"], values["failed"]) == (4, 0)
+    assert {"duration", "request_throughput", "output_throughput", "total_token_throughput"} <= set(values)
+    assert {"environment", "definitions", "workload"} <= set(values)
+
+
+def test_csv_is_one_line_with_the_same_figures():
+    result = make_result()
+
+    frame = pd.read_csv(io.StringIO(report.to_csv(result)))
+
+    assert len(frame) == 1
+    assert frame["p99_ttft_ms"][0] == pytest.approx(result.metrics["p99_ttft_ms"])
+    assert frame["workload.concurrency"][0] == 2
+    assert frame["environment.command"][0] == "vcli bench tiny"
+
+
+@pytest.mark.parametrize("extension", report.EXTENSIONS)
+def test_every_extension_writes_a_file_that_names_the_model(tmp_path: Path, extension: str):
+    path = tmp_path / "new" / f"result{extension}"
+
+    report.write(make_result(num_failed=1), path)
+
+    assert "tiny" in path.read_text()
+
+
+def test_an_unknown_extension_is_refused_with_the_known_ones(tmp_path: Path):
+    with pytest.raises(UserError, match=r"\.json, \.csv, \.md, \.html"):
+        report.check_extension(tmp_path / "result.xls")
+
+
+def test_failures_add_the_adjusted_percentile_to_the_table():
+    without, _ = report.latency_table(make_result())
+    columns, rows = report.latency_table(make_result(num_failed=1))
+
+    assert without == ["ms", "mean", "p50", "p95", "p99"]
+    assert columns[-1] == "adj_p99"
+    assert [row[0] for row in rows] == ["TTFT", "TPOT", "ITL", "E2EL"]
+    assert rows[0][-1] is None
+
+
+def test_floor_and_baseline_stand_beside_the_figures():
+    floor = {"device": "H200", "run_s": 1.8, "decode_step_ms": 4.2, "prefill_ms": 9.5}
+    baseline = {"engine": "transformers 5", "batch_size": 2, "output_throughput": 1.5, "ratio": 1.4}
+
+    _, rows = report.figure_table(make_result(floor=floor, baseline=baseline))
+
+    shown = {label: value for label, value, _ in rows}
+    assert shown["floor / duration"] == pytest.approx(1.8 / 3.7 * 100)
+    assert shown["output throughput / baseline"] == 1.4
+
+
+def test_the_readme_gets_its_table_between_the_markers_and_a_second_time_nothing_changes(tmp_path: Path):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    report.write(make_result(), results / "a.json")
+    report.write(make_result(model="late", metrics={**make_result().metrics, "valid": False}), results / "b.json")
+    (results / "parity.json").write_text('{"kind": "parity", "prompts": []}')
+    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n")
+
+    assert report.update_readme(results, readme)
+    once = readme.read_text()
+    assert not report.update_readme(results, readme)
+
+    assert readme.read_text() == once
+    assert once.startswith("# Title\n\n")
+    assert once.endswith("\n\nThe rest.\n")
+    assert "| tiny | 4 x 16/2, 2 concurrent | A CPU (2 cores) |" in once
+    assert "vcli bench tiny" in once
+    assert "old" not in once
+    assert "late" not in once
+
+
+def test_a_readme_without_markers_is_left_alone(tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_text("# Title\n")
+
+    assert report.main([str(tmp_path), str(readme)]) == 1
+    assert readme.read_text() == "# Title\n"
+
+
+def test_a_broken_result_file_is_named(tmp_path: Path):
+    (tmp_path / "x.json").write_text("{")
+
+    with pytest.raises(UserError, match=r"x\.json is not a result"):
+        BenchResult.read(tmp_path / "x.json")
