@@ -1,22 +1,24 @@
 """Every family says what transformers says on the same weights, however the prompt is cut and the cache is laid out."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.checkpoint import open_checkpoint
 from engine.config import BLOCK_SIZE
+from engine.errors import UserError
 from engine.model_config import FAMILIES, ModelConfig
 from engine.models import MODELS, Model, build_model
 from engine.parallel.groups import Group
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 20
-ROTARY = 16  # numbers of a head that the tiny Llama and Phi-3 rotate
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
@@ -88,8 +90,8 @@ def test_logits_equal_those_of_transformers(case, tiny_checkpoint):
     assert len(set(expected.argmax(-1).tolist())) > NUM_TOKENS // 2, "an oracle that always says the same proves little"
 
 
-def load(path: Path, group: Group = Group()) -> Model:  # noqa: B008 (frozen)
-    model = build_model(ModelConfig.from_path(path), torch.float32, CPU, group)
+def load(path: Path, max_model_len: int | None = None) -> Model:
+    model = build_model(ModelConfig.from_path(path), torch.float32, CPU, max_model_len=max_model_len)
     model.load(open_checkpoint(path, dtype=torch.float32))
     return model
 
@@ -131,6 +133,42 @@ def one_request(token_ids: Tensor, start: int, num_tokens: int, block_table: Ten
         max_query_len=num_tokens,
         max_context_len=end,
     )
+
+
+def test_dynamic_scaling_settles_on_the_longest_sequence_that_may_come(tiny_checkpoint):
+    """A sequence of just that length has the frequencies that transformers gives it, from its first token on."""
+    path = tiny_checkpoint("llama", rope_scaling=DYNAMIC, max_position_embeddings=12)
+    token_ids = torch.arange(10, 10 + NUM_TOKENS)
+    expected = transformers_logits(path, token_ids)
+    torch.testing.assert_close(run(load(path, NUM_TOKENS), token_ids, [9, 11]), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_longrope_is_short_for_an_engine_that_stays_within_the_original_length(tiny_checkpoint):
+    path = tiny_checkpoint("phi3", rope_scaling=longrope(8), original_max_position_embeddings=NUM_TOKENS)
+    token_ids = torch.arange(10, 10 + NUM_TOKENS)
+    expected = transformers_logits(path, token_ids)
+    torch.testing.assert_close(run(load(path, NUM_TOKENS), token_ids, [9, 11]), expected, atol=2e-4, rtol=2e-4)
+    stretched = run(load(path), token_ids, [9, 11])
+    assert not torch.allclose(stretched, expected, atol=0.1), "with a longer limit the long factors hold for all"
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model", "model.language_model"])
+def test_the_text_part_of_a_gemma_3_that_sees_runs(prefix, tiny_checkpoint, tmp_path):
+    path = tiny_checkpoint("gemma3", tie_word_embeddings=True)
+    text = json.loads((path / "config.json").read_text())
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(path / "model.safetensors")
+    renamed = {name.replace("model", prefix, 1): tensor for name, tensor in tensors.items()}
+    save_file(renamed | {"vision_tower.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    token_ids = torch.arange(10, 10 + NUM_TOKENS)
+    assert torch.equal(run(load(tmp_path), token_ids, [NUM_TOKENS]), run(load(path), token_ids, [NUM_TOKENS]))
+
+
+def test_heads_that_ranks_cannot_share_evenly_are_told(tiny_checkpoint):
+    config = ModelConfig.from_path(tiny_checkpoint("llama"))
+    with pytest.raises(UserError, match="2 key-value heads cannot be split evenly over 4 ranks"):
+        build_model(config, torch.float32, CPU, Group(0, 4))
 
 
 def test_every_family_that_can_be_read_can_be_built():
