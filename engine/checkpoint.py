@@ -217,6 +217,8 @@ def _safetensors_files(path: Path) -> list[Path]:
         if missing := [name for name in names if not (path / name).is_file()]:
             raise UserError(f"{path} lacks {', '.join(missing)}, named in {index.name}: download them")
         return [path / name for name in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
     if files := sorted(path.glob("*.safetensors")):
         return files
     hint = "add --load-format dummy to run with random weights"

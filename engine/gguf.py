@@ -134,10 +134,11 @@ class GGUFFile:
 
     def _rows(self, name: str, tensor: StoredTensor) -> np.ndarray:
         """The stored bytes, [rows, bytes a row]."""
-        known = {int(kind): kind for kind in gguf.GGMLQuantizationType}
-        if tensor.type_id not in known:
-            raise UserError(f"{self.path}: tensor {name} has unknown type {tensor.type_id}: use a Q8_0 or Q4_K file")
-        block_size, block_bytes = gguf.GGML_QUANT_SIZES[known[tensor.type_id]]
+        try:
+            block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type_id)]
+        except (ValueError, KeyError) as error:
+            message = f"{self.path}: tensor {name} has unknown type {tensor.type_id}: use a Q8_0 or Q4_K file"
+            raise UserError(message) from error
         row_bytes = tensor.shape[-1] // block_size * block_bytes
         num_rows = prod(tensor.shape[:-1])
         stored = self.data[tensor.offset : tensor.offset + num_rows * row_bytes]

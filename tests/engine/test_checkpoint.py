@@ -355,3 +355,12 @@ def test_a_gguf_of_an_unknown_kind_is_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.close()
     fails(tmp_path / "model.gguf", "mamba", "LlamaForCausalLM")
+
+
+def test_a_gguf_type_we_cannot_read_is_named(tiny_checkpoint, tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", tiny_checkpoint("llama"), "llama")
+    data = file.read_bytes()
+    name = b"blk.0.ffn_up.weight"
+    kind_at = data.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions and two of them
+    file.write_bytes(data[:kind_at] + (99).to_bytes(4, "little") + data[kind_at + 4 :])
+    fails(file, "model.layers.0.mlp.up_proj.weight", "unknown type 99", "Q8_0")
