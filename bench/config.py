@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from engine.errors import UserError
-
 DEFAULT_CONCURRENCY = 64
 MIN_PROMPTS = 16
 PROMPTS_PER_CLIENT = 4
@@ -13,7 +11,7 @@ PROMPTS_PER_CLIENT = 4
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is sent, how, and where the result goes. The workload's seed is the engine's `seed`."""
+    """What is sent, how, and where the result goes. The workload's seed is the engine's `seed`. Raises ValueError."""
 
     concurrency: Annotated[
         int | None, "requests under way at any time (closed loop); default: 64. Offline: batch of the baseline"
@@ -43,18 +41,18 @@ class BenchConfig:
         for name, smallest in limits:
             value = getattr(self, name)
             if value is not None and value < smallest:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
         if self.request_rate is not None and not self.request_rate > 0:
-            raise UserError(f"--request-rate must be more than 0, got {self.request_rate:g}")
+            raise ValueError(f"--request-rate must be more than 0, got {self.request_rate:g}")
         if not 0 <= self.range_ratio < 1:
-            raise UserError(f"--range-ratio must be in [0, 1), got {self.range_ratio:g}")
+            raise ValueError(f"--range-ratio must be in [0, 1), got {self.range_ratio:g}")
         if self.request_rate is not None and (self.concurrency is not None or self.offline):
             other = "--offline" if self.offline else "--concurrency"
-            raise UserError(f"--request-rate and {other} exclude each other: an open loop does not wait for answers")
+            raise ValueError(f"--request-rate and {other} exclude each other: an open loop does not wait for answers")
         if self.url and self.offline:
-            raise UserError("--url and --offline exclude each other: one measures a server, the other needs none")
+            raise ValueError("--url and --offline exclude each other: one measures a server, the other needs none")
         if self.url and self.baseline != "none":
-            raise UserError("--baseline needs the weights on this machine: it cannot be combined with --url")
+            raise ValueError("--baseline needs the weights on this machine: it cannot be combined with --url")
 
     @property
     def batch_size(self) -> int:

@@ -27,13 +27,15 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def run_serving(
-    engine: EngineConfig, options: BenchConfig, url: str, on_progress: Callable[[serving.RunProgress], None]
+    engine: EngineConfig,
+    options: BenchConfig,
+    url: str,
+    requests: list[BenchRequest],
+    on_progress: Callable[[serving.RunProgress], None],
 ) -> BenchResult:
     """Measure the server at `url`: the one at options.url, or one that runs `engine`."""
-    served = _run_async(serving.served_model(url, options.api_key))
-    path = None if options.url else resolve_model(engine.model, engine.revision)
+    served = served_model(url, options)
     name = engine.model if options.url and engine.model else str(served["id"])
-    requests = make_requests(options, engine.seed, _vocab_size(path or _local_path(served.get("root"))))
     _check_lengths(requests, served.get("max_model_len"))
     load = serving.Load(options.batch_size if options.request_rate is None else None, options.request_rate, engine.seed)
     run = _run_async(serving.measure(url, name, requests, load, api_key=options.api_key, on_progress=on_progress))
@@ -44,8 +46,28 @@ def run_serving(
         metrics=run.metrics(),
         environment=environment(),
     )
+    if options.url:  # how that server runs its model, and where, is not ours to know
+        return result
     lengths = [(r.num_prompt_tokens, r.num_output_tokens) for r in run.records if not r.error]
-    return replace(result, floor=_floor(result, path, engine.dtype, lengths, load.concurrency or len(requests)))
+    return replace(result, floor=_floor(result, engine, lengths, load.concurrency or len(requests)))
+
+
+def served_model(url: str, options: BenchConfig) -> dict[str, Any]:
+    """What the server says of its model. Raises UserError when there is no server."""
+    return dict(_run_async(serving.served_model(url, options.api_key)))
+
+
+def serving_requests(engine: EngineConfig, options: BenchConfig) -> list[BenchRequest]:
+    """The workload, made before a server is started, so that mistakes in it are told at once."""
+    if options.url:
+        root = served_model(options.url, options).get("root")
+        is_local = isinstance(root, str) and Path(root).exists()
+        vocab_size = ModelConfig.from_path(Path(root)).vocab_size if root and is_local else SAFE_VOCAB_SIZE
+        return make_requests(options, engine.seed, vocab_size)
+    model = ModelConfig.from_path(resolve_model(engine.model, engine.revision))
+    requests = make_requests(options, engine.seed, model.vocab_size)
+    _check_lengths(requests, engine.max_model_len or model.max_model_len)
+    return requests
 
 
 def run_offline(
@@ -56,7 +78,7 @@ def run_offline(
 ) -> BenchResult:
     """Measure the engine in this process."""
     path = resolve_model(engine.model, engine.revision)
-    requests = token_requests(make_requests(options, engine.seed, _vocab_size(path)), path, engine)
+    requests = token_requests(make_requests(options, engine.seed, ModelConfig.from_path(path).vocab_size), path, engine)
 
     from bench import throughput
     from engine.core import EngineCore
@@ -80,13 +102,13 @@ def run_offline(
         definitions=dict(throughput.DEFINITIONS),
     )
     lengths = [(len(request.prompt), request.output_len) for request in requests]
-    return replace(result, floor=_floor(result, path, engine.dtype, lengths, core.ready.max_num_seqs))
+    return replace(result, floor=_floor(result, engine, lengths, core.ready.max_num_seqs))
 
 
 def with_baseline(result: BenchResult, engine: EngineConfig, options: BenchConfig) -> BenchResult:
     """The result with the same prompts run through transformers, batch by batch."""
     path = resolve_model(engine.model, engine.revision)
-    requests = token_requests(make_requests(options, engine.seed, _vocab_size(path)), path, engine)
+    requests = token_requests(make_requests(options, engine.seed, ModelConfig.from_path(path).vocab_size), path, engine)
     task = BaselineTask(
         path=str(path),
         load_format=engine.load_format,
@@ -151,14 +173,6 @@ def _run_async(coroutine: Any) -> Any:
     return uvloop.run(coroutine)
 
 
-def _local_path(root: Any) -> Path | None:
-    return Path(root) if isinstance(root, str) and Path(root).exists() else None
-
-
-def _vocab_size(path: Path | None) -> int:
-    return ModelConfig.from_path(path).vocab_size if path else SAFE_VOCAB_SIZE
-
-
 def _check_lengths(requests: list[BenchRequest], max_model_len: int | None) -> None:
     """Refuse token prompts that the model has no room for, before a run full of failures."""
     lengths = [len(request.prompt) + request.output_len for request in requests if isinstance(request.prompt, list)]
@@ -189,14 +203,14 @@ def _workload(engine: EngineConfig, options: BenchConfig, num_requests: int) -> 
 
 
 def _floor(
-    result: BenchResult, path: Path | None, dtype: str, lengths: list[tuple[int, int]], batch: int
+    result: BenchResult, engine: EngineConfig, lengths: list[tuple[int, int]], batch: int
 ) -> dict[str, Any] | None:
     """The floor on this machine's GPU; None where it is unknown or the run was not on it."""
     ceilings = floor.find_ceilings(result.environment["gpu"])
-    if path is None or not lengths or ceilings is None or result.workload["device"] == "cpu":
+    if not lengths or ceilings is None or result.workload["device"] == "cpu":
         return None
-    model = ModelConfig.from_path(path)
-    dtype = model.dtype if dtype == "auto" else dtype
+    model = ModelConfig.from_path(resolve_model(engine.model, engine.revision))
+    dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     if dtype == "float32":  # the matrix ceiling is for 16 bits
         return None
     return floor.Floor(model, dtype, ceilings).summary(lengths, batch)

@@ -220,7 +220,7 @@ def parse_metrics(text: str) -> dict[str, float]:
     return values
 
 
-def server_metrics(scrapes: list[dict[str, float]]) -> dict[str, float | None]:
+def server_metrics(scrapes: list[dict[str, float]]) -> dict[str, float | int | None]:
     """What the server says of itself: KV waste and use while it had work, and what its counters gained."""
     busy = [scrape for scrape in scrapes if scrape.get("num_requests_running", 0) > 0]
 
@@ -231,11 +231,12 @@ def server_metrics(scrapes: list[dict[str, float]]) -> dict[str, float | None]:
         return scrapes[-1][name] - scrapes[0][name] if scrapes and name in scrapes[0] else None
 
     wastes, usages = while_busy("kv_cache_waste_perc"), while_busy("kv_cache_usage_perc")
+    preemptions = gained("num_preemptions_total")
     queries, hits = gained("prefix_cache_queries_total"), gained("prefix_cache_hits_total")
     return {
         "kv_waste_perc": sum(wastes) / len(wastes) if wastes else None,
         "peak_kv_waste_perc": max(wastes, default=None),
         "peak_kv_usage_perc": max(usages, default=None),
         "prefix_cache_hit_perc": hits / queries * 100 if queries and hits is not None else None,
-        "num_preemptions": gained("num_preemptions_total"),
+        "num_preemptions": None if preemptions is None else int(preemptions),
     }

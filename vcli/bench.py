@@ -38,15 +38,16 @@ def bench(engine: EngineConfig, options: BenchConfig) -> None:
 
 
 def _serving(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
-    from bench.run import run_serving
+    from bench.run import run_serving, serving_requests
     from vcli.server_process import running_server
 
+    requests = serving_requests(engine, options)
     with _Status() as status:
         if options.url:
-            return run_serving(engine, options, options.url, status.show_run)
+            return run_serving(engine, options, options.url, requests, status.show_run)
         status.show("starting the server")
         with running_server(engine, status.show_start) as url:
-            return run_serving(engine, options, url, status.show_run)
+            return run_serving(engine, options, url, requests, status.show_run)
 
 
 def _offline(engine: EngineConfig, options: BenchConfig) -> "BenchResult":

@@ -87,7 +87,7 @@ def _stage(body: bytes) -> tuple[str, float]:
         status: dict[str, Any] = json.loads(body)
         return str(status["stage"]), float(status["percent"]) / 100
     except (ValueError, LookupError, TypeError):
-        return "starting", 0.0
+        return "the server", 0.0
 
 
 def _last_words(returncode: int, log: str) -> str:
