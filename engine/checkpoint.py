@@ -49,7 +49,6 @@ class Checkpoint(Protocol):
 def open_checkpoint(
     path: Path,
     load_format: str = "auto",
-    dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Checkpoint:

@@ -49,7 +49,6 @@ class Worker:
             open_checkpoint(
                 path,
                 load_format=config.load_format,
-                dtype=self.dtype,
                 seed=config.seed,
                 on_progress=lambda done, total: on_progress("loading weights", done / max(total, 1)),
             )
