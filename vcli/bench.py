@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from bench.result import BenchResult
     from bench.serving import RunProgress
 
+EXIT_UNDECIDED = 4
+
 
 @with_flags
 def bench(engine: EngineConfig, options: BenchConfig) -> None:
     """Measure latency and throughput of a model, or of a server that runs already.
 
     Starts a server for MODEL (or takes --url), warms up, sends requests that generate exactly their output length,
-    and prints the percentiles with their definitions.
+    and prints the percentiles with their definitions. Exit code 4: the client was too slow for the server, and the
+    figures say nothing about it.
     """
     from bench import report
     from bench.run import with_baseline
@@ -33,8 +36,8 @@ def bench(engine: EngineConfig, options: BenchConfig) -> None:
     if options.output:
         report.write(result, options.output)
     _print(result, as_json=options.json)
-    if not result.metrics["completed"]:
-        raise typer.Exit(1)
+    if not result.is_valid:
+        raise typer.Exit(EXIT_UNDECIDED if result.metrics["completed"] else 1)
 
 
 def _serving(engine: EngineConfig, options: BenchConfig) -> "BenchResult":

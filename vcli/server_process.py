@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from engine.child import module_command, module_environment
 from engine.config import EngineConfig
@@ -30,8 +30,10 @@ OnProgress = Callable[[str, float], None]  # stage, share done
 
 @contextlib.contextmanager
 def running_server(config: EngineConfig, on_progress: OnProgress) -> Iterator[str]:
-    """Start a server with this configuration and give its URL once the model is loaded. Raises UserError with the end
-    of its log when it does not come up."""
+    """Start a server with this configuration and give its URL once the model is loaded.
+
+    Raises UserError with the end of its log when it does not come up, or has died by the end of the block.
+    """
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = [*serve_arguments(config), "--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s"]
@@ -47,11 +49,10 @@ def running_server(config: EngineConfig, on_progress: OnProgress) -> Iterator[st
         )
         try:
             while not _is_ready(url, on_progress):
-                if process.poll() is not None:
-                    log.seek(0)
-                    raise UserError(_last_words(process.returncode, log.read()))
+                _check_alive(process, log)
                 time.sleep(READY_POLL_S)
             yield url
+            _check_alive(process, log)
         finally:
             _stop(process)
 
@@ -90,11 +91,14 @@ def _stage(body: bytes) -> tuple[str, float]:
         return "the server", 0.0
 
 
-def _last_words(returncode: int, log: str) -> str:
-    lines = log.strip().splitlines()[-LOG_LINES:]
-    if returncode == 1 and lines and lines[-1].startswith("vcli: "):
-        return lines[-1].removeprefix("vcli: ")  # its message to the person is ours
-    return "\n".join([f"the server ended with exit code {returncode} before it was ready; its last words:", *lines])
+def _check_alive(process: subprocess.Popen[bytes], log: IO[str]) -> None:
+    if process.poll() is None:
+        return
+    log.seek(0)
+    lines = log.read().strip().splitlines()[-LOG_LINES:]
+    if process.returncode == 1 and lines and lines[-1].startswith("vcli: "):
+        raise UserError(lines[-1].removeprefix("vcli: "))  # its message to the person is ours
+    raise UserError("\n".join([f"the server ended with exit code {process.returncode}; its last words:", *lines]))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,140 @@
+"""`vcli bench` from the outside: its flags, its exit codes, and runs with a tiny model behind a real server."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.config import EngineConfig
+from vcli.server_process import serve_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL_RUN = ["--device", "cpu", "--max-num-seqs", "8", "--kv-cache-memory", "16MiB"]
+
+
+def start_bench(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "vcli", "bench", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def run_bench(*arguments: str) -> tuple[int, str, str]:
+    process = start_bench(*arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_a_tiny_model_is_served_measured_and_stopped(tiny_checkpoint, tmp_path: Path):
+    output = tmp_path / "result.json"
+    load = ["--concurrency", "4", "--num-prompts", "10", "--input-len", "20", "--output-len", "6"]
+
+    code, out, err = run_bench(str(tiny_checkpoint("llama")), *SMALL_RUN, *load, "--output", str(output))
+
+    result = json.loads(output.read_text())
+    assert code == 0, err
+    assert (result["completed"], result["failed"]) == (10, 0)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (200, 60)
+    assert result["mean_ttft_ms"] < result["mean_e2el_ms"]
+    assert result["kv_waste_perc"] is None or 0 <= result["kv_waste_perc"] < 100
+    assert all(word in out for word in ("TTFT", "p99", "output throughput", "request sent → first content token"))
+    assert "measuring" in err
+
+
+def test_json_goes_to_stdout_alone(tiny_checkpoint):
+    load = ["--concurrency", "2", "--num-prompts", "4", "--input-len", "8", "--output-len", "3", "--offline", "--json"]
+
+    code, out, err = run_bench(str(tiny_checkpoint("llama")), *SMALL_RUN, *load)
+
+    assert code == 0, err
+    assert json.loads(out)["total_output_tokens"] == 12
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_bench_leaves_no_server_behind(tiny_checkpoint, stop: signal.Signals):
+    load = ["--concurrency", "2", "--num-prompts", "100000", "--input-len", "8", "--output-len", "64"]
+    bench = start_bench(str(tiny_checkpoint("llama")), *SMALL_RUN, *load)
+    assert bench.stderr is not None
+    for line in bench.stderr:
+        if "measuring" in line:
+            break
+    family = psutil.Process(bench.pid).children(recursive=True)
+    assert family
+
+    bench.send_signal(stop)
+    bench.communicate(timeout=60)
+
+    assert bench.returncode == 128 + stop
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
+
+
+def test_a_server_that_dies_under_the_load_is_an_error_with_its_last_words(tiny_checkpoint):
+    load = ["--concurrency", "2", "--num-prompts", "100000", "--input-len", "8", "--output-len", "64"]
+    bench = start_bench(str(tiny_checkpoint("llama")), *SMALL_RUN, *load)
+    assert bench.stderr is not None
+    for line in bench.stderr:
+        if "measuring" in line:
+            break
+    time.sleep(0.5)
+
+    psutil.Process(bench.pid).children()[0].kill()
+    _, err = bench.communicate(timeout=100)
+
+    assert bench.returncode == 1
+    assert "the server ended with exit code -9" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["/nowhere/at/all"], 1, "/nowhere/at/all"),
+        (["--concurrency", "0"], 2, "--concurrency must be at least 1, got 0"),
+        (["--concurrency", "2", "--request-rate", "3"], 2, "exclude each other"),
+        (["--request-rate", "-1"], 2, "--request-rate must be more than 0"),
+        (["--url", "http://127.0.0.1:1", "--offline"], 2, "exclude each other"),
+        (["--url", "http://127.0.0.1:1"], 1, "no OpenAI-compatible server answers at http://127.0.0.1:1"),
+        (["--output", "result.xls"], 1, "the extension must be one of"),
+        (["--baseline", "magic"], 2, "--baseline must be none or transformers"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], code: int, message: str):
+    returned, out, err = run_bench(*arguments)
+
+    assert (returned, out) == (code, "")
+    assert err.startswith("vcli: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_dataset_that_cannot_be_read_is_told_before_a_server_starts(tiny_checkpoint):
+    code, _, err = run_bench(str(tiny_checkpoint("llama")), "--dataset", "nowhere.jsonl")
+
+    assert code == 1
+    assert err == "vcli: --dataset nowhere.jsonl: no such file; give a file, or `random`\n"
+
+
+def test_the_server_is_started_with_what_differs_from_the_defaults():
+    config = EngineConfig(
+        model="m", dtype="bfloat16", enable_prefix_caching=False, max_num_seqs=7, kv_cache_memory=4096
+    )
+
+    assert serve_arguments(config) == [
+        *("m", "--dtype", "bfloat16", "--max-num-seqs", "7", "--kv-cache-memory", "4096"),
+        "--no-enable-prefix-caching",
+    ]
+
+
+def test_help_needs_no_heavy_import():
+    code = (
+        "import sys, vcli.bench; print([name for name in ('torch', 'transformers', 'pandas') if name in sys.modules])"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
