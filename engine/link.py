@@ -93,11 +93,13 @@ class EngineLink:
 
     def _serve(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_out, zmq.POLLIN)
         while True:
             has_exited = self.process.poll() is not None  # asked before reading: its last words are read after it
+            poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if self._outbox and not has_exited else 0))
             poller.poll(POLL_MS)
+            with contextlib.suppress(BlockingIOError):
+                self._wake_out.recv(4096)
             self._send_outbox()
             received = self._receive()
             if received:
@@ -106,12 +108,13 @@ class EngineLink:
                 return
 
     def _send_outbox(self) -> None:
-        try:
-            self._wake_out.recv(4096)
-        except BlockingIOError:
-            return
+        """Send what waits, as soon as the engine has connected."""
         while self._outbox:
-            self._socket.send(messages.encode(self._outbox.popleft()))
+            try:
+                self._socket.send(messages.encode(self._outbox[0]), zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._outbox.popleft()
 
     def _receive(self) -> list[messages.FromEngine]:
         received = []
