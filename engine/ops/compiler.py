@@ -19,7 +19,7 @@ from typing import Any
 from engine.errors import UserError
 from engine.ops.sources import kernels_folder
 
-INSTALL_HINT = "pip install 'vcli[cuda]' brings what the CUDA kernels need"
+INSTALL_HINT = "`pip install vcli[cuda]` brings what the CUDA kernels need"
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,9 @@ def compile_source(build: Build, extra_options: Iterable[str] = ()) -> tuple[byt
     try:
         options = [option.encode() for option in (*build.options, *extra_options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        log = (
-            _output(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
-            .decode(errors="replace")
-            .strip(" \0\n")
-        )
+        log = _output(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode(errors="replace")
         if "invalid value for --gpu-architecture" in log:
-            raise UserError(
-                f"the CUDA compiler {nvrtc.nvrtcVersion()[1:]} does not know this GPU ({build.arch}): update it"
-            )
+            raise UserError(f"the CUDA compiler (NVRTC) is too old for this GPU ({build.arch}): {INSTALL_HINT}")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise RuntimeError(f"{build.file} {' '.join(build.options)}: {status.name}\n{log.strip(chr(0))}")
         return _output(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), log

@@ -1,0 +1,202 @@
+"""Random inputs for each op and its result in float64, for the CUDA kernels on a GPU or emulated.
+
+Each case calls the CUDA body and compares row by row. What a kernel must not read is NaN (cache slots outside the
+contexts), what it must not follow leads far out of bounds (block table entries past the context), and what it must write
+is NaN before (`poisoned`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.config import BLOCK_SIZE
+from engine.ops import cuda
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 5e-5}  # ‖out - expected‖ / ‖expected‖ of a row
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Inside, torch.empty and its kin give NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def random(*shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(device, dtype)
+
+
+def assert_rows_close(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    out, expected = out.double().cpu(), expected.double().cpu()
+    error = (out - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
+    worst = error.flatten().argmax()
+    assert torch.isfinite(out).all(), f"not finite at {(~torch.isfinite(out)).nonzero()[:8].tolist()}"
+    assert error.max() < TOLERANCE[dtype], f"row {worst} of {tuple(error.shape)}: {error.max():.2e}"
+
+
+def check_norms(device: str, dtype: torch.dtype, weight_dtype: torch.dtype, rows: int, dim: int) -> None:
+    x, weight = random(rows, dim, device=device, dtype=dtype), random(dim, device=device, dtype=weight_dtype)
+    residual = random(rows, dim, device=device, dtype=dtype)
+    total = residual + x
+    with poisoned():
+        y = cuda.rms_norm(x, weight, 1e-5)
+        summed = cuda.add_rms_norm(x, residual, weight, 1e-5)
+    assert_rows_close(y, _rms_norm(x, weight, 1e-5), dtype)
+    assert torch.equal(residual, total)
+    assert_rows_close(summed, _rms_norm(total, weight, 1e-5), dtype)
+
+
+def check_gated_activation(device: str, dtype: torch.dtype, kind: str, rows: int, dim: int) -> None:
+    gate_up = random(rows, 2 * dim, device=device, dtype=dtype, scale=3)
+    with poisoned():
+        y = cuda.gated_activation(gate_up, kind)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    activated = gate / (1 + torch.exp(-gate)) if kind == "silu" else gate / 2 * (1 + torch.tanh(inner))
+    assert_rows_close(y, activated * up, dtype)
+
+
+def check_rotate_and_store(
+    device: str, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, rotary_dim: int, norm: torch.dtype | None
+) -> None:
+    num_heads, num_kv_heads = heads
+    num_tokens, num_blocks, max_positions, eps = 37, 9, 50, 1e-6
+    qkv = random(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device, dtype=dtype)
+    positions = torch.randint(0, max_positions, (num_tokens,), dtype=torch.int32)
+    slots = torch.randperm(num_blocks * BLOCK_SIZE)[:num_tokens].int()
+    angles = torch.rand(max_positions, rotary_dim // 2) * 6.3
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    q_norm, k_norm = (None if norm is None else random(head_dim, device=device, dtype=norm) for _ in range(2))
+    caches = torch.full((2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim), 7.0, device=device, dtype=dtype)
+    with poisoned():
+        q = cuda.rotate_and_store(
+            qkv, positions.to(device), slots.to(device), cos_sin.to(device), *caches.unbind(), q_norm, k_norm, eps
+        )
+    wide = qkv.view(num_tokens, -1, head_dim).double().cpu()
+    wide_q, wide_k, wide_v = wide.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if q_norm is not None and k_norm is not None:
+        wide_q, wide_k = _rms_norm(wide_q, q_norm, eps), _rms_norm(wide_k, k_norm, eps)
+    angle = angles[positions.long()].double().unsqueeze(1)
+    assert_rows_close(q, _rotate(wide_q, angle), dtype)
+    k_cache, v_cache = caches.cpu().transpose(2, 3).flatten(1, 2)  # [slots, num_kv_heads, head_dim] each
+    assert_rows_close(k_cache[slots.long()], _rotate(wide_k, angle), dtype)
+    assert torch.equal(v_cache[slots.long()], wide_v.to(dtype))
+    untouched = torch.ones(num_blocks * BLOCK_SIZE, dtype=torch.bool).scatter(0, slots.long(), False)
+    assert (k_cache[untouched] == 7).all()
+    assert (v_cache[untouched] == 7).all()
+
+
+def check_attention(
+    device: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    lengths: list[tuple[int, int]],  # of each request: tokens of this step, tokens in the cache after it
+    window: int = 0,
+    softcap: float = 0.0,
+) -> None:
+    num_heads, num_kv_heads = heads
+    batch, k_cache, v_cache = _paged(device, dtype, num_kv_heads, head_dim, lengths)
+    q = random(sum(length for length, _ in lengths), num_heads, head_dim, device=device, dtype=dtype, scale=2)
+    scale = head_dim**-0.5
+    with poisoned():
+        out = cuda.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
+    first = 0
+    for i, (length, context) in enumerate(lengths):
+        table = batch.block_table[batch.rows[i].long(), : -(-context // BLOCK_SIZE)].long()
+        k, v = (cache[table].transpose(1, 2).flatten(0, 1)[:context] for cache in (k_cache, v_cache))
+        expected = _attention(q[first : first + length], k, v, scale, window, softcap)
+        assert_rows_close(out[first : first + length], expected, dtype)
+        first += length
+
+
+def check_gumbel_noise(device: str, rows: int, vocab_size: int, position_dtype: torch.dtype) -> None:
+    seeds = torch.randint(-(2**63), 2**63 - 1, (rows,))
+    positions = torch.randint(0, 2**20, (rows,), dtype=position_dtype)
+    with poisoned():
+        noise = cuda.gumbel_noise(seeds.to(device), positions.to(device), vocab_size)
+    for row, (seed, position) in enumerate(zip(seeds.tolist(), positions.tolist(), strict=True)):
+        for token in {0, 1, 2, 3, vocab_size // 2, vocab_size - 1}:
+            word = _philox(token // 4, position, seed % 2**64)[token % 4]
+            uniform = torch.tensor(((word >> 9) + 0.5) * 2.0**-23, dtype=torch.float64)
+            expected = -torch.log(-torch.log(uniform))
+            assert abs(noise[row, token].item() - expected.item()) < 1e-5, (row, token)
+    assert torch.isfinite(noise).all()
+
+
+def _paged(
+    device: str, dtype: torch.dtype, num_kv_heads: int, head_dim: int, lengths: list[tuple[int, int]]
+) -> tuple[ForwardBatch, Tensor, Tensor]:
+    """A batch whose blocks and rows lie anywhere, and caches that are NaN wherever nothing was stored."""
+    query_lens, contexts = zip(*lengths, strict=True)
+    needed = [-(-context // BLOCK_SIZE) for context in contexts]
+    num_blocks, max_num_seqs = sum(needed) + 3, len(lengths) + 2
+    block_table = torch.full((max_num_seqs, max(needed) + 2), 2**30, dtype=torch.int32)
+    rows, blocks = torch.randperm(max_num_seqs)[: len(lengths)], torch.randperm(num_blocks)
+    caches = torch.full((2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim), torch.nan, dtype=dtype)
+    for row, own, context in zip(rows, blocks[: sum(needed)].split(needed), contexts, strict=True):
+        block_table[row, : len(own)] = own.int()
+        for i, block in enumerate(own):
+            filled = min(BLOCK_SIZE, context - i * BLOCK_SIZE)
+            caches[:, block, :, :filled] = torch.randn(2, num_kv_heads, filled, head_dim).to(dtype)
+    query_start = torch.tensor([0, *query_lens]).cumsum(0).int()
+    decodes = [length == 1 for length in query_lens]
+    num_decodes = decodes.index(False) if False in decodes else len(decodes)
+    num_tokens = int(query_start[-1])
+    unused = torch.zeros(num_tokens, dtype=torch.int32)
+    batch = ForwardBatch(
+        token_ids=unused,
+        positions=unused,
+        slot_mapping=unused,
+        query_start=query_start.to(device),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        rows=rows.int().to(device),
+        block_table=block_table.to(device),
+        num_decodes=num_decodes,
+        max_query_len=max(query_lens),
+        max_context_len=max(contexts),
+    )
+    k_cache, v_cache = caches.to(device).unbind()
+    return batch, k_cache, v_cache
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """Of one request, in float64: q [tokens, num_heads, head_dim], k and v [context, num_kv_heads, head_dim]."""
+    q, k, v = q.double(), k.double(), v.double()
+    q = q.unflatten(1, (k.shape[1], -1))  # [tokens, num_kv_heads, heads of each, head_dim]
+    scores = torch.einsum("tngd,cnd->ngtc", q, k) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(len(k) - len(q), len(k), device=q.device).unsqueeze(1)
+    distance = position - torch.arange(len(k), device=q.device)
+    hidden = (distance < 0) | ((distance >= window) if window else False)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return torch.einsum("ngtc,cnd->tngd", weights, v).flatten(1, 2)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, weight = x.double().cpu(), weight.double().cpu()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def _rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """As a product of complex numbers."""
+    half = angle.shape[-1]
+    turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat([turned.real, turned.imag, x[..., 2 * half :]], dim=-1)
+
+
+def _philox(counter: int, position: int, key: int) -> list[int]:
+    """Philox 4x32-10 in Python's integers, as in the paper."""
+    c, key0, key1 = [counter, 0, position, 0], key % 2**32, key >> 32
+    for _ in range(10):
+        left, right = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(right >> 32) ^ c[1] ^ key0, right % 2**32, (left >> 32) ^ c[3] ^ key1, left % 2**32]
+        key0, key1 = (key0 + 0x9E3779B9) % 2**32, (key1 + 0xBB67AE85) % 2**32
+    return c

@@ -1,0 +1,235 @@
+// A GPU of one block at a time, on the CPU: what the kernels need of CUDA, and in place of common/ptx.cuh its instructions.
+//
+// Each thread of a block is a fiber; fibers take turns and change only where threads meet (barriers, shuffles, tensor core
+// instructions). So kernels can be stepped through with a debugger and checked where there is no GPU. Background copies
+// are made late, when they are waited for: a kernel that forgets to wait reads what was there before.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(threads)
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+using std::max;
+using std::min;
+
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct float2 { float x, y; };
+struct Dim { int x, y, z; };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+template <class To, class From> To bits_as(From from) {
+  To to;
+  static_assert(sizeof(To) == sizeof(From));
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+inline float __uint_as_float(u32 x) { return bits_as<float>(x); }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
+inline u32 __float_as_uint(float x) { return bits_as<u32>(x); }
+inline u32 __umulhi(u32 a, u32 b) { return static_cast<u64>(a) * b >> 32; }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+// The threads.
+
+struct Copy { void* to; const void* from; bool is_valid; };
+struct Warp {
+  u64 arrivals[32] = {};
+  alignas(16) unsigned char slots[2][32][64];  // by parity: nobody is two meetings ahead of another
+};
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(128 << 10);
+  int thread;
+  u64 barriers;
+  bool is_done;
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+};
+
+inline Dim gridDim, blockDim, blockIdx, threadIdx;
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline ucontext_t scheduler;
+inline Fiber* fiber;
+inline std::function<void()> kernel;
+inline std::vector<uint4> dynamic_shared;
+
+inline void fail(const char* what) {
+  std::fprintf(stderr, "thread %d of block (%d, %d, %d): %s\n", threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z, what);
+  std::abort();
+}
+
+template <class Ready> void wait_until(Ready ready) {
+  for (int turns = 0; !ready(); ++turns) {
+    if (turns > 1 << 20) fail("waits for ever");
+    swapcontext(&fiber->context, &scheduler);
+  }
+}
+
+inline void __syncthreads() {
+  const u64 mine = ++fiber->barriers;
+  wait_until([mine] {
+    return std::all_of(fibers.begin(), fibers.end(), [mine](const Fiber& f) { return f.is_done || f.barriers >= mine; });
+  });
+}
+
+// Every lane of a warp brings something and sees what all brought.
+template <class T> const T* meet(const T& brought) {
+  static_assert(sizeof(T) <= 64);
+  Warp& warp = warps[fiber->thread / 32];
+  const int lane = fiber->thread % 32;
+  const u64 mine = ++warp.arrivals[lane];
+  T* slots = reinterpret_cast<T*>(warp.slots[mine % 2]);
+  slots[lane] = brought;
+  wait_until([&warp, mine] {
+    for (int other = 0; other < 32; ++other) {
+      if (warp.arrivals[other] >= mine) continue;
+      if (fibers[fiber->thread / 32 * 32 + other].is_done) fail("meets a lane that has left");
+      return false;
+    }
+    return true;
+  });
+  return slots;
+}
+inline float __shfl_xor_sync(u32, float x, int distance) { return meet(x)[fiber->thread % 32 ^ distance]; }
+
+inline void fiber_main() {
+  kernel();
+  fiber->is_done = true;
+  swapcontext(&fiber->context, &scheduler);
+}
+
+inline void run_block(int num_threads) {
+  fibers.resize(num_threads);
+  warps.assign(num_threads / 32, Warp());
+  for (int thread = 0; thread < num_threads; ++thread) {
+    Fiber& each = fibers[thread];
+    each.thread = thread, each.barriers = 0, each.is_done = false;
+    each.groups.clear(), each.open.clear();
+    getcontext(&each.context);
+    each.context.uc_stack.ss_sp = each.stack.data();
+    each.context.uc_stack.ss_size = each.stack.size();
+    makecontext(&each.context, fiber_main, 0);
+  }
+  for (bool any = true; any;) {
+    any = false;
+    for (Fiber& each : fibers) {
+      if (each.is_done) continue;
+      any = true;
+      fiber = &each;
+      threadIdx = {each.thread, 0, 0};
+      swapcontext(&scheduler, &each.context);
+    }
+  }
+}
+
+inline void run_grid(const int* grid, int num_threads, int shared_bytes, std::function<void()> body) {
+  kernel = body;
+  gridDim = {grid[0], grid[1], grid[2]};
+  blockDim = {num_threads, 1, 1};
+  for (int z = 0; z < grid[2]; ++z)
+    for (int y = 0; y < grid[1]; ++y)
+      for (int x = 0; x < grid[0]; ++x) {
+        blockIdx = {x, y, z};
+        dynamic_shared.assign(shared_bytes / 16, make_uint4(~0u, ~0u, ~0u, ~0u));  // NaN in every type
+        run_block(num_threads);
+      }
+}
+
+// Number types.
+
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+
+template <class T> float2 unpack(u32 word);
+template <> inline float2 unpack<bf16>(u32 word) { return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)}; }
+template <> inline float2 unpack<f16>(u32 word) {
+  return {static_cast<float>(bits_as<_Float16>(static_cast<u16>(word))),
+          static_cast<float>(bits_as<_Float16>(static_cast<u16>(word >> 16)))};
+}
+inline u16 to_bf16(float x) {
+  const u32 bits = __float_as_uint(x);
+  return std::isnan(x) ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+}
+template <class T> u32 pack(float low, float high);
+template <> inline u32 pack<bf16>(float low, float high) { return to_bf16(low) | static_cast<u32>(to_bf16(high)) << 16; }
+template <> inline u32 pack<f16>(float low, float high) {
+  return bits_as<u16>(static_cast<_Float16>(low)) | static_cast<u32>(bits_as<u16>(static_cast<_Float16>(high))) << 16;
+}
+
+// The instructions of common/ptx.cuh.
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float tanh_fast(float x) { return std::tanh(x); }
+
+inline void cp_async_16(void* shared, const void* global, bool is_valid) {
+  if (reinterpret_cast<u64>(shared) % 16 != 0) fail("misaligned copy");
+  fiber->open.push_back({shared, global, is_valid});
+}
+inline void cp_async_commit() {
+  fiber->groups.push_back(fiber->open);
+  fiber->open.clear();
+}
+template <int kPending> void cp_async_wait() {
+  auto& groups = fiber->groups;
+  while (groups.size() > kPending) {
+    for (const Copy& copy : groups.front()) {
+      if (copy.is_valid) std::memcpy(copy.to, copy.from, 16);
+      else std::memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline void ldmatrix(u32 (&matrices)[4], const void* shared_row) {
+  if (reinterpret_cast<u64>(shared_row) % 16 != 0) fail("misaligned row");
+  const auto* rows = meet(static_cast<const u16*>(shared_row));
+  const int lane = fiber->thread % 32;
+  for (int i = 0; i < 4; ++i) {
+    const u16* row = rows[i * 8 + lane / 4];
+    matrices[i] = row[lane % 4 * 2] | static_cast<u32>(row[lane % 4 * 2 + 1]) << 16;
+  }
+}
+inline void ldmatrix_transposed(u32 (&matrices)[4], const void* shared_row) {
+  if (reinterpret_cast<u64>(shared_row) % 16 != 0) fail("misaligned row");
+  const auto* rows = meet(static_cast<const u16*>(shared_row));
+  const int lane = fiber->thread % 32;
+  for (int i = 0; i < 4; ++i)
+    matrices[i] = rows[i * 8 + lane % 4 * 2][lane / 4] | static_cast<u32>(rows[i * 8 + lane % 4 * 2 + 1][lane / 4]) << 16;
+}
+
+// By the tables of the PTX manual for m16n8k16: register i of operand A holds row lane / 4 + 8 (i % 2) and columns
+// 2 (lane % 4) + 8 (i / 2) + {0, 1}; of B rows 2 (lane % 4) + 8 i + {0, 1} and column lane / 4; C's number i row
+// lane / 4 + 8 (i / 2) and column 2 (lane % 4) + i % 2.
+struct Operands { u32 a[4], b[2]; };
+template <class T> void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  const Operands* operands = meet(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const auto half = [](u32 word, int which) { return which ? unpack<T>(word).y : unpack<T>(word).x; };
+  const int lane = fiber->thread % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const Operands& left = operands[row % 8 * 4 + k % 8 / 2];
+      const Operands& right = operands[column * 4 + k % 8 / 2];
+      c[i] += half(left.a[row / 8 + 2 * (k / 8)], k % 2) * half(right.b[k / 8], k % 2);
+    }
+  }
+}

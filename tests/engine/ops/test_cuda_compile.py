@@ -1,0 +1,100 @@
+"""Every kernel compiles for every kind of model, without a GPU, and keeps its numbers in registers."""
+
+import re
+
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.ops import compiler, cuda, launcher
+
+pytest.importorskip("cuda.bindings")
+
+MODELS = {  # head size, query heads to a KV head
+    "SmolLM2 135M": (64, 3),
+    "Phi-2": (80, 1),
+    "Phi-3 mini": (96, 1),
+    "Llama 3.1 8B": (128, 4),
+    "Qwen2.5 7B": (128, 7),
+    "Gemma 2 9B": (256, 2),
+    "Llama 3.1 70B": (128, 8),
+}
+BUILDS = {
+    build
+    for arch in ("sm_80", "sm_90a")
+    for dtype in ((torch.bfloat16, torch.float16, torch.float32) if arch == "sm_90a" else (torch.bfloat16,))
+    for head_dim, heads_per_kv in MODELS.values()
+    for build in cuda.model_builds(arch, dtype, head_dim, heads_per_kv)
+}
+
+
+@pytest.mark.parametrize("build", sorted(BUILDS, key=str), ids=lambda build: " ".join((build.file, *build.options[2:])))
+def test_kernel_compiles_and_spills_nothing(build):
+    code, log = compiler.compile_source(build, ["--ptxas-options=-v"])
+    assert code.startswith(b"\x7fELF")
+    assert "warning" not in log, log
+    assert set(re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)) == {("0", "0")}, log
+    names = re.findall(r"entry function '(\w+)'", log)
+    assert sorted(names) == sorted(compiler.signatures(compiler.source(build.file)))
+
+
+def test_a_second_build_comes_from_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build = compiler.Build("activation.cu", "sm_90a", ("SCALAR=bf16",))
+    first = compiler.cubin(build)
+    monkeypatch.setattr(compiler, "compile_source", lambda build: pytest.fail("compiled again"))
+    assert compiler.cubin(build) == first
+    assert [path.suffix for path in compiler.cache_dir().iterdir()] == [".cubin"]
+
+
+def test_a_changed_header_is_a_new_build(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build = compiler.Build("activation.cu", "sm_90a", ("SCALAR=bf16",))
+    compiler.cubin(build)
+    headers = compiler._headers()
+    monkeypatch.setattr(compiler, "_headers", lambda: {**headers, "types.cuh": headers["types.cuh"] + "// new\n"})
+    compiler.cubin(build)
+    assert len(list(compiler.cache_dir().iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiler.cubin(compiler.Build("activation.cu", "sm_90a", ("SCALAR=bf16",))).startswith(b"\x7fELF")
+
+
+def test_a_mistake_in_a_kernel_is_told_with_the_compilers_words(monkeypatch):
+    monkeypatch.setattr(compiler, "source", lambda file: "int x = y;")
+    with pytest.raises(RuntimeError, match=r"broken\.cu.*sm_90a[\s\S]*identifier \"y\" is undefined"):
+        compiler.compile_source(compiler.Build("broken.cu", "sm_90a"))
+
+
+def test_what_kernels_cannot_do_is_told():
+    with pytest.raises(UserError, match=r"7\.5.*8\.0"):
+        compiler.arch_of((7, 5))
+    with pytest.raises(UserError, match="not 20"):
+        list(cuda.model_builds("sm_90a", torch.bfloat16, 20, 1))
+    with pytest.raises(UserError, match=r"float64.*--dtype"):
+        list(cuda.model_builds("sm_90a", torch.float64, 64, 1))
+    with pytest.raises(UserError, match=r"sm_999.*pip install"):
+        compiler.compile_source(compiler.Build("norm.cu", "sm_999", ("SCALAR=bf16",)))
+
+
+def test_a_machine_without_a_driver_is_told_what_to_install():
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver")
+    with pytest.raises(UserError, match=r"driver.*vcli\[cuda\]"):
+        launcher._driver()
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "max_context", "splits"),
+    [(8, 128_000, 66), (8, 1000, 4), (8, 100, 1), (512, 8192, 2), (2048, 8192, 1), (1, 10**6, 128)],
+)
+def test_contexts_are_split_while_multiprocessors_are_idle(num_blocks, max_context, splits):
+    assert cuda.num_splits(num_blocks, max_context, num_sms=132) == splits
+
+
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
+def test_prefill_fits_small_gpus(head_dim):
+    assert cuda.prefill_shared_bytes(head_dim) <= 99 << 10

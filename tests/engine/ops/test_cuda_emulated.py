@@ -1,0 +1,96 @@
+"""The CUDA kernels and their faces, emulated on the CPU: index arithmetic, masks and fragment layouts without a GPU."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.ops import cuda
+from tests.engine.ops import cuda_cases as cases
+from tests.engine.ops import emulated_kernels
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled by g++")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    loaded: dict[cuda.Build, dict[str, emulated_kernels.EmulatedKernel]] = {}
+
+    def kernel(
+        x: torch.Tensor, file: str, name: str, head_dim: int = 0, group: int = 0
+    ) -> emulated_kernels.EmulatedKernel:
+        build = cuda._build("emulated", file, x.dtype, head_dim, group)
+        if build not in loaded:
+            loaded[build] = emulated_kernels.load(build, Path(tmp_path_factory.mktemp("kernels")))
+        return loaded[build][name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_kernel", kernel)
+        patch.setattr(cuda, "_num_sms", lambda device: 8)
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize(("dtype", "weight_dtype"), [(BF16, BF16), (F16, F32), (F32, F32)])
+@pytest.mark.parametrize("dim", [64, 576, 5120])
+def test_norms(dtype, weight_dtype, dim):
+    cases.check_norms("cpu", dtype, weight_dtype, rows=3, dim=dim)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_gated_activation(dtype, kind):
+    cases.check_gated_activation("cpu", dtype, kind, rows=3, dim=1096)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "rotary_dim", "norm"),
+    [
+        (BF16, (9, 3), 64, 64, None),
+        (F16, (4, 1), 80, 20, F32),
+        (BF16, (24, 8), 128, 96, BF16),
+        (F32, (2, 1), 256, 256, F32),
+    ],
+)
+def test_rotate_and_store(dtype, heads, head_dim, rotary_dim, norm):
+    cases.check_rotate_and_store("cpu", dtype, heads, head_dim, rotary_dim, norm)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "window", "softcap"),
+    [
+        (BF16, (6, 2), 64, 0, 0.0),
+        (F16, (4, 1), 80, 40, 0.0),
+        (F32, (11, 1), 128, 0, 20.0),  # more heads than one block takes
+        (BF16, (2, 1), 256, 100, 30.0),
+    ],
+)
+def test_decodes_of_ragged_lengths(dtype, heads, head_dim, window, softcap):
+    cases.check_attention("cpu", dtype, heads, head_dim, [(1, 1), (1, 16), (1, 17), (1, 700)], window, softcap)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "window", "softcap"),
+    [
+        (BF16, (6, 2), 64, 0, 0.0),
+        (F16, (2, 2), 80, 40, 0.0),
+        (BF16, (4, 1), 128, 70, 20.0),
+        (BF16, (2, 1), 256, 0, 0.0),
+    ],
+)
+def test_chunks_and_decodes_in_one_batch(dtype, heads, head_dim, window, softcap):
+    lengths = [(1, 1), (1, 300), (2, 2), (30, 30), (70, 200), (1, 90)]
+    cases.check_attention("cpu", dtype, heads, head_dim, lengths, window, softcap)
+
+
+def test_chunks_in_float32():
+    cases.check_attention("cpu", F32, (4, 2), 64, [(1, 40), (5, 5), (20, 70)], window=30)
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 1001])
+def test_gumbel_noise(vocab_size):
+    cases.check_gumbel_noise("cpu", 3, vocab_size, torch.int32)

@@ -1,0 +1,115 @@
+"""The CUDA bodies of the ops on a GPU, against float64: types, head sizes, ragged batches, windows, long contexts."""
+
+import random
+
+import pytest
+import torch
+
+from engine.ops import cuda
+from tests.engine.ops import cuda_cases as cases
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+HEADS = [(9, 3), (32, 8), (28, 4), (8, 8), (16, 1), (40, 8)]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("dim", [64, 576, 2048, 4096, 5120, 8192, 16384])
+def test_norms(dtype, dim):
+    for rows in (1, 7, 1000):
+        cases.check_norms("cuda", dtype, dtype, rows, dim)
+        cases.check_norms("cuda", dtype, F32, rows, dim)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dim", [64, 1536, 14336, 28672])
+def test_gated_activation(dtype, kind, dim):
+    for rows in (1, 7, 1000):
+        cases.check_gated_activation("cuda", dtype, kind, rows, dim)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim"), [(64, 64), (80, 32), (80, 20), (96, 96), (128, 128), (128, 96), (256, 256), (40, 40)]
+)
+@pytest.mark.parametrize("norm", [None, "same", "float32"])
+def test_rotate_and_store(dtype, head_dim, rotary_dim, norm):
+    for heads in HEADS:
+        norm_dtype = {None: None, "same": dtype, "float32": F32}[norm]
+        cases.check_rotate_and_store("cuda", dtype, heads, head_dim, rotary_dim, norm_dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (100, 0.0), (0, 30.0), (1000, 50.0)])
+def test_decodes_of_ragged_lengths(dtype, head_dim, window, softcap):
+    for heads in HEADS:
+        lengths = [(1, context) for context in (1, 15, 16, 17, 255, 1000, 4097)]
+        cases.check_attention("cuda", dtype, heads, head_dim, lengths, window, softcap)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (100, 0.0), (0, 30.0), (333, 50.0)])
+def test_chunks_and_decodes_in_one_batch(dtype, head_dim, window, softcap):
+    for heads in HEADS:
+        lengths = [(1, 1), (1, 700), (1, 2000), (2, 2), (17, 400), (300, 300), (129, 1500), (1, 33)]
+        cases.check_attention("cuda", dtype, heads, head_dim, lengths, window, softcap)
+
+
+def test_random_batches():
+    draw = random.Random()
+    for _ in range(40):
+        num_kv_heads = draw.choice([1, 2, 8])
+        heads = (num_kv_heads * draw.randint(1, 12), num_kv_heads)
+        chunks = [draw.choice([1, 1, 1, draw.randint(2, 200)]) for _ in range(draw.randint(1, 40))]
+        lengths = [(chunk, chunk + draw.choice([0, draw.randint(0, 3000)])) for chunk in sorted(chunks)]
+        case = (draw.choice([BF16, F16]), heads, draw.choice([64, 80, 96, 128, 192, 256]), lengths)
+        window, softcap = draw.choice([0, draw.randint(1, 500)]), draw.choice([0.0, 30.0])
+        print(case, window, softcap)  # shown if it fails
+        cases.check_attention("cuda", *case, window, softcap)
+
+
+@pytest.mark.parametrize("lengths", [[(1, 131_072)], [(1, 40_000), (1, 3), (64, 50_000)], [(3000, 3000)]])
+@pytest.mark.parametrize("window", [0, 4096])
+def test_long_contexts(lengths, window):
+    cases.check_attention("cuda", BF16, (8, 2), 128, lengths, window)
+
+
+def test_caches_of_more_than_two_billion_numbers():
+    num_blocks = 2**31 // (8 * 16 * 128) + 10
+    caches = torch.empty(2, num_blocks, 8, 16, 128, dtype=BF16, device="cuda")
+    qkv = torch.randn(1, 24 * 128, device="cuda").bfloat16()
+    slot = torch.tensor([(num_blocks - 1) * 16 + 5], dtype=torch.int32, device="cuda")
+    angles = torch.cat([torch.ones(1, 64), torch.zeros(1, 64)], dim=1).cuda()
+    cuda.rotate_and_store(qkv, torch.zeros_like(slot), slot, angles, *caches.unbind(), None, None, 0.0)
+    stored = qkv.view(24, 128)[8:].view(2, 8, 128)
+    assert torch.equal(caches[:, -1, :, 5], stored)
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 32_001, 49_152, 128_256])
+@pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
+def test_gumbel_noise(vocab_size, position_dtype):
+    cases.check_gumbel_noise("cuda", 9, vocab_size, position_dtype)
+
+
+def test_ops_can_be_captured_in_a_graph():
+    x, weight = torch.randn(5, 4096, device="cuda").bfloat16(), torch.randn(4096, device="cuda").bfloat16()
+    cuda.rms_norm(x, weight, 1e-5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = cuda.rms_norm(x, weight, 1e-5)
+    x.copy_(torch.randn(5, 4096))
+    graph.replay()
+    assert torch.equal(y, cuda.rms_norm(x, weight, 1e-5))
+
+
+def test_warm_up_loads_every_kernel_that_runs(monkeypatch):
+    cuda.warm_up(torch.device("cuda"), BF16, 128, 32, 8)
+    monkeypatch.setattr(cuda.launcher, "cubin", lambda build: pytest.fail(f"{build} while serving"))
+    cuda._loaded.cache_clear()
+    cases.check_norms("cuda", BF16, BF16, 3, 4096)
+    cases.check_attention("cuda", BF16, (32, 8), 128, [(1, 600), (30, 40)])
+    cases.check_gumbel_noise("cuda", 3, 1000, torch.int64)
