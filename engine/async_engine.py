@@ -11,7 +11,6 @@ import dataclasses
 import random
 import secrets
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -38,7 +37,7 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig, *, command: list[str] | None = None) -> None:
         self.config = config
-        self.progress: tuple[str, float] = ("starting", 0.0)
+        self.progress: tuple[str, float] = ("finding the model", 0.0)
         self.ready: messages.Ready | None = None  # set when requests can be submitted
         self.tokenizer: Tokenizer | None = None
         self.error: str | None = None  # why the engine is dead
@@ -86,8 +85,9 @@ class AsyncEngine:
             raise EngineDeadError(self.error)
         if self.ready is None or self._link is None:
             raise RuntimeError("the model is still loading: wait for wait_ready()")
+        engine_id = self._free_id(request_id, params.n)
         requests = make_requests(
-            self._free_id(request_id, params.n),
+            engine_id,
             prompt_token_ids,
             params,
             ready=self.ready,
@@ -96,7 +96,8 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
         )
-        stream = RequestStream(self, RequestState(request_id, prompt or None, requests, self.tokenizer))
+        state = RequestState(request_id or engine_id, prompt or None, requests, self.tokenizer)
+        stream = RequestStream(self, state)
         for index, request in enumerate(requests):
             self._sequences[request.request_id] = (stream, index)
             self._link.send(request)
@@ -300,6 +301,6 @@ def describe_exit(returncode: int) -> str:
     """The end of a process that left no message, in words."""
     if returncode >= 0:
         return f"the engine process ended with exit code {returncode}: its last lines in the log say why"
-    name = signal.Signals(-returncode).name
-    hint = " (often the system's answer to too little memory)" if name == "SIGKILL" and sys.platform == "linux" else ""
+    name = next((each.name for each in signal.Signals if each == -returncode), f"signal {-returncode}")
+    hint = " (often the system's answer to too little memory)" if name == "SIGKILL" else ""
     return f"the engine process was ended by {name}{hint}"

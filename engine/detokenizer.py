@@ -145,6 +145,7 @@ class Pieces:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
+        num_ids = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self._special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         self.num_leading_spaces_stripped = 0
         self.drops_space_of_first_token = False
@@ -152,8 +153,8 @@ class Pieces:
         self._steps: list[Callable[[str], str | bytes]] = []
         self._read_decoder()
         self._tables = {
-            True: _Table(lambda id: b"" if id in self._special_ids else self._bytes_of(id)),
-            False: _Table(self._bytes_of),
+            True: _Table(lambda id: b"" if id in self._special_ids else self._bytes_of(id), num_ids),
+            False: _Table(self._bytes_of, num_ids),
         }
 
     def table(self, skip_special_tokens: bool) -> dict[int, bytes]:
@@ -205,12 +206,15 @@ class Pieces:
 
 
 class _Table(dict[int, bytes]):
-    """A dict that makes its entries when they are first asked for."""
+    """A dict that makes its entries when they are first asked for, of the ids that exist."""
 
-    def __init__(self, make: Callable[[int], bytes]) -> None:
+    def __init__(self, make: Callable[[int], bytes], num_ids: int) -> None:
         self._make = make
+        self._num_ids = num_ids
 
     def __missing__(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self._num_ids:
+            return b""
         self[token_id] = piece = self._make(token_id)
         return piece
 

@@ -52,11 +52,15 @@ class Tokenizer:
         return _load_folder(cls, converted_tokenizer(path))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """Many texts at once, on all cores."""
-        return [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        """Many texts at once, on all cores. Raises ValueError for text that is none."""
+        try:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        except TypeError as error:  # all that the library says about a string it cannot read
+            raise ValueError("the text is not valid Unicode: it holds half of a surrogate pair") from error
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         detokenizer = Detokenizer(self.pieces, skip_special_tokens=skip_special_tokens)

@@ -168,6 +168,17 @@ def test_a_token_has_bytes_of_its_own():
     assert tokenizer.token_text(tokenizer.encode("a")[0]) == "a"
 
 
+def test_ids_that_do_not_exist_add_nothing_and_cost_nothing():
+    tokenizer = KINDS["byte-level"]
+    assert tokenizer.decode([-1, 2**40, *tokenizer.encode("fox"), 10**6]) == "fox"
+    assert 10**6 not in tokenizer.pieces.table(skip_special_tokens=True)
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        KINDS["byte-level"].encode("a\ud800b")
+
+
 def save(folder: Path, **settings: object) -> Path:
     folder.mkdir(exist_ok=True)
     BACKENDS["byte-level"].save(str(folder / "tokenizer.json"))
