@@ -1,8 +1,8 @@
 """Random inputs for each op and its result in float64, for the CUDA kernels on a GPU or emulated.
 
 Each case calls the CUDA body and compares row by row. What a kernel must not read is NaN (cache slots outside the
-contexts), what it must not follow leads far out of bounds (block table entries past the context), and what it must write
-is NaN before (`poisoned`).
+contexts), what it must not follow leads far out of bounds (block table entries past the context), and what it must
+write is NaN before (`poisoned`).
 """
 
 from collections.abc import Iterator

@@ -9,7 +9,10 @@ import torch
 from engine.batch import ForwardBatch
 from engine.ops import reference
 
-torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def _same_numbers_each_time() -> None:
+    torch.manual_seed(0)
 
 
 def test_rms_norm_divides_each_row_by_its_root_mean_square():
@@ -25,7 +28,8 @@ def test_rms_norm_divides_each_row_by_its_root_mean_square():
 def test_rms_norm_of_bfloat16_is_computed_in_float32():
     x, weight = torch.randn(4, 1024).bfloat16(), torch.randn(1024)
     expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    assert torch.equal(reference.rms_norm(x, weight, 1e-5), expected.bfloat16())
+    is_nearest = reference.rms_norm(x, weight, 1e-5) == expected.bfloat16()
+    assert is_nearest.double().mean() > 0.999  # all but those halfway between two numbers
 
 
 def test_add_rms_norm_keeps_the_sum_in_the_residual():
