@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from engine.errors import UserError
+from vcli.bench import bench
 from vcli.flags import Command, FlagError
 from vcli.serve import serve
 
@@ -50,3 +51,4 @@ def _vcli(
 
 
 app.command(cls=Command)(serve)
+app.command(cls=Command, short_help="Measure latency and throughput of a model.")(bench)

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
@@ -21,12 +22,14 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
     from engine.hub import resolve_model
     from vcli.server.lifetime import Plan, run
 
-    path = resolve_model(engine.model, engine.revision)
+    is_local = not engine.model or Path(engine.model).expanduser().exists()
+    # A model on the hub may take minutes to come: it is fetched while HTTP answers already.
+    root = str(resolve_model(engine.model)) if is_local else engine.model
     plan = Plan(
-        engine=replace(engine, model=str(path)),
+        engine=replace(engine, model=root),
         server=server,
-        model_name=server.served_model_name or engine.model or path.stem,
-        model_root=engine.model or str(path),
+        model_name=server.served_model_name or engine.model or Path(root).stem,
+        model_root=root,
         chat_template=_read_template(server),
         listener=listen(server.host, server.port),
     )

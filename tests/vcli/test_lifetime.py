@@ -1,0 +1,172 @@
+"""The server from its first moment to its exit code."""
+
+import json
+import signal
+import socket
+import threading
+
+import httpx
+import psutil
+import pytest
+
+COMPLETIONS = "/v1/completions"
+LONG = {"prompt": "a b c", "max_tokens": 100, "ignore_eos": True}
+
+
+def test_http_answers_while_the_model_loads(start_server):
+    server = start_server(FAKE_LOAD_S="3").wait_http()
+    reply = server.get("/ready")
+    assert reply.status_code == 503
+    assert reply.json()["status"] == "loading"
+    assert 0 <= reply.json()["percent"] <= 100
+    assert server.get("/health").status_code == 200
+    assert server.get("/version").json()["version"]
+    assert server.get("/v1/models").status_code == 200
+    refused = server.post(COMPLETIONS, json={"prompt": "a"})
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) > 0
+    server.wait_ready()
+    assert server.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
+    assert server.metric('vcli:admission_rejections_total{model_name="') == 1
+
+
+def test_start_up_tells_the_address_and_what_fits(start_server):
+    server = start_server("--served-model-name", "echo").wait_ready()
+    assert f"serves echo on {server.url}" in server.log
+    assert "16,384 tokens: 32.0 requests of the full 512 tokens" in server.log
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_lets_open_streams_finish_and_exits_with_0(start_server, signal_number):
+    server = start_server(FAKE_STEP_S="0.02").wait_ready()
+    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        server.process.send_signal(signal_number)
+        server.wait_until(lambda: server.get("/ready").status_code == 503)
+        refused = server.post(COMPLETIONS, json={"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        events = [line for line in lines if line]
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert server.process.wait(20) == 0
+
+
+def test_drain_ends_at_its_timeout(start_server):
+    server = start_server("--drain-timeout", "300ms", FAKE_STEP_S="0.1").wait_ready()
+    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert "error" in json.loads(rest[-1].removeprefix("data: "))
+    assert server.process.wait(20) == 0
+
+
+def test_second_signal_ends_at_once(start_server):
+    server = start_server(FAKE_STEP_S="0.5").wait_ready()
+    caller = threading.Thread(target=lambda: httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60))
+    caller.start()
+    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 1)
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_until(lambda: "may finish" in server.log)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(20) == 128 + signal.SIGTERM
+    caller.join()
+
+
+def test_signal_while_loading_ends_at_once(start_server):
+    server = start_server(FAKE_LOAD_S="60").wait_http()
+    assert server.end() == 0
+
+
+@pytest.mark.parametrize(("how", "cause"), [("die", "exit code 7"), ("fail", "out of luck: buy more")])
+def test_dead_engine_ends_open_requests_and_the_process_with_its_cause(start_server, how, cause):
+    server = start_server(FAKE_STEP_S="0.05").wait_ready()
+    replies = []
+    caller = threading.Thread(
+        target=lambda: replies.append(httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60))
+    )
+    caller.start()
+    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.wait_until(lambda: server.metric("vcli:num_requests_running") == 2)
+        killer = server.post(COMPLETIONS, json=LONG | {"cache_salt": how})
+        events = [line for line in lines if line]
+    caller.join()
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
+    for reply in (killer, *replies):
+        assert reply.status_code == 500
+        assert cause in reply.json()["error"]["message"]
+    assert server.process.wait(20) == 1
+    assert server.log.strip().splitlines()[-1].startswith("vcli: ")
+    assert cause in server.log.strip().splitlines()[-1]
+
+
+def test_killed_engine_is_noticed_without_any_request(start_server):
+    server = start_server().wait_ready()
+    [engine] = psutil.Process(server.process.pid).children()
+    engine.kill()
+    assert server.process.wait(20) == 1
+    assert "SIGKILL" in server.log.strip().splitlines()[-1]
+
+
+def test_taken_port_is_one_sentence_and_exit_code_1(start_server):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        server = start_server(port=port)
+        assert server.process.wait(30) == 1
+    assert server.log == f"vcli: port {port} is taken: choose another with --port\n"
+
+
+def test_strange_host_is_one_sentence_and_exit_code_1(start_server):
+    server = start_server("--host", "203.0.113.7")
+    assert server.process.wait(30) == 1
+    assert server.log.startswith("vcli: --host 203.0.113.7 is no address of this machine")
+
+
+def test_full_queue_says_come_back_later(start_server):
+    server = start_server("--max-num-seqs", "1", "--max-queue", "1", FAKE_STEP_S="0.02").wait_ready()
+    callers = [
+        threading.Thread(target=lambda: httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60)) for _ in range(2)
+    ]
+    for caller in callers:
+        caller.start()
+    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 2)
+    refused = server.post(COMPLETIONS, json={"prompt": "a"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert int(refused.headers["retry-after"]) > 0
+    assert server.post(COMPLETIONS, json={"prompt": "a", "n": 3}).status_code == 400
+    for caller in callers:
+        caller.join()
+    assert server.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
+
+
+def test_api_key_guards_all_but_the_probes(start_server):
+    server = start_server(VCLI_API_KEY="secret").wait_ready()
+    body = {"prompt": "a", "max_tokens": 1}
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
+        reply = server.post(COMPLETIONS, json=body, headers=headers)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert server.post(COMPLETIONS, json=body, headers={"authorization": "Bearer secret"}).status_code == 200
+    assert server.get("/v1/models").status_code == 401
+    assert {server.get(path).status_code for path in ("/health", "/ready", "/metrics", "/version")} == {200}
+
+
+def test_operators_chat_template_replaces_the_models(start_server, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    server = start_server("--chat-template", str(template)).wait_ready()
+    tokens = server.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()["tokens"]
+    assert server.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == "<x>"
+
+
+def test_server_without_tokenizer_takes_token_ids_alone(start_server):
+    server = start_server("--skip-tokenizer-init").wait_ready()
+    [choice] = server.post(COMPLETIONS, json={"prompt": [5, 6], "max_tokens": 2, "logprobs": 1}).json()["choices"]
+    assert choice["token_ids"] == [5, 6]
+    assert choice["logprobs"]["tokens"] == ["token_id:5", "token_id:6"]
+    refused = server.post(COMPLETIONS, json={"prompt": "text"})
+    assert refused.status_code == 400
+    assert "--skip-tokenizer-init" in refused.json()["error"]["message"]

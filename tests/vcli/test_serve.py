@@ -1,0 +1,110 @@
+"""The whole house behind its front door: real engine processes, asked through OpenAI's client."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+SMALL = ["--kv-cache-memory", "64MiB"]
+
+
+@pytest.fixture(scope="module")
+def tiny(start_server, tiny_checkpoint):
+    return start_server(*SMALL, model=tiny_checkpoint("llama")).wait_ready()
+
+
+@pytest.fixture(scope="module")
+def default(start_server, default_model):
+    return start_server(*SMALL, model=default_model).wait_ready()
+
+
+def test_default_model_knows_the_capital_of_france(default):
+    chat = default.client.chat.completions
+    whole = chat.create(model="", messages=FRANCE, temperature=0, max_tokens=24, logprobs=True)
+    streamed = "".join(
+        event.choices[0].delta.content or ""
+        for event in chat.create(model="", messages=FRANCE, temperature=0, max_tokens=24, stream=True, logprobs=True)
+    )
+    assert "Paris" in whole.choices[0].message.content or "Paris" in streamed
+    assert whole.choices[0].finish_reason == "stop"
+
+
+def test_both_processes_say_what_they_are(tiny):
+    api = psutil.Process(tiny.process.pid)
+    assert api.cmdline()[0].startswith("vcli: api")
+    assert [child.cmdline()[0] for child in api.children()] == ["vcli: engine 0"]
+
+
+def test_whole_streamed_and_batched_answers_are_the_same_tokens(tiny):
+    asked = {"max_tokens": 24, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    prompts = [[5, 6, 7, 8], [9] * 40, [11, 12]]
+    alone = [
+        tiny.post("/v1/completions", json=asked | {"prompt": prompt}).json()["choices"][0]["token_ids"]
+        for prompt in prompts
+    ]
+    together = tiny.post("/v1/completions", json=asked | {"prompt": prompts}).json()["choices"]
+    assert [choice["token_ids"] for choice in together] == alone
+    assert [len(token_ids) for token_ids in alone] == [24] * 3
+
+
+def test_seed_fixes_the_answer_and_n_gives_several(tiny):
+    asked = {"prompt": [5, 6, 7], "max_tokens": 16, "seed": 3, "n": 3, "ignore_eos": True, "return_token_ids": True}
+    first, second = (tiny.post("/v1/completions", json=asked).json()["choices"] for _ in range(2))
+    token_ids = [tuple(choice["token_ids"]) for choice in first]
+    assert token_ids == [tuple(choice["token_ids"]) for choice in second]
+    assert len(set(token_ids)) == 3
+
+
+def test_client_that_leaves_frees_its_blocks(default):
+    body = {"prompt": [5, 6, 7], "max_tokens": 1900, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{default.url}/v1/completions", json=body) as reply:
+        next(reply.iter_bytes())
+        default.wait_until(lambda: default.metric("vcli:kv_cache_usage_perc") > 0)
+    default.wait_until(lambda: default.metric("vcli:num_requests_running") == 0)
+    assert default.metric("vcli:kv_cache_usage_perc") == 0
+    assert default.metric('vcli:request_success_total{finished_reason="abort"') == 1
+
+
+def test_many_clients_at_once_are_all_answered(tiny):
+    statuses = []
+
+    def ask() -> None:
+        statuses.append(tiny.post("/v1/completions", json={"prompt": [5, 6, 7], "max_tokens": 8}).status_code)
+
+    callers = [threading.Thread(target=ask) for _ in range(100)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert statuses == [200] * 100
+
+
+def test_sigterm_ends_server_and_engine(start_server, tiny_checkpoint):
+    server = start_server(*SMALL, model=tiny_checkpoint("llama")).wait_ready()
+    [engine] = psutil.Process(server.process.pid).children()
+    assert server.end() == 0
+    assert not engine.is_running()
+
+
+def test_model_that_cannot_be_loaded_is_one_sentence_and_exit_code_1(tiny_checkpoint, tmp_path):
+    for file in tiny_checkpoint("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    [weights] = tmp_path.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = subprocess.run(
+        [sys.executable, "-m", "vcli", "serve", str(tmp_path), "--port", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("vcli: ")
+    assert weights.name in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
