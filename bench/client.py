@@ -21,6 +21,7 @@ from bench.workloads import BenchRequest
 # Uvicorn drops idle connections after 5 s: leave them earlier, so that no request is sent into a closing one.
 KEEPALIVE_S = 2.0
 LAG_PERIOD_S = 0.01
+TIMER_RESOLUTION_S = 0.001  # event loops round their timers up to milliseconds: so much is no lag
 OnRecord = Callable[[RequestRecord], None]
 
 
@@ -218,7 +219,7 @@ class LagMeter:
         self.cpu_share = 0.0  # of one core, this process
 
     def note(self, lag: float) -> None:
-        self.lags.append(max(0.0, lag))
+        self.lags.append(max(0.0, lag - TIMER_RESOLUTION_S))
 
     def percentile(self, percentile: float) -> float:
         return float(np.percentile(self.lags, percentile)) if self.lags else 0.0

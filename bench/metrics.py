@@ -20,7 +20,7 @@ DEFINITIONS = {
     "adj_p99": "the percentile with every failed request counted as infinitely late",
     "throughput": "of completed requests, per second from the first request sent to the last one ended",
     "KV waste": "token slots in allocated KV blocks that hold no token, as a share of the allocated ones",
-    "client lag": "how much later than due the load client's event loop woke up, p99",
+    "client lag": "how much later than due the load client's event loop woke up (beyond its timer's 1 ms), p99",
 }
 
 
