@@ -156,7 +156,7 @@ def time_calls(calls: tuple[Call, ...]) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [call() for call in calls for _ in range(rounds)]  # kept: each call writes to memory of its own
+        kept = [call() for _ in range(rounds) for call in calls]  # kept: each call writes to memory of its own
     us = _median_us(graph.replay) / len(kept)
     del kept
     graph.reset()
