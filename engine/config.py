@@ -22,7 +22,7 @@ class EngineConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to run; auto: a GPU where there is one"] = "auto"
     max_model_len: Annotated[int | None, "longest prompt plus output, in tokens; default: the model's"] = None
     max_num_seqs: Annotated[int, "requests that run in one step at most"] = 256
-    max_num_batched_tokens: Annotated[int | None, "tokens in one step at most; 8k on a GPU, 2k on a CPU"] = None
+    max_num_batched_tokens: Annotated[int | None, "tokens in one step at most; 8k on a GPU, 1k on a CPU"] = None
     max_prefill_chunk: Annotated[
         int | None, "prefill tokens in a step that also decodes; bounds the pause between two tokens of a stream"
     ] = None
@@ -32,5 +32,17 @@ class EngineConfig:
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"], "order of waiting requests: by arrival, or by the request's priority first"
     ] = "fcfs"
+    enforce_eager: Annotated[bool, "launch every kernel by itself, without CUDA graphs"] = False
     seed: Annotated[int, "seeds dummy weights and the requests that bring no seed of their own"] = 0
     skip_tokenizer_init: Annotated[bool, "serve token ids only, load no tokenizer"] = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that can mean nothing."""
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk", "kv_cache_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits, got {self.seed}")

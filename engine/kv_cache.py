@@ -1,7 +1,11 @@
 """The memory behind the block ids: one key and one value tensor a layer, and how many blocks fit."""
 
+import math
+
+import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.errors import UserError
@@ -22,17 +26,24 @@ def allocate(attentions: list[Attention], num_blocks: int, dtype: torch.dtype, d
     """
     for attention in attentions:
         shape = (num_blocks, attention.num_kv_heads, BLOCK_SIZE, attention.head_dim)
-        attention.k_cache = torch.zeros(shape, dtype=dtype, device=device)
-        attention.v_cache = torch.zeros(shape, dtype=dtype, device=device)
+        attention.k_cache, attention.v_cache = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
 
 
-def num_blocks_that_fit(config: EngineConfig, block_bytes: int, device: torch.device) -> int:
-    """How many blocks the memory holds, asked after a real forward pass has taken what it needs."""
+def release(attentions: list[Attention]) -> None:
+    """Take the caches away again, and give their memory back to the device."""
+    for attention in attentions:
+        attention.k_cache = attention.v_cache = torch.empty(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def num_blocks_that_fit(config: EngineConfig, block_bytes: int, device: torch.device, largest_batch_bytes: int) -> int:
+    """How many blocks the memory holds beside the weights and what the largest batch was seen to take."""
     if config.kv_cache_memory is not None:
         budget = config.kv_cache_memory
     elif device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        budget = free - int(total * (1 - config.gpu_memory_utilization))
+        budget = free - largest_batch_bytes - int(total * (1 - config.gpu_memory_utilization))
     else:
         budget = min(psutil.virtual_memory().available // 2, MAX_CPU_CACHE_BYTES)
     num_blocks = budget // block_bytes
@@ -56,3 +67,10 @@ def fit_max_model_len(config: EngineConfig, native_max_model_len: int, num_block
             f"{size:,} are there ({num_slots:,} tokens): lower it or give the cache more memory"
         )
     return config.max_model_len
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch would write the zeros; numpy asks for zeroed memory, which takes none until it is used.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -6,7 +6,6 @@ step can be launched before the host has seen it.
 """
 
 from dataclasses import dataclass, field
-from itertools import compress
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from engine import sampler
 from engine.batch import ForwardBatch, NewRow, ScheduledBatch, ScheduledRequest
 from engine.config import BLOCK_SIZE
+from engine.cuda_graphs import DecodeGraphs, graph_sizes
 from engine.messages import TokenLogprob
 from engine.models import Model
 from engine.sampler import Logprobs, SamplingRow
@@ -65,26 +65,96 @@ class StepResult:
 class ModelRunner:
     """Owns the tables of the running requests and runs the model over batches of them."""
 
-    def __init__(self, model: Model, device: torch.device, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self, model: Model, device: torch.device, max_num_seqs: int, max_model_len: int, padding_block: int
+    ) -> None:
+        """padding_block: a block of the cache that no request owns, for the rows that fill up a graph."""
         self.model = model
         self.device = device
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
         self.max_blocks = -(-max_model_len // BLOCK_SIZE)
-        self.token_ids = torch.zeros(max_num_seqs, max_model_len, dtype=torch.int32, device=device)
-        self.block_table = torch.zeros(max_num_seqs, self.max_blocks, dtype=torch.int32, device=device)
+        # The last line of both tables belongs to the padding.
+        self.token_ids = torch.zeros(max_num_seqs + 1, max_model_len, dtype=torch.int32, device=device)
+        self.block_table = torch.zeros(max_num_seqs + 1, self.max_blocks, dtype=torch.int32, device=device)
+        self.block_table[max_num_seqs, 0] = padding_block
+        self.query_starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.rows: dict[int, Row] = {}
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Record decode steps, so that each is one launch from now on."""
+        nothing = ScheduledRequest(row=self.max_num_seqs, start=0, num_tokens=1, samples=True, block_ids=[])
+        padding = self._decode_fields([nothing])
+        self.graphs = DecodeGraphs(self._decode, padding, graph_sizes(self.max_num_seqs), self.device)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step. Later steps may be launched before its result is waited for."""
         for new in batch.new_rows:
             self._set_row(new)
+        if all(self._is_decode(request) for request in batch.requests):
+            fields = self._decode_fields(batch.requests)
+            logits, best = self.graphs.run(fields) if self.graphs else self._decode(self._upload(fields))
+            return self._draw(batch.requests, logits, best, {})
         self._extend_block_table(batch)
         sampled = [request for request in batch.requests if request.samples]
         forward_batch, sample_index = self._prepare(batch)
         hidden = self.model.forward(forward_batch)
         complete = self._compute_prompt_logprobs(batch, hidden, forward_batch)
         logits = self.model.logits(hidden.index_select(0, sample_index))
-        return self._draw(sampled, logits, complete)
+        return self._draw(sampled, logits, None, complete)
+
+    def _is_decode(self, request: ScheduledRequest) -> bool:
+        """One token in, one token out, and nothing to be said about the prompt."""
+        sampling = self.rows[request.row].sampling
+        wants_prompt = sampling.params.prompt_logprobs is not None and request.start < sampling.num_prompt_tokens
+        return request.num_tokens == 1 and request.samples and not wants_prompt
+
+    def _decode_fields(self, requests: list[ScheduledRequest]) -> np.ndarray:
+        """What `_decode` needs of each request, [7, R] int32."""
+        width = self.token_ids.shape[1]
+        columns = [
+            (
+                r.start,
+                r.row * width + r.start,
+                r.row * width + min(r.start + 1, width - 1),
+                r.row * self.max_blocks + r.start // BLOCK_SIZE,
+                r.block_ids[0] if r.block_ids else -1,
+                r.start + 1,
+                r.row,
+            )
+            for r in requests
+        ]
+        return np.ascontiguousarray(np.array(columns, dtype=np.int32).T)
+
+    def _decode(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+        """One token of each of R requests: logits [R, vocab], and the best token [R], which is put into its row.
+
+        Made of device work alone, on tensors whose shapes depend on R only: it can be captured.
+        """
+        positions, token_index, next_index, table_index, new_blocks, contexts, rows = fields.unbind(0)
+        table, token_ids = self.block_table.view(-1), self.token_ids.view(-1)
+        table_index = table_index.long()
+        blocks = torch.where(new_blocks >= 0, new_blocks, table.index_select(0, table_index))
+        table.index_copy_(0, table_index, blocks)
+        forward_batch = ForwardBatch(
+            token_ids=token_ids.index_select(0, token_index),
+            positions=positions,
+            slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
+            query_start=self.query_starts[: len(positions) + 1],
+            context_lens=contexts,
+            rows=rows,
+            block_table=self.block_table,
+            num_decodes=len(positions),
+            max_query_len=1,
+            max_context_len=self.max_model_len,
+        )
+        logits = self.model.logits(self.model.forward(forward_batch))
+        best = logits.argmax(-1)
+        token_ids.index_copy_(0, next_index.long(), best.int())
+        return logits, best
 
     def _set_row(self, new: NewRow) -> None:
         self.rows[new.row] = Row(
@@ -142,24 +212,28 @@ class ModelRunner:
         )
         return forward_batch, sample_index
 
-    def _draw(self, sampled: list[ScheduledRequest], logits: Tensor, complete: dict[int, list[Logprobs]]) -> StepResult:
-        """Draw the batch's tokens, put them into their rows, and start their way to the host."""
+    def _draw(
+        self,
+        sampled: list[ScheduledRequest],
+        logits: Tensor,
+        best: Tensor | None,
+        complete: dict[int, list[Logprobs]],
+    ) -> StepResult:
+        """Draw the batch's tokens, put them into their rows, and start their way to the host.
+
+        best [S]: the most likely tokens, if they are known and lie in their rows already.
+        """
         rows = [self.rows[request.row].sampling for request in sampled]
-        ends = [request.start + request.num_tokens for request in sampled]
         num_top = [row.params.logprobs for row in rows]
         wants_logprobs = any(num is not None for num in num_top)
         raw_logits = logits.clone() if wants_logprobs and any(row.changes_logits for row in rows) else logits
-        histories = [self.token_ids[request.row, :end] for request, end in zip(sampled, ends, strict=True)]
-        token_ids = sampler.sample(logits, rows, histories, ends) if sampled else logits.new_zeros(0)
+        if best is not None and all(row.takes_best for row in rows):
+            token_ids = best
+        else:
+            token_ids = self._sample(sampled, rows, logits)
         logprobs = None
         if wants_logprobs:
             logprobs = sampler.logprobs_of(raw_logits, token_ids, max(num or 0 for num in num_top))
-        # A last token drawn at the very end of the context has no place in the row, and needs none.
-        fits = [end < self.token_ids.shape[1] for end in ends]
-        places = [r.row * self.token_ids.shape[1] + end for r, end in compress(zip(sampled, ends, strict=True), fits)]
-        if places:
-            drawn = token_ids if all(fits) else token_ids[torch.tensor(fits, device=self.device)]
-            self.token_ids.view(-1)[self._upload(places).long()] = drawn.int()
         prompt_logprobs = {i: complete[request.row] for i, request in enumerate(sampled) if request.row in complete}
         prompts = {i: self._prompt_of(sampled[i].row) for i in prompt_logprobs}
         event = None
@@ -168,6 +242,19 @@ class ModelRunner:
             event = torch.cuda.Event()
             event.record()
         return StepResult(token_ids, logprobs, num_top, prompt_logprobs, prompts, event)
+
+    def _sample(self, sampled: list[ScheduledRequest], rows: list[SamplingRow], logits: Tensor) -> Tensor:
+        """Draw a token for each request, and put it into its row."""
+        if not sampled:
+            return logits.new_zeros(0, dtype=torch.int64)
+        ends = [request.start + request.num_tokens for request in sampled]
+        histories = [self.token_ids[request.row, :end] for request, end in zip(sampled, ends, strict=True)]
+        token_ids = sampler.sample(logits, rows, histories, ends)
+        width = self.token_ids.shape[1]
+        # A token drawn at the very end of the context has no place in its row, and is never read from it.
+        places = [request.row * width + min(end, width - 1) for request, end in zip(sampled, ends, strict=True)]
+        self.token_ids.view(-1).index_copy_(0, self._upload(places).long(), token_ids.int())
+        return token_ids
 
     def _prompt_of(self, row: int) -> tuple[Tensor, int]:
         sampling = self.rows[row].sampling

@@ -28,6 +28,11 @@ class SamplingRow:
     def changes_logits(self) -> bool:
         return self.bias_ids is not None or self.stop_ids is not None or self.params.has_penalties
 
+    @property
+    def takes_best(self) -> bool:
+        """It takes the most likely token of the logits as they are."""
+        return self.params.is_greedy and not self.changes_logits
+
 
 @dataclass
 class Logprobs:

@@ -1,10 +1,12 @@
 """One device and all that lives on it: the weights, the KV cache, the running requests' rows."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from engine import kv_cache
+from engine import kv_cache, ops
 from engine.batch import NewRow, ScheduledBatch, ScheduledRequest
 from engine.checkpoint import open_checkpoint
 from engine.config import BLOCK_SIZE, EngineConfig
@@ -42,44 +44,56 @@ class Worker:
                 f"{self.max_num_batched_tokens:,}: every running request needs a token of each step"
             )
 
-        on_progress("loading weights", 0.0)
         longest = config.max_model_len or native_len
+        on_progress("loading weights", 0.0)
         self.model = build_model(self.model_config, self.dtype, self.device, max_model_len=longest)
-        self.model.load(
-            open_checkpoint(
-                path,
-                load_format=config.load_format,
-                seed=config.seed,
-                on_progress=lambda done, total: on_progress("loading weights", done / max(total, 1)),
-            )
-        )
-        on_progress("measuring memory", 0.0)
         attentions = self.model.attentions
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            kernels = pool.submit(ops.warm_up, self.device, self.dtype, self.model_config)
+            self._load(config, path, on_progress)
+            on_progress("compiling kernels", 0.0)
+            kernels.result()
+
+        on_progress("measuring memory", 0.0)
+        largest_batch_bytes = self._run_largest_batch(longest)
         block_bytes = kv_cache.bytes_per_block(attentions, self.dtype)
-        runner = ModelRunner(self.model, self.device, self.max_num_seqs, longest)
-        self._run_largest_batch(runner)
-        self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device)
+        self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, largest_batch_bytes)
         self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
-        kv_cache.allocate(attentions, self.num_blocks, self.dtype, self.device)
-        self.runner = ModelRunner(self.model, self.device, self.max_num_seqs, self.max_model_len)
+        kv_cache.allocate(attentions, self.num_blocks + 1, self.dtype, self.device)
+        self.runner = ModelRunner(self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks)
+        if self.device.type == "cuda" and not config.enforce_eager:
+            on_progress("capturing CUDA graphs", 0.0)
+            self.runner.capture_graphs()
 
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step; the result is waited for when it is needed."""
         return self.runner.run(batch)
 
-    def _run_largest_batch(self, runner: ModelRunner) -> None:
-        """A step as large as any will be, so that the memory it takes is taken when the free rest is measured."""
+    def _load(self, config: EngineConfig, path: Path, on_progress: OnProgress) -> None:
+        def on_bytes(done: int, total: int) -> None:
+            on_progress("loading weights", done / max(total, 1))
+
+        self.model.load(open_checkpoint(path, config.load_format, config.seed, on_bytes))
+
+    def _run_largest_batch(self, longest: int) -> int:
+        """Run a step as large as any will be; the bytes of GPU memory that it took beside weights and cache."""
         num_requests = min(self.max_num_seqs, self.max_num_batched_tokens)
-        length = min(self.max_num_batched_tokens // num_requests, runner.token_ids.shape[1] - 1)
+        length = min(self.max_num_batched_tokens // num_requests, longest - 1)
         blocks_each = -(-length // BLOCK_SIZE)
-        kv_cache.allocate(self.model.attentions, num_requests * blocks_each, self.dtype, self.device)
+        num_blocks = num_requests * blocks_each
+        kv_cache.allocate(self.model.attentions, num_blocks, self.dtype, self.device)
         params = SamplingParams(temperature=0.0 if self.device.type == "cpu" else 1.0, top_p=0.9)
         batch = ScheduledBatch([], [])
         for row in range(num_requests):
             blocks = list(range(row * blocks_each, (row + 1) * blocks_each))
             batch.new_rows.append(NewRow(row, params, [0] * length, length, blocks, []))
             batch.requests.append(ScheduledRequest(row, 0, length, True, []))
+        runner = ModelRunner(self.model, self.device, num_requests, length + 1, num_blocks - 1)
+        before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         runner.run(batch).wait()
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        kv_cache.release(self.model.attentions)
+        return peak - before
 
 
 def pick_device(name: str) -> torch.device:

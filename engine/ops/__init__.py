@@ -6,6 +6,7 @@ native CPU code (`kernels/cpu/`).
 
 from engine.ops.activation import gated_activation
 from engine.ops.attention import paged_attention
+from engine.ops.dispatch import warm_up
 from engine.ops.gemm import linear
 from engine.ops.norm import add_rms_norm, rms_norm
 from engine.ops.rotary import rotate_and_store
@@ -19,4 +20,5 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate_and_store",
+    "warm_up",
 ]

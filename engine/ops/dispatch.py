@@ -5,8 +5,10 @@ Each of the three modules holds functions of the same names and signatures.
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
+from engine.model_config import ModelConfig
 from engine.ops import native, reference
 
 
@@ -17,3 +19,13 @@ def body(x: Tensor) -> ModuleType:
 
         return cuda
     return native if native.is_usable(x) else reference
+
+
+def warm_up(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> None:
+    """Build every kernel that a model needs: none is compiled while it serves."""
+    if device.type == "cuda":
+        from engine.ops import cuda
+
+        cuda.warm_up(device, dtype, config.head_dim, config.num_heads, config.num_kv_heads)
+    else:
+        native.is_usable(torch.empty(0, dtype=dtype))
