@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ def environment() -> dict[str, Any]:
         **gpus(),
         "cpu": cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2),  # beside cpu_count it tells a busy machine
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "vcli": _version("vcli"),
+        "vcli": _version("vcli") or _checkout_version(),
         **{name: _version(name) for name in PACKAGES},
         "cuda": _torch_cuda_version(),
         **git_revision(),
@@ -63,10 +65,13 @@ def cpu_name() -> str:
 
 
 def git_revision() -> dict[str, Any]:
-    """The checkout's commit and whether files differ from it; None outside a checkout."""
+    """The checkout's commit and whether files differ from it.
+
+    Outside a checkout, VCLI_GIT_REVISION says what was built (in a container, say), and None that nobody knows.
+    """
     revision = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]).strip()
     if not revision:
-        return {"git_revision": None, "git_dirty": None}
+        return {"git_revision": os.environ.get("VCLI_GIT_REVISION"), "git_dirty": None}
     changes = _output(["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"])
     return {"git_revision": revision, "git_dirty": bool(changes.strip())}
 
@@ -76,6 +81,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _checkout_version() -> str | None:
+    file = ROOT / "pyproject.toml"
+    return str(tomllib.loads(file.read_text())["project"]["version"]) if file.is_file() else None
 
 
 def _torch_cuda_version() -> str | None:

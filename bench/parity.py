@@ -126,6 +126,8 @@ def prompt_token_ids(text: str, index: int, tokenizer: "Tokenizer") -> list[int]
 
 def vcli_tokens(path: str, prompts: list[list[int]], max_tokens: int, *, device: str, dtype: str) -> list[list[int]]:
     """Greedy tokens of all prompts in one batch: the engine mixes them as it does when serving."""
+    import torch
+
     from engine.llm import LLM
     from engine.sampling_params import SamplingParams
 
@@ -134,7 +136,8 @@ def vcli_tokens(path: str, prompts: list[list[int]], max_tokens: int, *, device:
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     del llm
-    gc.collect()  # its memory goes back before the reference model comes
+    gc.collect()
+    torch.cuda.empty_cache()  # its memory goes back before the reference model comes
     return tokens
 
 

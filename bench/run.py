@@ -4,6 +4,7 @@ The same options give the same requests every time they are made, so the baselin
 """
 
 import asyncio
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench import floor, serving
+from bench.baseline import DEFINITIONS as BASELINE_DEFINITIONS
 from bench.baseline import BaselineTask, run_baseline
 from bench.config import BenchConfig
 from bench.environment import environment
@@ -80,6 +82,8 @@ def run_offline(
     path = resolve_model(engine.model, engine.revision)
     requests = token_requests(make_requests(options, engine.seed, ModelConfig.from_path(path).vocab_size), path, engine)
 
+    import torch
+
     from bench import throughput
     from engine.core import EngineCore
 
@@ -88,21 +92,25 @@ def run_offline(
     throughput.measure(core, throughput.warm_up(requests))
     num_preemptions = core.stats.num_preemptions
     steps = throughput.measure(core, requests, on_progress)
+    ready, num_preemptions = core.ready, core.stats.num_preemptions - num_preemptions
+    del core
+    gc.collect()
+    torch.cuda.empty_cache()  # a baseline that follows in another process needs the room
     result = BenchResult(
         kind="throughput",
         model=short_name(engine.model or path.stem),
         workload={
             **_workload(engine, options, len(requests)),
-            "device": core.ready.device,
-            "dtype": core.ready.dtype,
-            "max_num_seqs": core.ready.max_num_seqs,
+            "device": ready.device,
+            "dtype": ready.dtype,
+            "max_num_seqs": ready.max_num_seqs,
         },
-        metrics=throughput.throughput_metrics(steps, requests, core.stats.num_preemptions - num_preemptions),
+        metrics=throughput.throughput_metrics(steps, requests, num_preemptions),
         environment=environment(),
         definitions=dict(throughput.DEFINITIONS),
     )
     lengths = [(len(request.prompt), request.output_len) for request in requests]
-    return replace(result, floor=_floor(result, engine, lengths, core.ready.max_num_seqs))
+    return replace(result, floor=_floor(result, engine, lengths, ready.max_num_seqs))
 
 
 def with_baseline(result: BenchResult, engine: EngineConfig, options: BenchConfig) -> BenchResult:
@@ -120,7 +128,7 @@ def with_baseline(result: BenchResult, engine: EngineConfig, options: BenchConfi
     )
     baseline = run_baseline(task)
     baseline["ratio"] = result.metrics["output_throughput"] / baseline["output_throughput"]
-    return replace(result, baseline=baseline)
+    return replace(result, baseline=baseline, definitions=result.definitions | BASELINE_DEFINITIONS)
 
 
 def make_requests(options: BenchConfig, seed: int, vocab_size: int) -> list[BenchRequest]:

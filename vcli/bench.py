@@ -33,9 +33,9 @@ def bench(engine: EngineConfig, options: BenchConfig) -> None:
         with _Status() as status:
             status.show("running the transformers baseline")
             result = with_baseline(result, engine, options)
+    _print(result, as_json=options.json)
     if options.output:
         report.write(result, options.output)
-    _print(result, as_json=options.json)
     if not result.is_valid:
         raise typer.Exit(EXIT_UNDECIDED if result.metrics["completed"] else 1)
 
