@@ -63,6 +63,10 @@ class Setting:
     value: Any
     source: str
 
+    @property
+    def spelled(self) -> str:
+        return self.flag.variable if self.source == "environment" else self.flag.name
+
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give Typer a command that takes flags, and the command its config dataclasses made from them.
@@ -78,10 +82,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         settings = {name: [resolve(flag, given.pop(flag.field)) for flag in flags[name]] for name in configs}
         if print_config:
             return print_settings([setting for group in settings.values() for setting in group])
-        try:
-            made = {name: configs[name](**{s.flag.field: s.value for s in settings[name]}) for name in configs}
-        except ValueError as error:
-            raise FlagError(str(error)) from None
+        made = {name: _make(configs[name], settings[name]) for name in configs}
         return command(**made, **given)
 
     shown = [_parameter(flag, panel=_panel(configs[name])) for name in configs for flag in flags[name]]
@@ -91,6 +92,16 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     from_flags.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     from_flags.__annotations__ = {p.name: p.annotation for p in shown}
     return from_flags
+
+
+def _make(config: Any, settings: list[Setting]) -> Any:
+    """A config of these values. What the dataclass itself refuses is said with the name that the person used."""
+    try:
+        return config(**{setting.flag.field: setting.value for setting in settings})
+    except ValueError as error:
+        field, _, complaint = str(error).partition(" ")
+        setting = next((each for each in settings if each.flag.field == field), None)
+        raise FlagError(f"{setting.spelled} {complaint}" if setting else str(error)) from None
 
 
 class Command(TyperCommand):
@@ -121,7 +132,7 @@ def resolve(flag: Flag, given: str | bool | None) -> Setting:
     if isinstance(given, bool):
         return Setting(flag, given, "flag")
     if given is not None:
-        return Setting(flag, flag.parse(given, "MODEL" if flag.field == "model" else flag.name), "flag")
+        return Setting(flag, flag.parse(given, flag.name), "flag")
     if text := os.environ.get(flag.variable, ""):
         return Setting(flag, flag.parse(text, flag.variable), "environment")
     return Setting(flag, flag.default, "default")

@@ -1,5 +1,6 @@
 """`vcli serve`: from flags to a listening server. What can be wrong with them is said before anything is started."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
     from engine.hub import resolve_model
     from vcli.server.lifetime import Plan, run
 
-    is_local = not engine.model or Path(engine.model).expanduser().exists()
+    is_local = not engine.model or os.path.exists(os.path.expanduser(engine.model))
     # A model on the hub may take minutes to come: it is fetched while HTTP answers already.
     root = str(resolve_model(engine.model)) if is_local else engine.model
     plan = Plan(

@@ -51,6 +51,7 @@ def test_version_is_a_number():
         (["serve", "--dtype", "int1"], 2, "vcli: --dtype must be auto, bfloat16, float16 or float32, got 'int1'"),
         (["serve", "--max-model-len", "long"], 2, "vcli: --max-model-len must be a whole number such as"),
         (["serve", "--port", "99999"], 2, "vcli: --port must be between 0 and 65535, got 99999"),
+        (["serve", "--max-num-seqs", "0"], 2, "vcli: --max-num-seqs must be at least 1, got 0"),
         (["serve", "--no-such-flag"], 2, "--no-such-flag"),
         (["nonsense"], 2, "nonsense"),
         (["serve", "/no/such/model"], 1, "vcli: /no/such/model"),

@@ -26,7 +26,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.size < 0:
-            raise ValueError(f"--size must not be negative, got {self.size}")
+            raise ValueError(f"size must not be negative, got {self.size}")
 
 
 FLAGS = {flag.field: flag for flag in flags_of(Config)}
@@ -89,6 +89,7 @@ def test_print_config_shows_values_and_sources_but_no_secrets():
         (["--wait", "soon"], {}, "--wait must be a time such as 30s, 500ms or 2min, got 'soon'"),
         ([], {"VCLI_CACHED": "perhaps"}, "VCLI_CACHED must be true or false, got 'perhaps'"),
         (["--size", "-1"], {}, "--size must not be negative, got -1"),
+        ([], {"VCLI_SIZE": "-1"}, "VCLI_SIZE must not be negative, got -1"),
     ],
 )
 def test_wrong_value_names_flag_value_and_what_is_fine(arguments, environment, message):

@@ -32,6 +32,7 @@ def test_http_answers_while_the_model_loads(start_server):
 
 def test_start_up_tells_the_address_and_what_fits(start_server):
     server = start_server("--served-model-name", "echo").wait_ready()
+    server.wait_until(lambda: "ready in" in server.log)
     assert f"serves echo on {server.url}" in server.log
     assert "16,384 tokens: 32.0 requests of the full 512 tokens" in server.log
 

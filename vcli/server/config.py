@@ -25,6 +25,6 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port must be between 0 and 65535, got {self.port}")
+            raise ValueError(f"port must be between 0 and 65535, got {self.port}")
         if self.max_queue < 0:
-            raise ValueError(f"--max-queue must not be negative, got {self.max_queue}")
+            raise ValueError(f"max_queue must not be negative, got {self.max_queue}")

@@ -4,6 +4,7 @@ Each call reads top to bottom in `__call__`: read, check, tokenize, enter, submi
 applications, so that one function holds a request from its first byte to its last.
 """
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -158,7 +159,8 @@ class GenerationEndpoint(ABC):
                     reply.add(prompt_index, delta, keep=True)
         except EngineDeadError as error:
             raise engine_dead(error) from None
-        await streaming.send_json(send, reply.whole(), reply.id)
+        # In a thread: log probabilities of many long sequences are a lot of JSON.
+        await streaming.send_json(send, await asyncio.to_thread(reply.whole), reply.id)
 
     async def _send_events(
         self, send: Send, request: GenerationRequest, streams: list[RequestStream], reply: Reply

@@ -103,17 +103,21 @@ class Lifetime:
 
     async def _until_ready(self) -> bool:
         """Tell how loading goes. False if a signal or the engine's death came first."""
+        loading = asyncio.create_task(self.engine.wait_ready())
+        signalled = asyncio.create_task(self._signalled.wait())
         shown = ""
         with console.status("starting") as status:  # moves on a terminal; elsewhere each stage is one line
-            while self.engine.ready is None and self.engine.error is None and not self.signals:
+            while not loading.done() and not signalled.done():
                 stage, fraction = self.engine.progress
                 status.update(f"{stage} ({fraction:.0%})" if 0 < fraction < 1 else stage)
                 if stage != shown and not console.is_terminal:
                     console.print(f"vcli: {stage}", markup=False)
                 shown = stage
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._signalled.wait(), WATCH_INTERVAL_S)
-        return self.engine.ready is not None and not self.signals
+                await asyncio.wait([loading, signalled], timeout=WATCH_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+        is_ready = loading.done() and loading.exception() is None
+        loading.cancel()
+        signalled.cancel()
+        return is_ready and not self.signals
 
     async def _until_end(self) -> None:
         while self.engine.error is None and not self.signals:
