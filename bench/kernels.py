@@ -149,6 +149,7 @@ def measure(case: Case, ceilings: Ceilings) -> Timing:
 def time_calls(calls: tuple[Call, ...]) -> float:
     """Microseconds of one call: the calls one after the other in a graph, at least 16 of them."""
     rounds = -(-16 // len(calls))
+    torch.cuda.synchronize()  # the inputs are still being made, on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
