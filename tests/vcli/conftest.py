@@ -1,6 +1,5 @@
 """Servers for the tests: real processes on free ports, most of them with an engine that repeats the prompt."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from engine.child import module_environment
 from tests.conftest import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +106,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -
             process = subprocess.Popen(
                 [*command, "serve", str(model or model_folder), "--port", str(port), *flags],
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+                env=module_environment() | {"OMP_NUM_THREADS": "1"} | environment,
                 stdout=log,
                 stderr=log,
             )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ["torch", "transformers", "pandas", "numpy", "rich", "starlette", "uvicorn", "aiohttp", "zmq", "tokenizers"]
+HEAVY = ["torch", "transformers", "pandas", "numpy", "starlette", "uvicorn", "aiohttp", "zmq", "tokenizers"]
 
 
 def vcli(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -269,7 +269,7 @@ def decode(decoder: msgspec.json.Decoder[Request], body: bytes) -> Request:
         raise ApiError(400, message, param=param) from None
     except RecursionError:
         raise ApiError(400, "the request body is nested too deeply") from None
-    except ValueError as error:  # malformed JSON or text that is not UTF-8
+    except (msgspec.DecodeError, UnicodeError) as error:
         raise ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from None
 
 
