@@ -49,7 +49,7 @@ class EngineLink:
         # Started on the caller's thread: the engine ends when the thread that started it does. Its own session keeps
         # the terminal's Ctrl-C away from it.
         self.process = subprocess.Popen(
-            [*(command or module_command("engine.process")), address], env=_environment(), start_new_session=True
+            [*(command or module_command("engine.process")), address], env=module_environment(), start_new_session=True
         )
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
         self._thread.start()
@@ -128,8 +128,3 @@ class EngineLink:
 def _short_temporary_directory() -> str | None:
     """A socket's path has about 100 characters; a long TMPDIR takes too many of them."""
     return None if len(tempfile.gettempdir()) < 64 else "/tmp"
-
-
-def _environment() -> dict[str, str]:
-    """In a container this process can be number 1, which the engine would take for an orphan's parent."""
-    return module_environment() | ({"VCLI_PARENT_IS_INIT": "1"} if os.getpid() == 1 else {})
