@@ -64,7 +64,8 @@ def test_seed_fixes_the_answer_and_n_gives_several(tiny):
 def test_client_that_leaves_frees_its_blocks(default):
     body = {"prompt": [5, 6, 7], "max_tokens": 1900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{default.url}/v1/completions", json=body) as reply:
-        next(reply.iter_bytes())
+        events = reply.iter_bytes()  # kept: httpx closes the stream with its iterator
+        next(events)
         default.wait_until(lambda: default.metric("vcli:kv_cache_usage_perc") > 0)
     default.wait_until(lambda: default.metric("vcli:num_requests_running") == 0)
     assert default.metric("vcli:kv_cache_usage_perc") == 0
