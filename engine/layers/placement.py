@@ -1,10 +1,11 @@
 """Where a layer's numbers live: their type, their device, and this process's place among the ranks that share them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from engine.layers.host_memory import HostMemory
 from engine.parallel.groups import Group
 
 
@@ -15,8 +16,11 @@ class Placement:
     dtype: torch.dtype
     device: torch.device
     group: Group
+    host_memory: HostMemory = field(default_factory=HostMemory)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if self.device.type == "cpu":
+            return self.host_memory.empty(shape, dtype or self.dtype)
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def share(self, length: int) -> int:

@@ -6,6 +6,7 @@ is that of a contiguous tensor which a local name keeps alive.
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +17,22 @@ from engine.ops import reference
 from engine.ops.native_build import load_library
 
 TYPES = {torch.bfloat16: 0, torch.float32: 1}
+NORM_TYPES = {  # of the vectors and of the norm's weight
+    (torch.bfloat16, torch.bfloat16): (0, 0),
+    (torch.bfloat16, torch.float32): (0, 1),
+    (torch.float32, torch.float32): (1, 1),
+}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 BLOCK_SIZE = 16
-# From here on torch's own matrix product is faster: the work is bound by arithmetic, which it tiles better.
-MAX_LINEAR_ROWS = {torch.bfloat16: 16, torch.float32: 32}
-
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES = {
-    "rms_norm": [_POINTER] * 4 + [_SIZE] * 2 + [_FLOAT, _INT],
+    "rms_norm": [_POINTER] * 4 + [_SIZE] * 2 + [_FLOAT, _INT, _INT],
     "gated_activation": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
-    "rotate_and_store": [_POINTER] * 9 + [_SIZE] * 6 + [_FLOAT, _INT],
+    "rotate_and_store": [_POINTER] * 9 + [_SIZE] * 6 + [_FLOAT, _INT, _INT],
     "paged_attention": [_POINTER] * 8 + [_SIZE] * 6 + [_FLOAT, _FLOAT, _INT],
     "linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT],
     "gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
+    "max_linear_rows": [_INT],
 }
 
 
@@ -38,39 +42,43 @@ def is_usable(x: Tensor) -> bool:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _library() -> Any:  # a ctypes.CDLL with SIGNATURES; None: this machine has none
     library = load_library()
     if library:
         for name, signature in SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = signature, None
+            function.argtypes, function.restype = signature, _SIZE if name == "max_linear_rows" else None
     return library
 
 
-def _call(name: str, *arguments: int | float | None) -> None:
-    getattr(_library(), name)(*arguments)
+@functools.cache
+def _max_linear_rows(type_: int) -> int:
+    return int(_library().max_linear_rows(type_))
+
+
+# Shapes are read by .shape: a tensor's len() costs a microsecond.
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    type_ = TYPES.get(x.dtype)
-    if type_ is None or weight.dtype != x.dtype:
+    types = NORM_TYPES.get((x.dtype, weight.dtype))
+    if types is None:
         return reference.rms_norm(x, weight, eps)
     x = x.contiguous()
     y = torch.empty_like(x)
-    dim = len(weight)
-    _call("rms_norm", y.data_ptr(), x.data_ptr(), None, weight.data_ptr(), x.numel() // dim, dim, eps, type_)
+    dim = weight.shape[0]
+    _library().rms_norm(y.data_ptr(), x.data_ptr(), None, weight.data_ptr(), x.numel() // dim, dim, eps, *types)
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    type_ = TYPES.get(x.dtype)
-    if type_ is None or not weight.dtype == residual.dtype == x.dtype or not residual.is_contiguous():
+    types = NORM_TYPES.get((x.dtype, weight.dtype))
+    if types is None or residual.dtype != x.dtype or not residual.is_contiguous():
         return reference.add_rms_norm(x, residual, weight, eps)
     x = x.contiguous()
     y = torch.empty_like(x)
-    dim = len(weight)
+    dim = weight.shape[0]
     pointers = y.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr()
-    _call("rms_norm", *pointers, x.numel() // dim, dim, eps, type_)
+    _library().rms_norm(*pointers, x.numel() // dim, dim, eps, *types)
     return y
 
 
@@ -81,20 +89,20 @@ def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, double = gate_up.shape
     y = gate_up.new_empty((rows, double // 2))
-    _call("gated_activation", y.data_ptr(), gate_up.data_ptr(), rows, double // 2, ACTIVATIONS[kind], type_)
+    _library().gated_activation(y.data_ptr(), gate_up.data_ptr(), rows, double // 2, ACTIVATIONS[kind], type_)
     return y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     type_ = TYPES.get(x.dtype)
-    if type_ is None or len(x) > MAX_LINEAR_ROWS[x.dtype] or weight.dtype != x.dtype or not weight.is_contiguous():
+    if type_ is None or weight.dtype != x.dtype or not weight.is_contiguous() or x.shape[0] > _max_linear_rows(type_):
         return F.linear(x, weight, bias)
     x = x.contiguous()
     rows, in_features = x.shape
-    y = x.new_empty((rows, len(weight)))
+    y = x.new_empty((rows, weight.shape[0]))
     bias_pointer = bias.data_ptr() if bias is not None else None
     pointers = y.data_ptr(), x.data_ptr(), weight.data_ptr(), bias_pointer
-    _call("linear", *pointers, rows, in_features, len(weight), type_)
+    _library().linear(*pointers, rows, in_features, weight.shape[0], type_)
     return y
 
 
@@ -109,16 +117,15 @@ def rotate_and_store(
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    type_ = TYPES.get(qkv.dtype)
-    norms = [norm for norm in (q_norm, k_norm) if norm is not None]
-    if type_ is None or k_cache.dtype != qkv.dtype or any(norm.dtype != qkv.dtype for norm in norms):
+    norm_dtype = q_norm.dtype if q_norm is not None else qkv.dtype
+    types = NORM_TYPES.get((qkv.dtype, norm_dtype))
+    if types is None or k_cache.dtype != qkv.dtype:
         return reference.rotate_and_store(qkv, positions, slot_mapping, cos_sin, k_cache, v_cache, q_norm, k_norm, eps)
     qkv = qkv.contiguous()
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    q = qkv.new_empty((len(qkv), num_heads, head_dim))
-    _call(
-        "rotate_and_store",
+    q = qkv.new_empty((qkv.shape[0], num_heads, head_dim))
+    _library().rotate_and_store(
         q.data_ptr(),
         qkv.data_ptr(),
         positions.data_ptr(),
@@ -128,14 +135,14 @@ def rotate_and_store(
         v_cache.data_ptr(),
         q_norm.data_ptr() if q_norm is not None else None,
         k_norm.data_ptr() if k_norm is not None else None,
-        len(qkv),
+        qkv.shape[0],
         num_heads,
         num_kv_heads,
         head_dim,
         cos_sin.shape[1],
         block_size,
         eps,
-        type_,
+        *types,
     )
     return q
 
@@ -149,8 +156,7 @@ def paged_attention(
         return reference.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
     q = q.contiguous()
     out = torch.empty_like(q)
-    _call(
-        "paged_attention",
+    _library().paged_attention(
         out.data_ptr(),
         q.data_ptr(),
         k_cache.data_ptr(),
@@ -159,7 +165,7 @@ def paged_attention(
         batch.context_lens.data_ptr(),
         batch.rows.data_ptr(),
         batch.block_table.data_ptr(),
-        len(batch.rows),
+        batch.rows.shape[0],
         batch.block_table.shape[1],
         q.shape[1],
         num_kv_heads,
@@ -177,5 +183,5 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
         return reference.gumbel_noise(seeds, positions, vocab_size)
     seeds, positions = seeds.contiguous(), positions.to(torch.int32).contiguous()
     noise = torch.empty(len(seeds), vocab_size)
-    _call("gumbel_noise", noise.data_ptr(), seeds.data_ptr(), positions.data_ptr(), len(seeds), vocab_size)
+    _library().gumbel_noise(noise.data_ptr(), seeds.data_ptr(), positions.data_ptr(), len(seeds), vocab_size)
     return noise

@@ -93,7 +93,7 @@ INLINE void soften(const attention *a, partial *part, float *scores, int64_t siz
     else
         for (int64_t i = 0; i < size; i++) scores[i] *= a->scale;
 #pragma omp simd reduction(max : max)
-    for (int64_t i = 0; i < size; i++) max = fmaxf(max, scores[i]);
+    for (int64_t i = 0; i < size; i++) max = scores[i] > max ? scores[i] : max;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; i++) {
         scores[i] = fast_exp(scores[i] - max);
@@ -214,7 +214,7 @@ INLINE void soften_tile(tile *t) {
     float max[TILE_ROWS], sum[TILE_ROWS] = {0};
     memcpy(max, t->max, sizeof(max));
     for (int i = 0; i < TILE_KEYS; i++)
-        for (int row = 0; row < TILE_ROWS; row++) max[row] = fmaxf(max[row], t->scores[i][row]);
+        for (int row = 0; row < TILE_ROWS; row++) max[row] = t->scores[i][row] > max[row] ? t->scores[i][row] : max[row];
     for (int i = 0; i < TILE_KEYS; i++)
         for (int row = 0; row < TILE_ROWS; row++) {
             t->scores[i][row] = fast_exp(t->scores[i][row] - max[row]);

@@ -79,7 +79,7 @@ INLINE range my_part(int64_t size) {
 
 // Polynomials of Cephes (Moshier), relative error 1e-7. Below -87.3 the exponential is 0.
 INLINE float fast_exp(float x) {
-    const float clamped = fminf(fmaxf(x, -87.3f), 88.3f);
+    const float above = x < -87.3f ? -87.3f : x, clamped = above > 88.3f ? 88.3f : above;
     const float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest integer
     const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
     float y = 1.9875691500e-4f;

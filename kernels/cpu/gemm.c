@@ -3,47 +3,48 @@
 // Bound by reading the weights, each of which is used `rows` times: so every weight is read once, in order, by all threads
 // side by side. A tile holds LANES running dot products in registers: kRows rows of x times LANES / kRows rows of w, which
 // stay in the first cache until every row of x has met them.
-#include "common.h"
+#include "gemm.h"
 
-#define ROWS_PER_TASK 32     // of w; small enough to balance threads, large enough to hide the sharing out
-#define PREFETCH_BYTES 8192  // ahead of the current weight: some 300 ns of a core's share of the memory's speed
+#define MIN_AMX_ROWS 3       // one or two rows are as fast without
+#define STEP_BYTES (4 * LANES)
+#define PREFETCH_BYTES 4096  // ahead of the current weight: some 300 ns of a core's share of the memory's speed
 
-typedef struct {
-    char *y;
-    const char *packed, *w, *bias;
-    int64_t rows, in, out;
-} product;
-
-// The products of packed rows [m, m + kRows) and weight rows [n, n + LANES / kRows).
-INLINE vec dot_tile(const product *p, int64_t m, int64_t n, const int kRows, const int type) {
-    const int kCols = LANES / kRows;
+// sums[i · stride + j] = packed row m + i times weight row n + j, still spread over the lanes.
+INLINE void dot_rows(vec *sums, int stride, const product *p, int64_t m, int64_t n, const int kRows, const int kCols,
+                     const int type) {
     const int64_t whole_steps = p->in / step_size(type), row_bytes = p->in * size_of(type);
-    const int64_t packed_row_bytes = num_steps(p->in, type) * packed_step_bytes(type);
-    const char *x = p->packed + m * packed_row_bytes;
-    const char *w[LANES];
-    vec sums[LANES];
+    const int64_t packed_bytes = num_steps(p->in, type) * packed_step_bytes(type);
+    const char *x = p->packed + m * packed_bytes, *w[LANES];
+    vec running[LANES];  // kRows · kCols of them: a variable length would keep them from registers
     UNROLL for (int j = 0; j < kCols; j++) w[j] = p->w + (n + j < p->out ? n + j : p->out - 1) * row_bytes;
-    UNROLL for (int i = 0; i < LANES; i++) sums[i] = (vec){0};
+    UNROLL for (int i = 0; i < kRows * kCols; i++) running[i] = (vec){0};
 
-    for (int64_t step = 0; step < whole_steps; step++) {
-        UNROLL for (int j = 0; j < kCols; j++) {
-            const char *weights = w[j] + step * 4 * LANES;
-            if (m == 0) __builtin_prefetch(weights + PREFETCH_BYTES);
+    for (int64_t step = 0; step < whole_steps; step++, x += packed_step_bytes(type)) {
+        UNROLL for (int j = 0; j < kCols; j++, w[j - 1] += STEP_BYTES) {
+            if (m == 0) __builtin_prefetch(w[j] + PREFETCH_BYTES);
             UNROLL for (int i = 0; i < kRows; i++)
-                sums[i * kCols + j] = dot_step(sums[i * kCols + j], weights,
-                                               x + i * packed_row_bytes + step * packed_step_bytes(type), type);
+                running[i * kCols + j] = dot_step(running[i * kCols + j], w[j], x + i * packed_bytes, type);
         }
     }
-    const int64_t done = whole_steps * 4 * LANES;
-    if (done < row_bytes) {
+    const int64_t rest = row_bytes - whole_steps * STEP_BYTES;
+    if (rest) {
         UNROLL for (int j = 0; j < kCols; j++) {
-            char weights[4 * LANES] = {0};
-            memcpy(weights, w[j] + done, row_bytes - done);
+            char last[STEP_BYTES] = {0};
+            memcpy(last, w[j], rest);
             UNROLL for (int i = 0; i < kRows; i++)
-                sums[i * kCols + j] = dot_step(sums[i * kCols + j], weights,
-                                               x + i * packed_row_bytes + whole_steps * packed_step_bytes(type), type);
+                running[i * kCols + j] = dot_step(running[i * kCols + j], last, x + i * packed_bytes, type);
         }
     }
+    UNROLL for (int i = 0; i < kRows; i++)
+        UNROLL for (int j = 0; j < kCols; j++) sums[i * stride + j] = running[i * kCols + j];
+}
+
+// The products of packed rows [m, m + kRows) and weight rows [n, n + LANES / kRows). One or two rows of x leave arithmetic
+// idle: then the weights are read strictly in order, which memory likes best.
+INLINE vec dot_tile(const product *p, int64_t m, int64_t n, const int kRows, const int type) {
+    const int kCols = LANES / kRows, kGroup = kRows == 4 ? kCols : 1;
+    vec sums[LANES];
+    for (int j = 0; j < kCols; j += kGroup) dot_rows(sums + j, kCols, p, m, n + j, kRows, kGroup, type);
     return sum_rows(sums);
 }
 
@@ -68,14 +69,24 @@ static void multiply_part(const product *p, int64_t first, int64_t last, int typ
     else multiply(p, first, last, 4, F32);
 }
 
+// For more rows than this the work is bound by arithmetic, and oneDNN, which lays the weights out anew, is faster.
+int64_t max_linear_rows(int type) {
+    if (type == F32) return 64;
+    return amx_is_usable() ? 128 : PACKED_BF16_BYTES == 2 ? 32 : 16;
+}
+
 void linear(void *y, const void *x, const void *w, const void *bias, int64_t rows, int64_t in, int64_t out, int type) {
+    product p = {y, 0, w, bias, rows, in, out};
+    if (type == BF16 && rows >= MIN_AMX_ROWS && linear_amx(&p, x)) return;
     const int64_t packed_row_bytes = num_steps(in, type) * packed_step_bytes(type);
     const int64_t padded_rows = rows < 3 ? rows : (rows + 3) / 4 * 4;
     char *packed = scratch(padded_rows * packed_row_bytes);
     for (int64_t m = 0; m < padded_rows; m++)  // rows beyond the last are copies of it, whose products are dropped
         pack(packed + m * packed_row_bytes, at(x, (m < rows ? m : rows - 1) * in, type), in, type);
-    const product p = {y, packed, w, bias, rows, in, out};
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t n = 0; n < out; n += ROWS_PER_TASK)
-        multiply_part(&p, n, n + ROWS_PER_TASK < out ? n + ROWS_PER_TASK : out, type);
+    p.packed = packed;
+#pragma omp parallel
+    {
+        const range part = my_part((out + LANES - 1) / LANES);
+        multiply_part(&p, part.first * LANES, part.last * LANES < out ? part.last * LANES : out, type);
+    }
 }

@@ -15,6 +15,7 @@ typedef struct {
     const void *q_norm, *k_norm;  // may be null
     int64_t num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size;
     float eps;
+    int norm_type;  // of q_norm and k_norm: the type of qkv or float32
 } rotation;
 
 INLINE void turn_head(void *out, const void *x, const void *norm, const float *cos, const rotation *r, const int type) {
@@ -29,8 +30,7 @@ INLINE void turn_head(void *out, const void *x, const void *norm, const float *c
     }
     if (norm) {
         const float scale = 1.0f / sqrtf(sum / (float)dim + r->eps);
-#pragma omp simd
-        for (int64_t i = 0; i < dim; i++) head[i] *= scale * get(norm, i, type);
+        for (int64_t i = 0; i < dim; i++) head[i] *= scale * get(norm, i, r->norm_type);
     }
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
@@ -65,9 +65,10 @@ static void rotate_part(const rotation *r, int64_t first, int64_t last, int type
 void rotate_and_store(void *q_out, const void *qkv, const void *positions, const void *slot_mapping, const void *cos_sin,
                       void *k_cache, void *v_cache, const void *q_norm, const void *k_norm, int64_t num_tokens,
                       int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t block_size,
-                      float eps, int type) {
+                      float eps, int type, int norm_type) {
     const rotation r = {qkv,        positions, slot_mapping, cos_sin,      k_cache,  v_cache,    q_out,      q_norm,
-                        k_norm,     num_tokens, num_heads,   num_kv_heads, head_dim, rotary_dim, block_size, eps};
+                        k_norm,     num_tokens, num_heads,   num_kv_heads, head_dim, rotary_dim, block_size, eps,
+                        norm_type};
     if (num_tokens * (num_heads + 2 * num_kv_heads) * head_dim < MIN_PARALLEL_SIZE) {
         rotate_part(&r, 0, num_tokens, type);
         return;

@@ -1,0 +1,17 @@
+// What the bodies of the matrix product share.
+#pragma once
+
+#include "common.h"
+
+// y = x · wᵀ + bias.   x [rows, in], w [out, in], bias [out] or null, y [rows, out]; packed is x in the body's own layout.
+typedef struct {
+    char *y;
+    const char *packed, *w, *bias;
+    int64_t rows, in, out;
+} product;
+
+// Whether the processor has the matrix unit and the system grants it.
+int amx_is_usable(void);
+
+// Whether it did the bfloat16 product: 0 without the unit and for shapes that do not fit its tiles.
+int linear_amx(product *p, const void *x);
