@@ -48,6 +48,13 @@ INLINE const char *cached(const attention *a, const char *cache, int64_t request
     return at(cache, ((block * a->num_kv_heads + head) * BLOCK_SIZE + key % BLOCK_SIZE) * a->head_dim, type);
 }
 
+// Starts fetching the block of a key that will be needed soon: blocks lie anywhere, so the processor cannot guess the next.
+INLINE void prefetch_block(const attention *a, const char *cache, int64_t request, int64_t head, int64_t key, const int type) {
+    if (key >= a->context_lens[request]) return;
+    const char *block = cached(a, cache, request, head, key / BLOCK_SIZE * BLOCK_SIZE, type);
+    for (int64_t i = 0; i < BLOCK_SIZE * a->head_dim * (int64_t)size_of(type); i += 64) __builtin_prefetch(block + i, 0, 2);
+}
+
 INLINE float cap(const attention *a, float score) {
     return a->softcap > 0.0f ? a->softcap * fast_tanh(score / a->softcap) : score;
 }
@@ -117,6 +124,10 @@ INLINE void decode_chunk(const attention *a, int64_t request, int64_t chunk, int
     for (int64_t g = 0; g < group; g++) pack(packed + g * q_bytes, q + g * dim * size_of(type), dim, type);
     for (int64_t key = first / LANES * LANES; key < last; key += LANES) {
         const char *keys = cached(a, a->k_cache, request, head, key, type);
+        if (key % BLOCK_SIZE == 0) {
+            prefetch_block(a, a->k_cache, request, head, key + 2 * BLOCK_SIZE, type);
+            prefetch_block(a, a->v_cache, request, head, key, type);
+        }
         for (int64_t g = 0; g < group; g++)
             *(vec *)(scores + g * CHUNK + key - start) = score_keys(keys, packed + g * q_bytes, dim, type);
     }

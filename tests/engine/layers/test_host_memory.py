@@ -9,7 +9,7 @@ from engine.layers.host_memory import SLAB_BYTES, HostMemory
 
 def test_pieces_lie_apart_and_on_cache_lines():
     memory = HostMemory()
-    pieces = [memory.empty((i, 7), torch.bfloat16) for i in range(0, 40)]
+    pieces = [memory.empty((i, 7), torch.bfloat16) for i in range(40)]
     for i, piece in enumerate(pieces):
         assert piece.shape == (i, 7)
         assert piece.is_contiguous()
