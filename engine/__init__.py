@@ -9,4 +9,4 @@ import os
 # A thread that waits for its share of a CPU op spins this often (some 0.1 ms, longer than the gap between two ops) and
 # then sleeps. torch's OpenMP runtime, which reads this when it is loaded, would spin for milliseconds and keep the core
 # from the thread it waits for, or from the server: 2 to 10 times slower wherever there are more threads than cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")

@@ -121,6 +121,7 @@ def rotate_and_store(
     types = NORM_TYPES.get((qkv.dtype, norm_dtype))
     if types is None or k_cache.dtype != qkv.dtype:
         return reference.rotate_and_store(qkv, positions, slot_mapping, cos_sin, k_cache, v_cache, q_norm, k_norm, eps)
+    assert positions.dtype == slot_mapping.dtype == torch.int32, (positions.dtype, slot_mapping.dtype)
     qkv = qkv.contiguous()
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
@@ -154,6 +155,7 @@ def paged_attention(
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     if type_ is None or k_cache.dtype != q.dtype or head_dim % 32 or block_size != BLOCK_SIZE:
         return reference.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
+    assert batch.block_table.dtype == torch.int32, batch.block_table.dtype
     q = q.contiguous()
     out = torch.empty_like(q)
     _library().paged_attention(

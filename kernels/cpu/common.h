@@ -65,7 +65,7 @@ INLINE size_t size_of(const int type) { return type == BF16 ? 2 : 4; }
 INLINE const char *at(const void *p, int64_t i, const int type) { return (const char *)p + i * size_of(type); }
 
 // Work of fewer elements stays on the calling thread: waking the others takes a few microseconds.
-#define MIN_PARALLEL_SIZE 16384
+#define MIN_PARALLEL_SIZE 8192
 
 // Inside a parallel region: this thread's even part of [0, size).
 typedef struct {

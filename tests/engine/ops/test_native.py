@@ -61,7 +61,7 @@ def test_gated_activations_are_exact_to_rounding(rows, dim, kind, dtype):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 35),
+    rows=st.integers(1, 70),
     in_features=st.one_of(st.integers(1, 100), st.sampled_from([576, 1536])),
     out_features=st.integers(1, 200),
     has_bias=st.booleans(),
@@ -78,6 +78,14 @@ def test_linear_is_exact_to_rounding(rows, in_features, out_features, has_bias, 
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=4e-6 * in_features**0.5)
     again = native.linear(x, weight, bias)
     assert torch.equal(y, again)
+
+
+def test_a_row_of_a_float32_product_does_not_depend_on_its_neighbours():
+    torch.manual_seed(0)
+    x, weight = random(40, 576, dtype=torch.float32), random(100, 576, dtype=torch.float32)
+    together = native.linear(x, weight, None)
+    for rows in (1, 2, 7):
+        assert torch.equal(native.linear(x[:rows].contiguous(), weight, None), together[:rows])
 
 
 def test_linear_reads_nothing_outside_its_weight():
