@@ -1,19 +1,20 @@
 // softmax(cap(q · Kᵀ · scale)) · V for each query over the tokens of its own request up to itself, in the paged cache.
 //
-// q, out [num_tokens, num_heads, head_dim]; caches [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]; the tokens of request
-// i are query_start[i]:query_start[i + 1], the last of context_lens[i] in the cache, whose blocks are line rows[i] of
-// block_table. window > 0: a query sees the last `window` tokens. softcap > 0: cap(s) = softcap · tanh(s / softcap).
+// q, out [num_tokens, num_heads, head_dim]; caches [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim]; the tokens of
+// request i are query_start[i]:query_start[i + 1], the last of context_lens[i] in the cache, whose blocks are line
+// rows[i] of block_table. window > 0: a query sees the last `window` tokens. softcap > 0: cap(s) =
+// softcap · tanh(s / softcap).
 //
 // A request with one query is bound by reading its keys and values: they are read once for all query heads that share
-// them, vectors along head_dim, in chunks of the context that threads share out and merge. A request with more queries is
-// bound by arithmetic: a tile holds kRows (query, head) pairs as the lanes of two vectors, and each key and value is a
-// scalar multiplied with them. Chunks and tiles depend on nothing but the request's own lengths.
+// them, vectors along head_dim, in chunks of the context that threads share out and merge. A request with more queries
+// is bound by arithmetic: a tile holds kRows (query, head) pairs as the lanes of two vectors, and each key and value is
+// a scalar multiplied with them. Chunks and tiles depend on nothing but the request's own lengths.
 #include "common.h"
 
 #define BLOCK_SIZE 16
-#define CHUNK 512           // keys of a decode task
+#define CHUNK 512              // keys of a decode task
 #define TILE_ROWS (2 * LANES)  // (query, head) pairs of a prefill task
-#define TILE_KEYS 32        // keys it takes at a time: what it touches stays in the first cache
+#define TILE_KEYS 32           // keys it takes at a time: what it touches stays in the first cache
 #define MASKED -1e30f
 
 typedef struct {
@@ -43,23 +44,27 @@ INLINE int64_t num_parts(const attention *a, int64_t request) {
     return (context - 1) / CHUNK - first_visible(a, context - 1) / CHUNK + 1;
 }
 
-INLINE const char *cached(const attention *a, const char *cache, int64_t request, int64_t head, int64_t key, const int type) {
+INLINE const char *cached(const attention *a, const char *cache, int64_t request, int64_t head, int64_t key,
+                          const int type) {
     const int64_t block = a->block_table[a->rows[request] * a->table_width + key / BLOCK_SIZE];
     return at(cache, ((block * a->num_kv_heads + head) * BLOCK_SIZE + key % BLOCK_SIZE) * a->head_dim, type);
 }
 
-// Starts fetching the block of a key that will be needed soon: blocks lie anywhere, so the processor cannot guess the next.
-INLINE void prefetch_block(const attention *a, const char *cache, int64_t request, int64_t head, int64_t key, const int type) {
+// Starts fetching the block of a key that will be needed soon: blocks lie anywhere, so the processor cannot guess the
+// next.
+INLINE void prefetch_block(const attention *a, const char *cache, int64_t request, int64_t head, int64_t key,
+                           const int type) {
     if (key >= a->context_lens[request]) return;
     const char *block = cached(a, cache, request, head, key / BLOCK_SIZE * BLOCK_SIZE, type);
-    for (int64_t i = 0; i < BLOCK_SIZE * a->head_dim * (int64_t)size_of(type); i += 64) __builtin_prefetch(block + i, 0, 2);
+    for (int64_t i = 0; i < BLOCK_SIZE * a->head_dim * (int64_t)size_of(type); i += 64)
+        __builtin_prefetch(block + i, 0, 2);
 }
 
 INLINE float cap(const attention *a, float score) {
     return a->softcap > 0.0f ? a->softcap * fast_tanh(score / a->softcap) : score;
 }
 
-// ---- one query --------------------------------------------------------------------------------------------------------
+// ---- one query ----
 
 // What a decode task leaves of a query head: acc = Σ exp(s - max) · v, sum = Σ exp(s - max). acc has head_dim numbers.
 typedef struct {
@@ -73,9 +78,10 @@ INLINE vec score_keys(const char *keys, const char *packed_q, int64_t head_dim, 
     vec sums[LANES];
     UNROLL for (int i = 0; i < LANES; i++) sums[i] = (vec){0};
     for (int64_t step = 0; step < head_dim / step_size(type); step++)
-        UNROLL for (int i = 0; i < LANES; i++)
-            sums[i] = dot_step(sums[i], keys + i * head_dim * size_of(type) + step * 4 * LANES,
-                               packed_q + step * packed_step_bytes(type), type);
+        UNROLL for (int i = 0; i < LANES; i++) {
+            const char *row = keys + i * head_dim * size_of(type);
+            sums[i] = dot_step(sums[i], row + step * 4 * LANES, packed_q + step * packed_step_bytes(type), type);
+        }
     return sum_rows(sums);
 }
 
@@ -139,9 +145,11 @@ INLINE void decode_chunk(const attention *a, int64_t request, int64_t chunk, int
         const float *weights = scores + key - start;
         int64_t g = 0;
         for (; g + 3 <= group; g += 3)
-            add_values(parts + g * partial_bytes(a), partial_bytes(a), weights + g * CHUNK, values, next - key, dim, 3, type);
+            add_values(parts + g * partial_bytes(a), partial_bytes(a), weights + g * CHUNK, values, next - key, dim, 3,
+                       type);
         for (; g < group; g++)
-            add_values(parts + g * partial_bytes(a), partial_bytes(a), weights + g * CHUNK, values, next - key, dim, 1, type);
+            add_values(parts + g * partial_bytes(a), partial_bytes(a), weights + g * CHUNK, values, next - key, dim, 1,
+                       type);
     }
 }
 
@@ -160,12 +168,13 @@ INLINE void merge_chunks(const attention *a, int64_t request, int64_t head, cons
             sum += weight * part->sum;
             for (int64_t d = 0; d < a->head_dim; d++) acc[d] += weight * part->acc[d];
         }
-        char *out = (char *)at(a->out, (a->query_start[request] * a->num_heads + head * a->group_size + g) * a->head_dim, type);
+        char *out =
+            (char *)at(a->out, (a->query_start[request] * a->num_heads + head * a->group_size + g) * a->head_dim, type);
         for (int64_t d = 0; d < a->head_dim; d++) put(out, d, acc[d] / sum, type);
     }
 }
 
-// ---- more queries -----------------------------------------------------------------------------------------------------
+// ---- more queries ----
 
 typedef struct {
     float max[TILE_ROWS], sum[TILE_ROWS], correction[TILE_ROWS], scores[TILE_KEYS][TILE_ROWS];
@@ -175,9 +184,10 @@ typedef struct {
 
 INLINE int64_t tile_bytes(const attention *a) { return sizeof(tile) + a->head_dim * (2 * TILE_ROWS + TILE_KEYS) * 4; }
 
-// c[n][row] = c[n][row] · keep[row] + Σ over k of x[n · stride_n + k · stride_k] · y[k][row]; without keep c starts at 0.
-INLINE void multiply_lanes(float *c, const float *keep, const float *x, int64_t stride_n, int64_t stride_k, const float *y,
-                           int64_t num_n, int64_t num_k) {
+// c[n][row] = c[n][row] · keep[row] + Σ over k of x[n · stride_n + k · stride_k] · y[k][row]; without keep c starts at
+// 0.
+INLINE void multiply_lanes(float *c, const float *keep, const float *x, int64_t stride_n, int64_t stride_k,
+                           const float *y, int64_t num_n, int64_t num_k) {
     enum { kTile = LANES == 16 ? 8 : 4 };
     for (int64_t n = 0; n < num_n; n += kTile) {
         vec sums[kTile][2];
@@ -193,8 +203,10 @@ INLINE void multiply_lanes(float *c, const float *keep, const float *x, int64_t 
                 sums[i][1] += factor * y1;
             }
         }
-        UNROLL for (int i = 0; i < kTile; i++) UNROLL for (int j = 0; j < 2; j++)
-            *(vec *)(c + (n + i) * TILE_ROWS + j * LANES) = sums[i][j];
+        UNROLL for (int i = 0; i < kTile; i++) {
+            *(vec *)(c + (n + i) * TILE_ROWS) = sums[i][0];
+            *(vec *)(c + (n + i) * TILE_ROWS + LANES) = sums[i][1];
+        }
     }
 }
 
@@ -225,7 +237,8 @@ INLINE void soften_tile(tile *t) {
     float max[TILE_ROWS], sum[TILE_ROWS] = {0};
     memcpy(max, t->max, sizeof(max));
     for (int i = 0; i < TILE_KEYS; i++)
-        for (int row = 0; row < TILE_ROWS; row++) max[row] = t->scores[i][row] > max[row] ? t->scores[i][row] : max[row];
+        for (int row = 0; row < TILE_ROWS; row++)
+            max[row] = t->scores[i][row] > max[row] ? t->scores[i][row] : max[row];
     for (int i = 0; i < TILE_KEYS; i++)
         for (int row = 0; row < TILE_ROWS; row++) {
             t->scores[i][row] = fast_exp(t->scores[i][row] - max[row]);
@@ -238,7 +251,8 @@ INLINE void soften_tile(tile *t) {
     }
 }
 
-INLINE void prefill_tile(const attention *a, int64_t request, int64_t part, int64_t head, char *workspace, const int type) {
+INLINE void prefill_tile(const attention *a, int64_t request, int64_t part, int64_t head, char *workspace,
+                         const int type) {
     const int64_t dim = a->head_dim, group = a->group_size, context = a->context_lens[request];
     const int64_t row_0 = part * TILE_ROWS, all_rows = num_queries(a, request) * group;
     const int64_t num_rows = all_rows - row_0 < TILE_ROWS ? all_rows - row_0 : TILE_ROWS;
@@ -256,7 +270,8 @@ INLINE void prefill_tile(const attention *a, int64_t request, int64_t part, int6
     memset(out, 0, dim * TILE_ROWS * 4);
 
     const int64_t first_position = t->position[0], last_position = t->position[TILE_ROWS - 1];
-    for (int64_t key = first_visible(a, first_position) / BLOCK_SIZE * BLOCK_SIZE; key <= last_position; key += TILE_KEYS) {
+    for (int64_t key = first_visible(a, first_position) / BLOCK_SIZE * BLOCK_SIZE; key <= last_position;
+         key += TILE_KEYS) {
         widen(a, wide, a->k_cache, request, head, key, type);
         multiply_lanes(t->scores[0], NULL, wide, dim, 1, q, TILE_KEYS, dim);
         if (a->softcap > 0.0f)
@@ -271,7 +286,7 @@ INLINE void prefill_tile(const attention *a, int64_t request, int64_t part, int6
         for (int64_t d = 0; d < dim; d++) put(a->out, offsets[row] + d, out[d * TILE_ROWS + row] / t->sum[row], type);
 }
 
-// ---- all of them ------------------------------------------------------------------------------------------------------
+// ---- all of them ----
 
 INLINE void run_task(const attention *a, task t, int64_t head, char *parts, char *workspace, const int type) {
     if (num_queries(a, t.request) != 1) {
@@ -288,8 +303,9 @@ void paged_attention(void *out, const void *q, const void *k_cache, const void *
                      int64_t table_width, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window,
                      float scale, float softcap, int type) {
     const int64_t group = num_heads / num_kv_heads;
-    const attention a = {out,       q,         k_cache,      v_cache,  query_start, context_lens, rows,  block_table, num_requests,
-                         table_width, num_heads, num_kv_heads, head_dim, group,       window,       scale, softcap};
+    const attention a = {out,      q,           k_cache,      v_cache,     query_start, context_lens,
+                         rows,     block_table, num_requests, table_width, num_heads,   num_kv_heads,
+                         head_dim, group,       window,       scale,       softcap};
     int64_t num_tasks = 0;
     for (int64_t i = 0; i < num_requests; i++) num_tasks += num_parts(&a, i);
 
@@ -301,7 +317,8 @@ void paged_attention(void *out, const void *q, const void *k_cache, const void *
     task *tasks = (task *)(parts + parts_bytes);
     task *next = tasks;
     for (int64_t i = 0; i < num_requests; i++)  // the last tiles of a prompt see most keys: they go first
-        for (int64_t n = num_parts(&a, i); n > 0; n--) *next++ = (task){i, num_queries(&a, i) == 1 ? num_parts(&a, i) - n : n - 1};
+        for (int64_t n = num_parts(&a, i); n > 0; n--)
+            *next++ = (task){i, num_queries(&a, i) == 1 ? num_parts(&a, i) - n : n - 1};
 
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < num_tasks * num_kv_heads; i++) {

@@ -1,7 +1,7 @@
 // What the native CPU ops share: number types, vectors of the machine's width, and branch-free exp, log and tanh.
 //
-// A kernel is written once for all number types as an inline function with a constant `type`, and its exported face calls
-// it with each constant, so that the compiler makes one loop a type. Arithmetic is float32 everywhere.
+// A kernel is written once for all number types as an inline function with a constant `type`, and its exported face
+// calls it with each constant, so that the compiler makes one loop a type. Arithmetic is float32 everywhere.
 #pragma once
 
 #include <math.h>
@@ -139,8 +139,9 @@ INLINE vec add_pairs(vec a, vec b) {
 
 // Lane i of the result is the sum over the lanes of rows[i].
 INLINE vec sum_rows(vec rows[LANES]) {
-    UNROLL for (int n = LANES / 2; n > 0; n /= 2)
+    UNROLL for (int n = LANES / 2; n > 0; n /= 2) {
         UNROLL for (int i = 0; i < n; i++) rows[i] = add_pairs(rows[2 * i], rows[2 * i + 1]);
+    }
     return rows[0];
 }
 

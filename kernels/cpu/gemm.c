@@ -1,11 +1,11 @@
 // y = x · wᵀ + bias for few rows.   x [rows, in], w [out, in], bias [out] or null, y [rows, out], all of one type
 //
-// Bound by reading the weights, each of which is used `rows` times: so every weight is read once, in order, by all threads
-// side by side. A tile holds LANES running dot products in registers: kRows rows of x times LANES / kRows rows of w, which
-// stay in the first cache until every row of x has met them.
+// Bound by reading the weights, each of which is used `rows` times: a thread reads its part of them once and in order.
+// A tile holds LANES running dot products in registers: kRows rows of x times LANES / kRows rows of w, which stay in
+// the first cache until every row of x has met them. The order of a sum does not depend on `rows`.
 #include "gemm.h"
 
-#define MIN_AMX_ROWS 3       // one or two rows are as fast without
+#define MIN_AMX_ROWS 3  // one or two rows are as fast without
 #define STEP_BYTES (4 * LANES)
 #define PREFETCH_BYTES 4096  // ahead of the current weight: some 300 ns of a core's share of the memory's speed
 
@@ -20,10 +20,13 @@ INLINE void dot_rows(vec *sums, int stride, const product *p, int64_t m, int64_t
     UNROLL for (int i = 0; i < kRows * kCols; i++) running[i] = (vec){0};
 
     for (int64_t step = 0; step < whole_steps; step++, x += packed_step_bytes(type)) {
-        UNROLL for (int j = 0; j < kCols; j++, w[j - 1] += STEP_BYTES) {
+        UNROLL for (int j = 0; j < kCols; j++) {
             if (m == 0) __builtin_prefetch(w[j] + PREFETCH_BYTES);
-            UNROLL for (int i = 0; i < kRows; i++)
-                running[i * kCols + j] = dot_step(running[i * kCols + j], w[j], x + i * packed_bytes, type);
+            UNROLL for (int i = 0; i < kRows; i++) {
+                vec *sum = running + i * kCols + j;
+                *sum = dot_step(*sum, w[j], x + i * packed_bytes, type);
+            }
+            w[j] += STEP_BYTES;
         }
     }
     const int64_t rest = row_bytes - whole_steps * STEP_BYTES;
@@ -31,16 +34,19 @@ INLINE void dot_rows(vec *sums, int stride, const product *p, int64_t m, int64_t
         UNROLL for (int j = 0; j < kCols; j++) {
             char last[STEP_BYTES] = {0};
             memcpy(last, w[j], rest);
-            UNROLL for (int i = 0; i < kRows; i++)
-                running[i * kCols + j] = dot_step(running[i * kCols + j], last, x + i * packed_bytes, type);
+            UNROLL for (int i = 0; i < kRows; i++) {
+                vec *sum = running + i * kCols + j;
+                *sum = dot_step(*sum, last, x + i * packed_bytes, type);
+            }
         }
     }
-    UNROLL for (int i = 0; i < kRows; i++)
+    UNROLL for (int i = 0; i < kRows; i++) {
         UNROLL for (int j = 0; j < kCols; j++) sums[i * stride + j] = running[i * kCols + j];
+    }
 }
 
-// The products of packed rows [m, m + kRows) and weight rows [n, n + LANES / kRows). One or two rows of x leave arithmetic
-// idle: then the weights are read strictly in order, which memory likes best.
+// The products of packed rows [m, m + kRows) and weight rows [n, n + LANES / kRows). One or two rows of x leave
+// arithmetic idle: then the weights are read strictly in order, 16.7 against 12.2 GB/s a core.
 INLINE vec dot_tile(const product *p, int64_t m, int64_t n, const int kRows, const int type) {
     const int kCols = LANES / kRows, kGroup = kRows == 4 ? kCols : 1;
     vec sums[LANES];
@@ -52,7 +58,8 @@ INLINE void store_tile(const product *p, vec tile, int64_t m, int64_t n, const i
     const int kCols = LANES / kRows;
     for (int i = 0; i < kRows && m + i < p->rows; i++)
         for (int j = 0; j < kCols && n + j < p->out; j++)
-            put(p->y, (m + i) * p->out + n + j, tile[i * kCols + j] + (p->bias ? get(p->bias, n + j, type) : 0.0f), type);
+            put(p->y, (m + i) * p->out + n + j, tile[i * kCols + j] + (p->bias ? get(p->bias, n + j, type) : 0.0f),
+                type);
 }
 
 INLINE void multiply(const product *p, int64_t first, int64_t last, const int kRows, const int type) {

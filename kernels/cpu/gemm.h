@@ -3,7 +3,7 @@
 
 #include "common.h"
 
-// y = x · wᵀ + bias.   x [rows, in], w [out, in], bias [out] or null, y [rows, out]; packed is x in the body's own layout.
+// y = x · wᵀ + bias.   x [rows, in], w [out, in], bias [out] or null, y [rows, out]; packed: x in the body's own layout
 typedef struct {
     char *y;
     const char *packed, *w, *bias;

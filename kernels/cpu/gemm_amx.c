@@ -1,19 +1,17 @@
 // y = x · wᵀ + bias in bfloat16 with the matrix unit of Intel processors (AMX), for a few to a few hundred rows.
 //
-// The unit multiplies a tile of 16 rows of w, as it lies in memory, with 16 rows of x, packed beforehand so that the two
-// elements of a 32-bit word belong to one row and neighbouring words to neighbouring rows: the result is the tile of y
-// transposed. The weights need no second layout. A task holds 32 rows of w against 32 rows of x in four running tiles.
-// Up to some 64 rows reading the weights bounds it, as in gemm.c.
+// The unit multiplies a tile of 16 rows of w, as it lies in memory, with 16 rows of x, packed beforehand so that the
+// two elements of a 32-bit word belong to one row and neighbouring words to neighbouring rows: the result is the tile
+// of y transposed. The weights need no second layout. A task holds 32 rows of w against 32 rows of x in four running
+// tiles. Up to some 64 rows reading the weights bounds it, as in gemm.c.
 #include "gemm.h"
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TILE 16           // rows of a tile, and 32-bit words of its rows
-#define STEP 32           // elements of such a row
-
-enum { kRunning = 0, kWeights = 4, kPacked = 6 };  // first tile register of each kind
+#define TILE 16  // rows of a tile, and 32-bit words of its rows
+#define STEP 32  // elements of such a row
 
 // The operating system grants the use of the tiles to a process that asks for it.
 int amx_is_usable(void) {
@@ -46,7 +44,7 @@ static void pack_panels(uint32_t *packed, const product *p, const uint32_t *x) {
 
 // One tile of y, transposed while it is stored.
 INLINE void store_tile(const product *p, const float tile[TILE][TILE], int64_t m, int64_t n) {
-    const __m512i column = _mm512_mullo_epi32(_mm512_set1_epi32(TILE), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    const __m512i column = _mm512_set_epi32(240, 224, 208, 192, 176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16, 0);
     const vec bias = p->bias ? get_vec(p->bias, n, BF16) : (vec){0};
     for (int64_t row = 0; row < TILE && m + row < p->rows; row++) {
         const vec line = (vec)_mm512_i32gather_ps(column, &tile[0][row], 4) + bias;
@@ -54,7 +52,8 @@ INLINE void store_tile(const product *p, const float tile[TILE][TILE], int64_t m
     }
 }
 
-// Weight rows [n, n + 32) times kPanels panels, the first of which is rows [m, m + 16).
+// Weight rows [n, n + 32) times kPanels panels, the first of which is rows [m, m + 16). Tile registers 0 to 3 are
+// running sums, 4 and 5 weights, 6 and 7 panels.
 INLINE void multiply_block(const product *p, int64_t m, int64_t n, const int kPanels) {
     const int64_t row_bytes = p->in * 2;
     const char *w = at(p->w, n * p->in, BF16), *x = p->packed + m * row_bytes;

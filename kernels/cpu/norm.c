@@ -1,7 +1,8 @@
 // y = x / sqrt(mean(x²) + eps) · weight, row by row; with a residual, first residual += x and x is the sum.
 //
-// x, residual, y [rows, dim] of one type, weight [dim] of that type or float32. Bound by memory; a row stays in the first cache between its
-// two passes. Few rows run on the calling thread: waking the others would take longer than the work.
+// x, residual, y [rows, dim] of one type, weight [dim] of that type or float32. Bound by memory; a row stays in the
+// first cache between its two passes. Few rows run on the calling thread: waking the others would take longer than the
+// work.
 #include "common.h"
 
 INLINE void norm_row(void *y, const void *x, const void *weight, int64_t dim, float eps, const int type,
@@ -19,8 +20,8 @@ INLINE void add_row(void *residual, const void *x, int64_t dim, const int type) 
     for (int64_t i = 0; i < dim; i++) put(residual, i, get(residual, i, type) + get(x, i, type), type);
 }
 
-INLINE void norm_rows(char *y, const char *x, char *residual, const void *weight, int64_t first, int64_t last, int64_t dim,
-                      float eps, const int type, const int weight_type) {
+INLINE void norm_rows(char *y, const char *x, char *residual, const void *weight, int64_t first, int64_t last,
+                      int64_t dim, float eps, const int type, const int weight_type) {
     for (int64_t row = first; row < last; row++) {
         const int64_t offset = row * dim * size_of(type);
         if (residual) add_row(residual + offset, x + offset, dim, type);
@@ -36,8 +37,8 @@ static void norm_part(void *y, const void *x, void *residual, const void *weight
 }
 
 // residual may be null.
-void rms_norm(void *y, const void *x, void *residual, const void *weight, int64_t rows, int64_t dim, float eps, int type,
-              int weight_type) {
+void rms_norm(void *y, const void *x, void *residual, const void *weight, int64_t rows, int64_t dim, float eps,
+              int type, int weight_type) {
     if (rows * dim < MIN_PARALLEL_SIZE) {
         norm_part(y, x, residual, weight, 0, rows, dim, eps, type, weight_type);
         return;

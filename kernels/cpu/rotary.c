@@ -62,13 +62,12 @@ static void rotate_part(const rotation *r, int64_t first, int64_t last, int type
     else rotate_tokens(r, first, last, F32);
 }
 
-void rotate_and_store(void *q_out, const void *qkv, const void *positions, const void *slot_mapping, const void *cos_sin,
-                      void *k_cache, void *v_cache, const void *q_norm, const void *k_norm, int64_t num_tokens,
-                      int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t block_size,
-                      float eps, int type, int norm_type) {
-    const rotation r = {qkv,        positions, slot_mapping, cos_sin,      k_cache,  v_cache,    q_out,      q_norm,
-                        k_norm,     num_tokens, num_heads,   num_kv_heads, head_dim, rotary_dim, block_size, eps,
-                        norm_type};
+void rotate_and_store(void *q_out, const void *qkv, const void *positions, const void *slot_mapping,
+                      const void *cos_sin, void *k_cache, void *v_cache, const void *q_norm, const void *k_norm,
+                      int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
+                      int64_t block_size, float eps, int type, int norm_type) {
+    const rotation r = {qkv,        positions, slot_mapping, cos_sin,  k_cache,    v_cache,    q_out, q_norm,   k_norm,
+                        num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size, eps,   norm_type};
     if (num_tokens * (num_heads + 2 * num_kv_heads) * head_dim < MIN_PARALLEL_SIZE) {
         rotate_part(&r, 0, num_tokens, type);
         return;

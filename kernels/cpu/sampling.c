@@ -1,7 +1,8 @@
 // Standard Gumbel noise that depends on nothing but (seed, position, token).   noise [rows, vocab_size] float32
 //
-// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): counter (token / 4, 0, position,
-// 0), key seed; word token % 4 becomes u in (0, 1) and the noise -log(-log(u)). Bound by arithmetic, all of it in vectors.
+// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): counter (token / 4, 0,
+// position, 0), key seed; word token % 4 becomes u in (0, 1) and the noise -log(-log(u)). Bound by arithmetic, all of
+// it in vectors.
 #include "common.h"
 
 #define TOKENS 256  // drawn at a time, words first
@@ -9,7 +10,8 @@
 INLINE void draw_words(uint32_t *words4, uint32_t first_counter, uint64_t seed, uint32_t position) {
 #pragma omp simd
     for (uint32_t i = 0; i < TOKENS / 4; i++) {
-        uint32_t c0 = first_counter + i, c1 = 0, c2 = position, c3 = 0, key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+        uint32_t c0 = first_counter + i, c1 = 0, c2 = position, c3 = 0, key0 = (uint32_t)seed,
+                 key1 = (uint32_t)(seed >> 32);
         for (int round = 0; round < 10; round++) {
             const uint64_t product0 = 0xD2511F53ull * c0, product1 = 0xCD9E8D57ull * c2;
             c0 = (uint32_t)(product1 >> 32) ^ c1 ^ key0;
