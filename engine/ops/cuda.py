@@ -81,6 +81,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    if hidden.dtype is torch.float32:
+        return torch.mm(hidden, weight.t())
+    return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+
+
 def rotate_and_store(
     qkv: Tensor,
     positions: Tensor,

@@ -8,3 +8,11 @@ from engine.ops.dispatch import body
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias.   x [rows, in], weight [out, in], bias [out], result [rows, out]"""
     return body(x).linear(x, weight, bias)
+
+
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden · weightᵀ in float32: 16 bits would make ties of what lies close together.
+
+    hidden [n, hidden_size], weight [vocab, hidden_size], result [n, vocab] float32
+    """
+    return body(hidden).logits(hidden, weight)

@@ -30,7 +30,7 @@ SIGNATURES = {
     "gated_activation": [_POINTER] * 2 + [_SIZE] * 2 + [_INT] * 2,
     "rotate_and_store": [_POINTER] * 9 + [_SIZE] * 6 + [_FLOAT, _INT, _INT],
     "paged_attention": [_POINTER] * 8 + [_SIZE] * 6 + [_FLOAT, _FLOAT, _INT],
-    "linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT],
+    "linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 2,
     "gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
     "max_linear_rows": [_INT],
 }
@@ -102,7 +102,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty((rows, weight.shape[0]))
     bias_pointer = bias.data_ptr() if bias is not None else None
     pointers = y.data_ptr(), x.data_ptr(), weight.data_ptr(), bias_pointer
-    _library().linear(*pointers, rows, in_features, weight.shape[0], type_)
+    _library().linear(*pointers, rows, in_features, weight.shape[0], type_, type_)
+    return y
+
+
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    type_ = TYPES.get(hidden.dtype)
+    if type_ is None or weight.dtype != hidden.dtype or not weight.is_contiguous():
+        return reference.logits(hidden, weight)
+    hidden = hidden.contiguous()
+    rows, in_features = hidden.shape
+    y = torch.empty(rows, weight.shape[0])
+    step = _max_linear_rows(type_)
+    for first in range(0, rows, step):
+        num_rows = min(step, rows - first)
+        pointers = y[first].data_ptr(), hidden[first].data_ptr(), weight.data_ptr(), None
+        _library().linear(*pointers, num_rows, in_features, weight.shape[0], type_, TYPES[torch.float32])
     return y
 
 

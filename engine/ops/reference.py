@@ -27,6 +27,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden.float() @ weight.float().t()
+
+
 def rotate_and_store(
     qkv: Tensor,
     positions: Tensor,

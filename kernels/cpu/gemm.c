@@ -59,7 +59,7 @@ INLINE void store_tile(const product *p, vec tile, int64_t m, int64_t n, const i
     for (int i = 0; i < kRows && m + i < p->rows; i++)
         for (int j = 0; j < kCols && n + j < p->out; j++)
             put(p->y, (m + i) * p->out + n + j, tile[i * kCols + j] + (p->bias ? get(p->bias, n + j, type) : 0.0f),
-                type);
+                p->y_type);
 }
 
 INLINE void multiply(const product *p, int64_t first, int64_t last, const int kRows, const int type) {
@@ -82,8 +82,9 @@ int64_t max_linear_rows(int type) {
     return amx_is_usable() ? 128 : PACKED_BF16_BYTES == 2 ? 32 : 16;
 }
 
-void linear(void *y, const void *x, const void *w, const void *bias, int64_t rows, int64_t in, int64_t out, int type) {
-    product p = {y, 0, w, bias, rows, in, out};
+void linear(void *y, const void *x, const void *w, const void *bias, int64_t rows, int64_t in, int64_t out, int type,
+            int y_type) {
+    product p = {y, 0, w, bias, rows, in, out, y_type};
     if (type == BF16 && rows >= MIN_AMX_ROWS && linear_amx(&p, x)) return;
     const int64_t packed_row_bytes = num_steps(in, type) * packed_step_bytes(type);
     const int64_t padded_rows = rows < 3 ? rows : (rows + 3) / 4 * 4;

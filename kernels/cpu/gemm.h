@@ -4,10 +4,12 @@
 #include "common.h"
 
 // y = x · wᵀ + bias.   x [rows, in], w [out, in], bias [out] or null, y [rows, out]; packed: x in the body's own layout
+// y is of x's type or float32: logits keep what bfloat16 would round away.
 typedef struct {
     char *y;
     const char *packed, *w, *bias;
     int64_t rows, in, out;
+    int y_type;
 } product;
 
 // Whether the processor has the matrix unit and the system grants it.

@@ -48,7 +48,9 @@ INLINE void store_tile(const product *p, const float tile[TILE][TILE], int64_t m
     const vec bias = p->bias ? get_vec(p->bias, n, BF16) : (vec){0};
     for (int64_t row = 0; row < TILE && m + row < p->rows; row++) {
         const vec line = (vec)_mm512_i32gather_ps(column, &tile[0][row], 4) + bias;
-        _mm256_storeu_si256((void *)at(p->y, (m + row) * p->out + n, BF16), (__m256i)_mm512_cvtneps_pbh((__m512)line));
+        void *y = (void *)at(p->y, (m + row) * p->out + n, p->y_type);
+        if (p->y_type == BF16) _mm256_storeu_si256(y, (__m256i)_mm512_cvtneps_pbh((__m512)line));
+        else _mm512_storeu_ps(y, (__m512)line);
     }
 }
 

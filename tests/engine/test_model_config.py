@@ -204,3 +204,10 @@ print(ModelConfig.from_path(Path({str(default_model)!r})).hidden_size, "torch" i
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.stdout.split() == ["576", "False"], done.stderr
+
+
+def test_the_authors_sampling_defaults_are_read(tmp_path):
+    recommended = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    assert dict(read(tmp_path, LLAMA, recommended).default_sampling) == recommended
+    assert dict(read(tmp_path, LLAMA, {"do_sample": False}).default_sampling) == {"temperature": 0.0}
+    assert dict(read(tmp_path, LLAMA, {}).default_sampling) == {}

@@ -102,8 +102,8 @@ class GenerationEndpoint(ABC):
             return
         service.check_model(request.model)
         request.refuse_unsupported()
-        params = request.sampling_params()
         ready = service.require_ready()
+        params = request.sampling_params(ready.default_sampling)
         prompts = await self.prompts(request, ready)
         with service.admission.enter(len(prompts) * params.n, ready.max_num_seqs):
             reply = await self.reply(request, prompts, params.n)

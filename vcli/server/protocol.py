@@ -89,9 +89,10 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     bad_words: Any = None
     truncate_prompt_tokens: Any = None
 
-    def sampling_params(self) -> SamplingParams:
-        """Raises ApiError."""
-        given = {name: value for name in _SHARED_NAMES if (value := getattr(self, name)) is not None}
+    def sampling_params(self, defaults: dict[str, float]) -> SamplingParams:
+        """What the request says, and the model's own defaults where it says nothing. Raises ApiError."""
+        given: dict[str, Any] = dict(defaults)
+        given |= {name: value for name in _SHARED_NAMES if (value := getattr(self, name)) is not None}
         given["stop"] = self._stop_strings()
         given["logit_bias"] = self._logit_bias()
         given["max_tokens"] = self.output_limit()
@@ -207,8 +208,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
-    def sampling_params(self) -> SamplingParams:
-        params = super().sampling_params()
+    def sampling_params(self, defaults: dict[str, float]) -> SamplingParams:
+        params = super().sampling_params(defaults)
         if self.echo and self.logprobs is not None and params.prompt_logprobs is None:
             return msgspec.structs.replace(params, prompt_logprobs=self.logprobs)
         return params

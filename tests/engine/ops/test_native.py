@@ -88,6 +88,15 @@ def test_a_row_of_a_float32_product_does_not_depend_on_its_neighbours():
         assert torch.equal(native.linear(x[:rows].contiguous(), weight, None), together[:rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [0, 1, 3, 16, 300])
+def test_logits_keep_all_of_float32(rows, dtype):
+    hidden, weight = random(rows, 576, dtype=dtype), random(1000, 576, dtype=dtype)
+    y = native.logits(hidden, weight)
+    assert y.dtype is torch.float32
+    assert torch.allclose(y.double(), hidden.double() @ weight.double().t(), rtol=1e-4, atol=1e-3)
+
+
 def test_linear_reads_nothing_outside_its_weight():
     torch.manual_seed(0)
     memory = torch.full((70, 37), torch.nan, dtype=torch.bfloat16)
