@@ -95,15 +95,15 @@ class Scheduler:
         new_rows: list[NewRow] = []
         scheduled: list[tuple[Request, ScheduledRequest]] = []
         num_preemptions = self.stats.num_preemptions
-        num_decodes = sum(request.num_tokens_due == 1 for request in self.running)
+        running = [(request, request.num_tokens_due) for request in self.running]
+        num_decodes = sum(due == 1 for _, due in running)
         prefill_budget = self.max_num_batched_tokens - num_decodes
         if num_decodes:
             prefill_budget = min(prefill_budget, self.max_prefill_chunk)
 
-        for request in list(self.running):
+        for request, due in running:
             if request.row < 0:
                 break  # preempted just now, and so is every request behind it
-            due = request.num_tokens_due
             num_tokens = due if due <= 1 else min(due, prefill_budget)
             if num_tokens == 0 or not self._make_room(request, num_tokens):
                 continue
