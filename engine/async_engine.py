@@ -37,7 +37,8 @@ class AsyncEngine:
 
     def __init__(self, config: EngineConfig, *, command: list[str] | None = None) -> None:
         self.config = config
-        self.progress: tuple[str, float] = ("finding the model", 0.0)
+        self.progress: tuple[str, float] = ("starting", 0.0)
+        self.stages: list[tuple[str, float]] = []  # of loading, and the time.time() at which each began
         self.ready: messages.Ready | None = None  # set when requests can be submitted
         self.tokenizer: Tokenizer | None = None
         self.error: str | None = None  # why the engine is dead
@@ -55,6 +56,7 @@ class AsyncEngine:
     async def start(self) -> None:
         """Start the engine and the loading of model and tokenizer, which goes on after this returns."""
         self._loop = asyncio.get_running_loop()
+        self._on_progress("starting the engine process", 0.0)
         self._link = EngineLink(self._on_messages, self._on_exit, self._command)
         # Not the loop's own pool of threads: a download must not keep the process from ending.
         threading.Thread(target=self._load, args=[self._link], name="loading", daemon=True).start()
@@ -201,12 +203,19 @@ class AsyncEngine:
             stream._deliver(gained)
         for message in controls:
             if isinstance(message, messages.Progress):
-                self.progress = (message.stage, message.fraction)
+                self._on_progress(message.stage, message.fraction)
             elif isinstance(message, messages.Ready):
                 self._engine_ready = message
+                if not self._is_loaded:
+                    self._on_progress("loading the tokenizer", 0.0)
                 self._settle()
             elif isinstance(message, messages.Failed):
                 self._failure = message.error
+
+    def _on_progress(self, stage: str, fraction: float) -> None:
+        if not self.stages or stage != self.stages[-1][0]:
+            self.stages.append((stage, time.time()))
+        self.progress = (stage, fraction)
 
     def _on_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer

@@ -48,12 +48,12 @@ def main(address: str) -> None:
 
 
 def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
-    from engine.core import EngineCore  # imports torch: after the socket stands, so that progress is seen
-
     def on_progress(stage: str, fraction: float) -> None:
         socket.send(messages.encode(messages.Progress(stage, fraction)))
 
     on_progress("importing torch", 0.0)
+    from engine.core import EngineCore
+
     core = EngineCore(config, on_progress)
     socket.send(messages.encode(core.ready))
     parent = os.getppid()

@@ -18,6 +18,7 @@ class ServerConfig:
     chat_template: Annotated[Path | None, "file with a chat template to use instead of the model's"] = None
     max_queue: Annotated[int, "requests that may wait beyond those that run; more are told to come back later"] = 1024
     drain_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
+    explain_startup: Annotated[bool, "when ready, print how long each part of the start took"] = False
     uvicorn_log_level: Annotated[
         Literal["critical", "error", "warning", "info", "debug"],
         "what the HTTP layer logs; from info on, a line for every request",

@@ -15,7 +15,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
+import psutil
 import setproctitle
 import uvicorn
 import uvloop
@@ -24,7 +26,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.messages import Ready
-from vcli.console import console, format_seconds
+from vcli.console import console, format_seconds, print_table
 from vcli.server.admission import Admission
 from vcli.server.app import make_app
 from vcli.server.config import ServerConfig
@@ -150,6 +152,18 @@ class Lifetime:
         for line in capacity_report(ready):
             console.print(line, markup=False)
         console.print(f"ready in {format_seconds(seconds)}", markup=False)
+        if self.plan.server.explain_startup:
+            started = psutil.Process().create_time()
+            stages = [("starting the API process", started), *self.engine.stages, ("", time.time())]
+            print_table("start-up", ["stage", "from s", "took s"], startup_rows(stages))
+
+
+def startup_rows(stages: list[tuple[str, float]]) -> list[tuple[str, str, str]]:
+    """One row a stage: when it began and how long it took; the last one, without a name, ends the one before it."""
+    origin = stages[0][1]
+    spans = [(name, start - origin, end - start) for (name, start), (_, end) in pairwise(stages)]
+    spans.append(("all", 0.0, stages[-1][1] - origin))
+    return [(name, f"{start:.2f}", f"{took:.2f}") for name, start, took in spans]
 
 
 def capacity_report(ready: Ready) -> list[str]:
