@@ -171,3 +171,11 @@ def test_server_without_tokenizer_takes_token_ids_alone(start_server):
     refused = server.post(COMPLETIONS, json={"prompt": "text"})
     assert refused.status_code == 400
     assert "--skip-tokenizer-init" in refused.json()["error"]["message"]
+
+
+def test_the_startup_timeline_adds_up_to_the_wall_clock():
+    from vcli.server.lifetime import process_start_time, startup_rows
+
+    assert 0 <= time.time() - process_start_time() < 3600
+    rows = startup_rows([("a", 10.0), ("b", 10.5), ("", 12.0)])
+    assert rows == [("a", "0.00", "0.50"), ("b", "0.50", "1.50"), ("all", "0.00", "2.00")]
