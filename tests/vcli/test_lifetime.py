@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import threading
+import time
 
 import httpx
 import psutil
