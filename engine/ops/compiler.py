@@ -96,8 +96,8 @@ def signatures(text: str) -> dict[str, str]:
     >>> signatures('extern "C" __global__ void f(float* x, int n, float eps) {')
     {'f': 'Pif'}
     """
-    kernels = re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(([^)]*)\)', text)
-    letters = {"int": "i", "i64": "q", "float": "f"}
+    kernels = re.findall(r'extern "C" __global__ void\s+(?:__launch_bounds__\([\w, ]+\)\s+)?(\w+)\(([^)]*)\)', text)
+    letters = {"int": "i", "i64": "q", "float": "f", "TensorMap": "128s"}
     return {
         name: "".join(
             "P" if "*" in parameter else letters[parameter.split()[-2]] for parameter in parameters.split(",")

@@ -42,7 +42,7 @@ def model_builds(arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int
     yield _build(arch, "rotary.cu", dtype, head_dim)
     yield _build(arch, "attention/decode.cu", dtype, head_dim, _group(heads_per_kv))
     if _has_prefill_kernel(dtype, head_dim):
-        yield _build(arch, "attention/prefill.cu", dtype, head_dim)
+        yield _build(arch, prefill_file(arch, head_dim), dtype, head_dim)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -154,6 +154,11 @@ def num_splits(num_blocks: int, max_context: int, num_sms: int) -> int:
     return max(1, min(wanted, -(-max_context // 256), MAX_SPLITS))
 
 
+def prefill_file(arch: str, head_dim: int) -> str:
+    """Hopper has a kernel of its own for the head sizes that fill its tiles."""
+    return "attention/prefill_sm90.cu" if arch == "sm_90a" and head_dim in (64, 128) else "attention/prefill.cu"
+
+
 def prefill_tile(head_dim: int) -> tuple[int, int]:
     """(warps of 16 query rows, keys in a stage): what registers and the 99 KiB of shared memory of small GPUs hold."""
     return (4, 32) if head_dim > 128 else (8, 64)
@@ -164,6 +169,17 @@ def prefill_shared_bytes(head_dim: int) -> int:
     warps, keys = prefill_tile(head_dim)
     num_rows = 4 * keys + (16 * warps if head_dim > 128 else 0)
     return num_rows * (head_dim + 8) * 2
+
+
+def prefill_sm90_tile(head_dim: int) -> tuple[int, int, int]:
+    """(warpgroups of 64 query rows, keys in a tile, tiles in flight) of attention/prefill_sm90.cu."""
+    return (2, 128, 3) if head_dim > 64 else (3, 128, 4)
+
+
+def prefill_sm90_shared_bytes(head_dim: int) -> int:
+    """Queries, tiles of keys and values, barriers, and what it takes to begin at a multiple of 1 KiB."""
+    warpgroups, keys, stages = prefill_sm90_tile(head_dim)
+    return (64 * warpgroups + 2 * stages * keys) * head_dim * 2 + 4 * stages * 8 + 1024
 
 
 def _decode(
@@ -211,16 +227,37 @@ def _prefill(
 ) -> None:
     """Attention of the requests after the batch's decodes."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
-    warps, _ = prefill_tile(head_dim)
-    num_rows = batch.max_query_len * (num_heads // num_kv_heads)
-    _kernel(q, "attention/prefill.cu", "prefill", head_dim)(
-        (-(-num_rows // (16 * warps)), num_kv_heads, len(batch.context_lens) - batch.num_decodes),
-        32 * warps,
-        *(out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
-        *_batch_pointers(batch),
-        *(batch.num_decodes, batch.block_table.shape[1], num_heads, num_kv_heads, scale, window, softcap),
-        shared_bytes=prefill_shared_bytes(head_dim),
-    )
+    heads_per_kv = num_heads // num_kv_heads
+    num_requests = len(batch.context_lens) - batch.num_decodes
+    numbers = (batch.block_table.shape[1], num_heads, num_kv_heads, scale, window, softcap)
+    file = prefill_file(_arch(q.get_device()), head_dim)
+    kernel = _kernel(q, file, "prefill", head_dim)
+    if file == "attention/prefill_sm90.cu":
+        warpgroups, _, _ = prefill_sm90_tile(head_dim)
+        num_rows = 64 * warpgroups
+        num_pieces = ((len(q) - batch.num_decodes) * heads_per_kv + num_requests * (num_rows - 1)) // num_rows
+        kernel(
+            (num_kv_heads, num_pieces, 1),
+            128 * (warpgroups + 1),
+            *(_rows_map(cache, head_dim) for cache in (k_cache, v_cache)),
+            *(out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
+            *(batch.num_decodes, num_requests, *numbers),
+            shared_bytes=prefill_sm90_shared_bytes(head_dim),
+        )
+    else:
+        warps, _ = prefill_tile(head_dim)
+        kernel(
+            (-(-batch.max_query_len * heads_per_kv // (16 * warps)), num_kv_heads, num_requests),
+            32 * warps,
+            *(out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *_batch_pointers(batch)),
+            *(batch.num_decodes, *numbers),
+            shared_bytes=prefill_shared_bytes(head_dim),
+        )
+
+
+def _rows_map(cache: Tensor, head_dim: int) -> bytes:
+    """A cache as a matrix with a row for each token and KV head, read a block at a time."""
+    return launcher.tensor_map(cache.data_ptr(), cache.numel() // head_dim, head_dim, BLOCK_SIZE)
 
 
 def _batch_pointers(batch: ForwardBatch) -> tuple[int, int, int, int]:
@@ -274,8 +311,10 @@ def _kernel(x: Tensor, file: str, name: str, head_dim: int = 0, group: int = 0) 
 @cache
 def _loaded(device: int, dtype: torch.dtype, file: str, name: str, head_dim: int, group: int) -> launcher.Kernel:
     kernel = launcher.load(_build(_arch(device), file, dtype, head_dim, group), device)[name]
-    if name == "prefill":
+    if file == "attention/prefill.cu":
         kernel.allow_shared_bytes(prefill_shared_bytes(head_dim))
+    if file == "attention/prefill_sm90.cu":
+        kernel.allow_shared_bytes(prefill_sm90_shared_bytes(head_dim))
     return kernel
 
 
@@ -286,6 +325,9 @@ def _build(arch: str, file: str, dtype: torch.dtype, head_dim: int = 0, group: i
     if file == "attention/prefill.cu":
         warps, keys = prefill_tile(head_dim)
         defines += [f"WARPS={warps}", f"KEYS={keys}"]
+    if file == "attention/prefill_sm90.cu":
+        warpgroups, keys, stages = prefill_sm90_tile(head_dim)
+        defines += [f"CONSUMERS={warpgroups}", f"KEYS={keys}", f"STAGES={stages}"]
     return Build(file, arch, tuple(defines))
 
 

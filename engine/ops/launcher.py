@@ -6,8 +6,9 @@ source declares them, and nothing is read from the device, so launches can be ca
 """
 
 import ctypes
+import re
 import struct
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -16,7 +17,7 @@ from engine.ops.compiler import INSTALL_HINT, Build, cubin, signatures, source
 
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED_LIMIT = 48 << 10  # above it, a kernel must ask for shared memory
-_BUFFER_POINTER, _BUFFER_SIZE, _END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+_MAP_UINT16, _MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 1, 3, 3  # CU_TENSOR_MAP_*
 
 
 class Kernel:
@@ -25,19 +26,23 @@ class Kernel:
     def __init__(self, name: str, function: int, signature: str, device: int) -> None:
         self.name = name
         self._function, self._device = function, device
-        self._arguments = struct.Struct("@" + signature)  # native alignment is that of CUDA's parameters
+        letters = re.findall(r"\d*[a-zA-Z]", signature)
+        self._arguments = struct.Struct("@" + signature)
         self._buffer = ctypes.create_string_buffer(self._arguments.size)
-        self._size = ctypes.c_size_t(self._arguments.size)
-        self._extra = (ctypes.c_void_p * 5)(
-            _BUFFER_POINTER, ctypes.addressof(self._buffer), _BUFFER_SIZE, ctypes.addressof(self._size), _END
-        )
+        # The driver gets the address of each argument: only the compiled kernel knows where it wants them.
+        ends = [struct.calcsize("@" + "".join(letters[: i + 1])) for i in range(len(letters))]
+        first = ctypes.addressof(self._buffer)
+        places = [first + end - struct.calcsize(letter) for end, letter in zip(ends, letters, strict=True)]
+        self._places = (ctypes.c_void_p * len(places))(*places)
         self._launch = _driver().cuLaunchKernel
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float, shared_bytes: int = 0) -> None:
-        """Pointers are passed as integers (`tensor.data_ptr()`)."""
+    def __call__(
+        self, grid: tuple[int, int, int], threads: int, *arguments: float | bytes, shared_bytes: int = 0
+    ) -> None:
+        """Pointers are passed as integers (`tensor.data_ptr()`), tensor maps as bytes."""
         self._arguments.pack_into(self._buffer, 0, *arguments)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        status = self._launch(self._function, *grid, threads, 1, 1, shared_bytes, stream, None, self._extra)
+        status = self._launch(self._function, *grid, threads, 1, 1, shared_bytes, stream, self._places, None)
         if status:
             raise RuntimeError(f"launch of {self.name}, grid {grid}, {threads} threads: {_error(status)}")
 
@@ -63,6 +68,30 @@ def load(build: Build, device: int) -> dict[str, Kernel]:
     return kernels
 
 
+@lru_cache(maxsize=4096)
+def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:
+    """For Hopper's copy engine: a matrix of 16-bit numbers, read in boxes of 64 columns, swizzled by 128 bytes."""
+    two_numbers, two_longs = ctypes.c_uint32 * 2, ctypes.c_uint64 * 2
+    place = ctypes.create_string_buffer(128 + 64)
+    aligned = -(-ctypes.addressof(place) // 64) * 64
+    status = _driver().cuTensorMapEncodeTiled(
+        aligned,
+        _MAP_UINT16,
+        2,  # dimensions, the inner one first
+        pointer,
+        two_longs(row_length, num_rows),
+        two_longs(row_length * 2),  # bytes from row to row
+        two_numbers(64, box_rows),
+        two_numbers(1, 1),
+        0,
+        _MAP_SWIZZLE_128B,
+        _MAP_L2_PROMOTION_256B,
+        0,
+    )
+    _check(status, f"tensor map of {num_rows} x {row_length}")
+    return ctypes.string_at(aligned, 128)
+
+
 @cache
 def _driver() -> ctypes.PyDLL:
     try:
@@ -74,6 +103,7 @@ def _driver() -> ctypes.PyDLL:
     driver.cuFuncSetAttribute.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
     driver.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
     driver.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
+    driver.cuTensorMapEncodeTiled.argtypes = [pointer, uint, uint, *[pointer] * 5, *[uint] * 4]
     driver.cuGetErrorString.argtypes = [ctypes.c_int, pointer]
     return driver
 

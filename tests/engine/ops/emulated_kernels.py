@@ -3,24 +3,34 @@
 import ctypes
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
 from engine.ops.compiler import Build, signatures, source
 from engine.ops.sources import kernels_folder
 
-C_TYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int, "q": ctypes.c_longlong, "f": ctypes.c_float}
+C_TYPES = {
+    "P": ctypes.c_void_p,
+    "i": ctypes.c_int,
+    "q": ctypes.c_longlong,
+    "f": ctypes.c_float,
+    "128s": ctypes.c_char_p,
+}
+HEADERS = ("ptx.cuh", "ptx_sm90.cuh")  # each has an emulated_ twin beside this file
 
 
 class EmulatedKernel:
     """What engine.ops.launcher.Kernel is on a GPU."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, signature: str) -> None:
+    def __init__(self, library: ctypes.CDLL, name: str, signature: str, is_hopper: bool) -> None:
+        self._shared_limit = (227 if is_hopper else 99) << 10  # of Hopper, of the smallest GPUs
         self._run = library[f"run_{name}"]
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *(C_TYPES[letter] for letter in signature)]
+        arguments = [C_TYPES[letter] for letter in _letters(signature)]
+        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *arguments]
 
     def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float, shared_bytes: int = 0) -> None:
-        assert shared_bytes <= 99 << 10, "the smallest GPUs have 99 KiB of shared memory"
+        assert shared_bytes <= self._shared_limit
         self._run((ctypes.c_int * 3)(*grid), threads, shared_bytes, *arguments)
 
 
@@ -28,7 +38,8 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
     """The kernels of a build, compiled in a folder of their own."""
     for header in kernels_folder().rglob("*.cuh"):
         shutil.copy(header, folder)
-    shutil.copy(Path(__file__).parent / "emulated_ptx.cuh", folder / "ptx.cuh")
+    for header in HEADERS:
+        shutil.copy(Path(__file__).parent / f"emulated_{header}", folder / header)
     text = re.sub(r"extern __shared__ uint4 (\w+)\[\];", r"uint4* \1 = dynamic_shared.data();", source(build.file))
     kernels = signatures(text)
     (folder / "kernels.cpp").write_text(
@@ -39,17 +50,30 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", *alone, *(f"-D{define}" for define in build.defines)]
     subprocess.run(["g++", *options, "kernels.cpp", "-o", "kernels.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
-    return {name: EmulatedKernel(library, name, signature) for name, signature in kernels.items()}
+    is_hopper = build.file.endswith("_sm90.cu")
+    return {name: EmulatedKernel(library, name, signature, is_hopper) for name, signature in kernels.items()}
+
+
+def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:
+    """What engine.ops.launcher.tensor_map is on a GPU."""
+    return struct.pack("4Q96x", pointer, num_rows, row_length, box_rows)
+
+
+def _letters(signature: str) -> list[str]:
+    return re.findall(r"\d*[a-zA-Z]", signature)
 
 
 def _runner(name: str, signature: str) -> str:
-    types = {"P": "void*", "i": "int", "q": "i64", "f": "float"}
-    parameters = "".join(f", {types[letter]} p{i}" for i, letter in enumerate(signature))
-    arguments = ", ".join(f"Any{{p{i}}}" if letter == "P" else f"p{i}" for i, letter in enumerate(signature))
+    types = {"P": "void*", "i": "int", "q": "i64", "f": "float", "128s": "const void*"}
+    as_argument = {"P": "Any{{p{0}}}", "128s": "copied<TensorMap>(p{0})"}
+    letters = _letters(signature)
+    parameters = "".join(f", {types[letter]} p{i}" for i, letter in enumerate(letters))
+    arguments = ", ".join(as_argument.get(letter, "p{0}").format(i) for i, letter in enumerate(letters))
     return f"""
 #ifndef ANY
 #define ANY
 struct Any {{ void* p; template <class T> operator T*() const {{ return static_cast<T*>(p); }} }};
+template <class T> T copied(const void* p) {{ T x; std::memcpy(&x, p, sizeof(T)); return x; }}
 #endif
 extern "C" void run_{name}(const int* grid, int threads, int shared_bytes{parameters}) {{
   run_grid(grid, threads, shared_bytes, [=] {{ {name}({arguments}); }});

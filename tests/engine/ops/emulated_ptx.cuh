@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +19,8 @@
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#define __grid_constant__
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -110,6 +112,15 @@ template <class T> const T* meet(const T& brought) {
   return slots;
 }
 inline float __shfl_xor_sync(u32, float x, int distance) { return meet(x)[fiber->thread % 32 ^ distance]; }
+inline int __shfl_sync(u32, int x, int lane) { return meet(x)[lane]; }
+inline void __syncwarp() { meet(0); }
+inline u32 __ballot_sync(u32, bool mine) {
+  const bool* all = meet(mine);
+  u32 word = 0;
+  for (int lane = 0; lane < 32; ++lane) word |= static_cast<u32>(all[lane]) << lane;
+  return word;
+}
+inline int __popc(u32 word) { return __builtin_popcount(word); }
 
 inline void fiber_main() {
   kernel();

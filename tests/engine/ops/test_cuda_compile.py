@@ -98,3 +98,17 @@ def test_contexts_are_split_while_multiprocessors_are_idle(num_blocks, max_conte
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))
 def test_prefill_fits_small_gpus(head_dim):
     assert cuda.prefill_shared_bytes(head_dim) <= 99 << 10
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prefill_on_hopper_fits_its_shared_memory(head_dim):
+    assert cuda.prefill_file("sm_90a", head_dim) == "attention/prefill_sm90.cu"
+    assert cuda.prefill_file("sm_80", head_dim) == "attention/prefill.cu"
+    assert cuda.prefill_sm90_shared_bytes(head_dim) <= 227 << 10
+
+
+def test_tensor_maps_are_parameters_by_value():
+    text = (
+        'extern "C" __global__ void __launch_bounds__(kThreads, 1)\nf(const __grid_constant__ TensorMap map, int n) {'
+    )
+    assert compiler.signatures(text) == {"f": "128si"}

@@ -31,6 +31,8 @@ def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "_kernel", kernel)
         patch.setattr(cuda, "_num_sms", lambda device: 8)
+        patch.setattr(cuda, "_arch", lambda device: "sm_80")
+        patch.setattr(cuda.launcher, "tensor_map", emulated_kernels.tensor_map)
         torch.manual_seed(0)
         yield
 
@@ -85,6 +87,26 @@ def test_decodes_of_ragged_lengths(dtype, heads, head_dim, window, softcap):
 def test_chunks_and_decodes_in_one_batch(dtype, heads, head_dim, window, softcap):
     lengths = [(1, 1), (1, 300), (2, 2), (30, 30), (70, 200), (1, 90)]
     cases.check_attention("cpu", dtype, heads, head_dim, lengths, window, softcap)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "window", "softcap"),
+    [
+        (BF16, (4, 1), 128, 0, 0.0),
+        (F16, (6, 2), 64, 70, 0.0),
+        (BF16, (3, 1), 128, 100, 20.0),
+    ],
+)
+def test_chunks_and_decodes_on_hopper(monkeypatch, dtype, heads, head_dim, window, softcap):
+    monkeypatch.setattr(cuda, "_arch", lambda device: "sm_90a")
+    lengths = [(1, 300), (2, 2), (30, 130), (128, 128), (70, 500), (1, 90)]
+    cases.check_attention("cpu", dtype, heads, head_dim, lengths, window, softcap)
+
+
+def test_more_chunks_on_hopper_than_lanes_look_for(monkeypatch):
+    monkeypatch.setattr(cuda, "_arch", lambda device: "sm_90a")
+    lengths = [(2 + i % 3 * 60, 2 + i % 3 * 60 + i) for i in range(70)]
+    cases.check_attention("cpu", BF16, (4, 1), 64, lengths)
 
 
 def test_chunks_in_float32():

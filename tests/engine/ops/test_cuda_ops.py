@@ -78,6 +78,12 @@ def test_long_contexts(lengths, window):
     cases.check_attention("cuda", BF16, (8, 2), 128, lengths, window)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_chunks_than_a_warp_has_lanes(head_dim):
+    lengths = [(1, 1 + i) for i in range(5)] + [(2 + i % 3 * 60, 2 + i % 3 * 60 + i) for i in range(70)]
+    cases.check_attention("cuda", BF16, (32, 8), head_dim, lengths)
+
+
 def test_caches_of_more_than_two_billion_numbers():
     num_blocks = 2**31 // (8 * 16 * 128) + 10
     caches = torch.empty(2, num_blocks, 8, 16, 128, dtype=BF16, device="cuda")

@@ -1,0 +1,126 @@
+// What tensor cores and background copies can do on Hopper alone (sm_90a): a warpgroup (four warps) multiplies tiles that
+// lie in shared memory, the copy engine brings them there, and barriers in shared memory tell when they have come.
+#pragma once
+
+#include "ptx.cuh"
+
+// Barriers in shared memory. A phase ends when all arrivals and all bytes it expects have come; then the next begins.
+
+using Barrier = u64;
+
+__device__ inline void barrier_init(Barrier& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+// After the inits, before other threads and the copy engine use the barriers.
+__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void barrier_arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+__device__ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
+}
+// Wait for the end of the phase of this parity; the one before the first has parity 1 and is over.
+__device__ inline void barrier_wait(Barrier& barrier, u32 parity) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again; }" ::"r"(shared_address(&barrier)), "r"(parity) : "memory");
+}
+
+// Some of the block's threads meet at one of its 16 numbered barriers (0 is that of __syncthreads), or pass by it.
+__device__ inline void meet_threads(int which, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(which), "r"(num_threads) : "memory");
+}
+__device__ inline void pass_threads(int which, int num_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(which), "r"(num_threads) : "memory");
+}
+
+// Registers move from warpgroups that need few to those that need many (a multiple of 8 each).
+template <int kCount> __device__ inline void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount> __device__ inline void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// The copy engine's view of a matrix in device memory, made by the host: pieces of its rows come in the swizzled order
+// in which tensor cores read them (below).
+struct alignas(64) TensorMap { u64 words[16]; };
+
+// Start the copy of one box of the matrix, whose first number is at (row, column), to a 1024-byte boundary.
+__device__ inline void copy_box(void* shared, const TensorMap& map, int row, int column, Barrier& barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+               ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)) : "memory");
+}
+
+// What this thread wrote to shared memory is seen by tensor cores and the copy engine (after a barrier among threads).
+__device__ inline void publish_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Operands of tensor cores in shared memory: panels of 64 numbers (128 bytes) a row, rows 128 bytes apart, and the 16-byte
+// pieces of row r exchanged: piece p lies at p ^ (r % 8). `panel_bytes` is the distance of panels, where a product
+// reaches over several. (PTX manual, "Matrix descriptor": distances are in units of 16 bytes.)
+__device__ inline u64 panel_descriptor(const void* shared, int panel_bytes) {
+  constexpr u64 kSwizzle128 = 1, kEightRows = 8 * 128 / 16;
+  return (shared_address(shared) & 0x3ffff) / 16 | static_cast<u64>(panel_bytes / 16) << 16 | kEightRows << 32 |
+         kSwizzle128 << 62;
+}
+// The descriptor of what lies `bytes` further.
+__device__ inline u64 further(u64 descriptor, int bytes) { return descriptor + bytes / 16; }
+
+__device__ inline void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> __device__ inline void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Numbers that the tensor cores were writing or reading: the compiler moves no use of them to before this point.
+template <int kCount> __device__ inline void pin(float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int kCount> __device__ inline void pin(u32 (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
+
+#define LIST_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LIST_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define IN_OUT_8(x, i) \
+  "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), \
+  "+f"(x[i + 7])
+#define IN_OUT_32(x, i) IN_OUT_8(x, i), IN_OUT_8(x, i + 8), IN_OUT_8(x, i + 16), IN_OUT_8(x, i + 24)
+#define IN_OUT_64(x) IN_OUT_32(x, 0), IN_OUT_32(x, 32)
+
+// Products of a warpgroup, in the background until they are committed and waited for. Warp w holds rows 16w to 16w + 15
+// of C and of an A in registers; within them a lane holds the same numbers as for mma_16x8x16, C column by column.
+//
+// multiply_keys: C [64, kColumns] (+)= A [64, 16] · Bᵀ, rows of A and B [kColumns, 16] in shared memory.
+// multiply_values: C [64, kColumns] += A [64, 16] · B, A in registers, rows of B [16, kColumns] in shared memory.
+template <class T, int kColumns>
+__device__ inline void multiply_keys(float (&c)[kColumns / 2], u64 a, u64 b, bool accumulate);
+template <class T, int kColumns>
+__device__ inline void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b);
+
+#define DEFINE_PRODUCTS(T, TYPE, COLUMNS, C, IN_OUT, A0, A1, A2, A3, A4)                                                  \
+  template <> __device__ inline void multiply_keys<T, COLUMNS>(float (&c)[COLUMNS / 2], u64 a, u64 b, bool accumulate) {   \
+    asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %" A2 ", 0;\n"                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                     \
+                 " {" C "}, %" A0 ", %" A1 ", accumulate, 1, 1, 0, 0; }"                                                   \
+                 : IN_OUT : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                            \
+  }                                                                                                                        \
+  template <> __device__ inline void multiply_values<T, COLUMNS>(float (&c)[COLUMNS / 2], const u32 (&a)[4], u64 b) {      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                     \
+                 " {" C "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1, 1, 1, 1;"                                    \
+                 : IN_OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
+  }
+DEFINE_PRODUCTS(bf16, "bf16", 64, LIST_32, IN_OUT_32(c, 0), "32", "33", "34", "35", "36")
+DEFINE_PRODUCTS(bf16, "bf16", 128, LIST_64, IN_OUT_64(c), "64", "65", "66", "67", "68")
+DEFINE_PRODUCTS(f16, "f16", 64, LIST_32, IN_OUT_32(c, 0), "32", "33", "34", "35", "36")
+DEFINE_PRODUCTS(f16, "f16", 128, LIST_64, IN_OUT_64(c), "64", "65", "66", "67", "68")
+#undef DEFINE_PRODUCTS

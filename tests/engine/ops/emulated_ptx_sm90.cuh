@@ -1,0 +1,176 @@
+// In place of common/ptx_sm90.cuh on the CPU (see emulated_ptx.cuh): barriers, the copy engine and products of warpgroups.
+//
+// What runs in the background is done as late as can be: boxes come when somebody waits for their barrier, products read
+// their operands and write their result when they are waited for. Operands are found by their descriptors, as the PTX
+// manual's "Matrix descriptor" and canonical layouts say, not by what the kernel meant.
+#pragma once
+
+#include <map>
+
+#include "ptx.cuh"
+
+// Shared memory has addresses of its own, from 0.
+inline unsigned char* shared_base() {
+  return reinterpret_cast<unsigned char*>((reinterpret_cast<u64>(dynamic_shared.data()) + 1023) / 1024 * 1024);
+}
+inline u32 shared_address(const void* pointer) {
+  const i64 address = static_cast<const unsigned char*>(pointer) - shared_base();
+  if (address < 0 || address >= static_cast<i64>(dynamic_shared.size()) * 16) fail("not in shared memory");
+  return address;
+}
+inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
+
+// Barriers.
+
+using Barrier = u64;
+struct BarrierState {
+  int expected, missing;
+  i64 bytes = 0;
+  u32 phase = 0;
+  std::vector<std::function<int()>> copies = {};  // each says how many bytes it brought
+  void settle() {
+    if (missing < 0) fail("too many arrivals");
+    if (missing > 0 || bytes != 0) return;
+    missing = expected, phase ^= 1;
+  }
+};
+inline std::map<const Barrier*, BarrierState> barrier_states;
+
+inline void barrier_init(Barrier& barrier, int arrivals) {
+  shared_address(&barrier);
+  barrier_states[&barrier] = {arrivals, arrivals};
+}
+inline void barrier_init_fence() {}
+inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
+  BarrierState& state = barrier_states.at(&barrier);
+  state.missing -= 1, state.bytes += bytes;
+  state.settle();
+}
+inline void barrier_arrive(Barrier& barrier) { barrier_arrive_expecting(barrier, 0); }
+inline void barrier_wait(Barrier& barrier, u32 parity) {
+  BarrierState& state = barrier_states.at(&barrier);
+  wait_until([&] {
+    for (auto& copy : state.copies) state.bytes -= copy();
+    if (!state.copies.empty()) state.copies.clear(), state.settle();
+    return state.phase != parity;
+  });
+}
+
+struct NumberedBarrier { int arrived = 0; u64 meetings = 0; };
+inline NumberedBarrier numbered_barriers[16];
+inline void pass_threads(int which, int num_threads) {
+  NumberedBarrier& barrier = numbered_barriers[which];
+  if (++barrier.arrived == num_threads) barrier.arrived = 0, barrier.meetings += 1;
+}
+inline void meet_threads(int which, int num_threads) {
+  const u64 before = numbered_barriers[which].meetings;
+  pass_threads(which, num_threads);
+  wait_until([=] { return numbered_barriers[which].meetings != before; });
+}
+
+template <int kCount> void shrink_registers() {}
+template <int kCount> void grow_registers() {}
+inline void publish_shared_writes() {}
+
+// The copy engine. The emulated map: address, rows, numbers in a row, rows in a box; a box is 64 numbers wide.
+
+struct alignas(64) TensorMap { u64 words[16]; };
+
+inline void copy_box(void* shared, const TensorMap& map, int row, int column, Barrier& barrier) {
+  const auto [address, num_rows, row_length, box_rows] = std::array<u64, 4>{map.words[0], map.words[1], map.words[2], map.words[3]};
+  const u32 target = shared_address(shared);
+  if (target % 1024 != 0) fail("misaligned box");
+  if (row < 0 || row + box_rows > num_rows || column < 0 || column + 64 > row_length) fail("box outside the matrix");
+  const unsigned char* source = reinterpret_cast<const unsigned char*>(address) + (row * row_length + column) * 2;
+  barrier_states.at(&barrier).copies.push_back([=] {
+    for (u64 piece = 0; piece < box_rows * 8; ++piece)
+      std::memcpy(shared_base() + swizzled(target + piece * 16), source + piece / 8 * row_length * 2 + piece % 8 * 16, 16);
+    return static_cast<int>(box_rows) * 128;
+  });
+}
+
+// Products.
+
+inline u64 panel_descriptor(const void* shared, int panel_bytes) {
+  return shared_address(shared) / 16 | static_cast<u64>(panel_bytes / 16) << 16 | 64ull << 32 | 1ull << 62;
+}
+inline u64 further(u64 descriptor, int bytes) { return descriptor + bytes / 16; }
+
+struct Operand {
+  u32 start, leading, stride;  // bytes
+  explicit Operand(u64 descriptor)
+      : start((descriptor & 0x3fff) * 16), leading((descriptor >> 16 & 0x3fff) * 16), stride((descriptor >> 32 & 0x3fff) * 16) {
+    if (descriptor >> 62 != 1) fail("the emulator knows the 128-byte swizzle alone");
+  }
+  template <class T> float at(u32 offset) const {
+    u16 bits;
+    std::memcpy(&bits, shared_base() + swizzled(start + offset), 2);
+    return unpack<T>(bits).x;
+  }
+  // 16 numbers along k lie side by side: rows are 128 bytes apart, groups of 8 rows `stride`.
+  template <class T> float of_rows(int row, int k) const { return at<T>(row / 8 * stride + row % 8 * 128 + k * 2); }
+  // Columns lie side by side, 64 of them; the next 64 `leading` further; groups of 8 k `stride`.
+  template <class T> float of_columns(int k, int column) const {
+    return at<T>(column / 64 * leading + k / 8 * stride + k % 8 * 128 + column % 64 * 2);
+  }
+};
+
+struct Products { std::vector<std::function<void()>> open; std::vector<std::vector<std::function<void()>>> groups; };
+inline std::map<int, Products> products_of_thread;
+
+inline void warpgroup_begin() {}
+inline void warpgroup_commit() {
+  Products& mine = products_of_thread[fiber->thread];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+template <int kPending> void warpgroup_wait() {
+  auto& groups = products_of_thread[fiber->thread].groups;
+  while (groups.size() > kPending) {
+    for (auto& product : groups.front()) product();
+    groups.erase(groups.begin());
+  }
+}
+template <class T> void pin(T&) {}
+
+// c += A · B for a lane, with A(row 0 to 15 of the warp, k) and B(k, column).
+template <int kColumns, class A, class B> void accumulate(float (&c)[kColumns / 2], A a, B b) {
+  const int lane = threadIdx.x % 32;
+  for (int k = 0; k < 16; ++k) {
+    const float left[2] = {a(lane / 4, k), a(lane / 4 + 8, k)};
+    for (int n = 0; n < kColumns / 8; ++n)
+      for (int j = 0; j < 2; ++j) {
+        const float right = b(k, n * 8 + lane % 4 * 2 + j);
+        c[n * 4 + j] += left[0] * right;
+        c[n * 4 + 2 + j] += left[1] * right;
+      }
+  }
+}
+
+template <class T, int kColumns> void multiply_keys(float (&c)[kColumns / 2], u64 a, u64 b, bool accumulates) {
+  const Operand queries(a), keys(b);
+  const int first_row = threadIdx.x / 32 % 4 * 16;
+  products_of_thread[fiber->thread].open.push_back([=, &c] {
+    if (!accumulates) std::fill(std::begin(c), std::end(c), 0.0f);
+    accumulate<kColumns>(
+        c, [&](int row, int k) { return queries.of_rows<T>(first_row + row, k); },
+        [&](int k, int column) { return keys.of_rows<T>(column, k); });
+  });
+}
+
+template <class T, int kColumns> void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b) {
+  struct Words { u32 of[4]; };
+  const Words* brought = meet(Words{{a[0], a[1], a[2], a[3]}});
+  const Operand values(b);
+  const std::array<Words, 4> row_words = {brought[fiber->thread % 32 / 4 * 4], brought[fiber->thread % 32 / 4 * 4 + 1],
+                                          brought[fiber->thread % 32 / 4 * 4 + 2], brought[fiber->thread % 32 / 4 * 4 + 3]};
+  products_of_thread[fiber->thread].open.push_back([=, &c] {
+    accumulate<kColumns>(
+        c,
+        [&](int row, int k) {
+          const float2 pair = unpack<T>(row_words[k % 8 / 2].of[row / 8 + 2 * (k / 8)]);
+          return k % 2 ? pair.y : pair.x;
+        },
+        [&](int k, int column) { return values.of_columns<T>(k, column); });
+  });
+}
