@@ -168,6 +168,8 @@ def cases() -> Iterator[Case]:
     for model in MODELS:
         for num_tokens in (1, 64, 8192):
             yield from _row_cases(model, num_tokens)
+        for num_tokens in (1, 8, 16, 64, 8192):
+            yield from _linear_cases(model, num_tokens)
         for num_requests, context in DECODES:
             yield _attention_case(model, "decode", num_requests, 1, context)
         for num_requests, length, context in PREFILLS:
@@ -188,12 +190,16 @@ def _row_cases(model: Model, num_tokens: int) -> Iterator[Case]:
     yield Case("gated_activation", f"{shape} {inner}", 3 * moved * inner, 0, partial(_gate, num_tokens, inner))
     make = partial(_rotate, model, num_tokens)
     yield Case("rotate_and_store", f"{shape} {num_all_heads} x {d}", 2 * moved * num_all_heads * d, 0, make)
-    for out, inputs in ((num_all_heads * d, hidden), (2 * inner, hidden), (hidden, inner)):
-        moved_by_linear = 2.0 * (num_tokens * (inputs + out) + inputs * out)
-        flops = 2.0 * num_tokens * inputs * out
-        yield Case(
-            "linear", f"{shape} {inputs} to {out}", moved_by_linear, flops, partial(_linear, num_tokens, inputs, out)
-        )
+
+
+def _linear_cases(model: Model, num_tokens: int) -> Iterator[Case]:
+    hidden, inner, q_size = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    qkv_size = q_size + 2 * model.num_kv_heads * model.head_dim
+    for inputs, out in ((hidden, qkv_size), (q_size, hidden), (hidden, 2 * inner), (inner, hidden)):
+        moved = 2.0 * (num_tokens * (inputs + out) + inputs * out)
+        shape = f"{model.name} {num_tokens} x {inputs} to {out}"
+        make = partial(_linear, num_tokens, inputs, out)
+        yield Case("linear", shape, moved, 2.0 * num_tokens * inputs * out, make)
 
 
 def _norm(num_tokens: int, dim: int) -> tuple[Call, Call]:
@@ -217,9 +223,9 @@ def _gate(num_tokens: int, dim: int) -> tuple[Call, Call]:
     return lambda: cuda.gated_activation(gate_up, "silu"), lambda: F.silu(gate) * up
 
 
-def _linear(num_tokens: int, inputs: int, out: int) -> tuple[Call, None]:
+def _linear(num_tokens: int, inputs: int, out: int) -> tuple[Call, Call]:
     x, weight = _random(num_tokens, inputs), _random(out, inputs)
-    return lambda: cuda.linear(x, weight, None), None
+    return lambda: cuda.linear(x, weight, None), lambda: F.linear(x, weight)
 
 
 def _rotate(model: Model, num_tokens: int) -> tuple[Call, None]:

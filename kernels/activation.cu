@@ -14,6 +14,8 @@ __device__ inline float gelu_tanh(float x) {
 
 // Grid: x = rows, y = the pieces of a row.
 template <float (&activate)(float)> __device__ inline void gate_row(Scalar* y, const Scalar* gate_up, int dim) {
+  start_dependents();
+  wait_for_inputs();
   const i64 row = blockIdx.x;
   const int at = (blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
   if (at >= dim) return;

@@ -12,6 +12,9 @@ constexpr int kVecsPerThread = 4;  // so dim is at most 1024 · 4 · kWidth
 
 template <class Weight, bool kAdds>
 __device__ inline void norm_row(Scalar* y, const Scalar* x, Scalar* residual, const Weight* weight, int dim, float eps) {
+  start_dependents();
+  for (int at = threadIdx.x * kWidth; at < dim; at += blockDim.x * kWidth) prefetch(weight + at);
+  wait_for_inputs();
   const i64 row = static_cast<i64>(blockIdx.x) * dim;
   float held[kVecsPerThread][kWidth];
   float sum = 0.0f;

@@ -48,6 +48,8 @@ rotate_and_store(Scalar* q_out, Scalar* k_cache, Scalar* v_cache, const Scalar* 
                  float eps, int num_heads, int num_kv_heads, int rotary_dim) {
   __shared__ float cosines[padded(kHeadDim)], sines[padded(kHeadDim)];
   __shared__ float heads[kTeams][padded(kHeadDim)];
+  start_dependents();
+  wait_for_inputs();
   const i64 token = blockIdx.x;
   const int team = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int head = blockIdx.y * kTeams + team;

@@ -106,6 +106,11 @@ def signatures(text: str) -> dict[str, str]:
     }
 
 
+def may_overlap(text: str) -> bool:
+    """Whether a source's kernels wait for their inputs by themselves: all of them do, or none."""
+    return "wait_for_inputs();" in text
+
+
 @cache
 def source(file: str) -> str:
     return (kernels_folder() / file).read_text()

@@ -13,17 +13,24 @@ from functools import cache, lru_cache
 import torch
 
 from engine.errors import UserError
-from engine.ops.compiler import INSTALL_HINT, Build, cubin, signatures, source
+from engine.ops.compiler import INSTALL_HINT, Build, cubin, may_overlap, signatures, source
 
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED_LIMIT = 48 << 10  # above it, a kernel must ask for shared memory
 _MAP_UINT16, _MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 1, 3, 3  # CU_TENSOR_MAP_*
+_MAY_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CONFIG = struct.Struct("@7IPPI4x")  # CUlaunchConfig: grid, threads, shared bytes, stream, attributes, their number
+_ATTRIBUTE = struct.Struct("@I4xi60x")  # CUlaunchAttribute: name, value
 
 
 class Kernel:
-    """One kernel on one GPU. Calling it launches it on torch's current stream."""
+    """One kernel on one GPU. Calling it launches it on torch's current stream.
 
-    def __init__(self, name: str, function: int, signature: str, device: int) -> None:
+    A kernel that waits for its inputs itself (`wait_for_inputs` in its source) may overlap the one launched before it:
+    on GPUs that can (Hopper and newer), its blocks start as soon as that one makes room for them.
+    """
+
+    def __init__(self, name: str, function: int, signature: str, device: int, overlaps: bool) -> None:
         self.name = name
         self._function, self._device = function, device
         letters = re.findall(r"\d*[a-zA-Z]", signature)
@@ -34,7 +41,10 @@ class Kernel:
         first = ctypes.addressof(self._buffer)
         places = [first + end - struct.calcsize(letter) for end, letter in zip(ends, letters, strict=True)]
         self._places = (ctypes.c_void_p * len(places))(*places)
-        self._launch = _driver().cuLaunchKernel
+        self._attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_MAY_OVERLAP, 1))
+        self._attributes = (ctypes.addressof(self._attribute), 1) if overlaps else (0, 0)
+        self._config = ctypes.create_string_buffer(_CONFIG.size)
+        self._launch = _driver().cuLaunchKernelEx
 
     def __call__(
         self, grid: tuple[int, int, int], threads: int, *arguments: float | bytes, shared_bytes: int = 0
@@ -42,7 +52,8 @@ class Kernel:
         """Pointers are passed as integers (`tensor.data_ptr()`), tensor maps as bytes."""
         self._arguments.pack_into(self._buffer, 0, *arguments)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        status = self._launch(self._function, *grid, threads, 1, 1, shared_bytes, stream, self._places, None)
+        _CONFIG.pack_into(self._config, 0, *grid, threads, 1, 1, shared_bytes, stream, *self._attributes)
+        status = self._launch(self._config, self._function, self._places, None)
         if status:
             raise RuntimeError(f"launch of {self.name}, grid {grid}, {threads} threads: {_error(status)}")
 
@@ -57,6 +68,7 @@ def load(build: Build, device: int) -> dict[str, Kernel]:
     """The kernels of a build, by name, ready on a GPU."""
     code, driver = cubin(build), _driver()
     module, kernels = ctypes.c_void_p(), {}
+    overlaps = torch.cuda.get_device_capability(device) >= (9, 0) and may_overlap(source(build.file))
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # the driver loads into torch's context: it must be there
         _check(driver.cuModuleLoadData(ctypes.byref(module), code), build.file)
@@ -64,7 +76,7 @@ def load(build: Build, device: int) -> dict[str, Kernel]:
             function = ctypes.c_void_p()
             _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
             assert function.value
-            kernels[name] = Kernel(name, function.value, signature, device)
+            kernels[name] = Kernel(name, function.value, signature, device, overlaps)
     return kernels
 
 
@@ -99,7 +111,7 @@ def _driver() -> ctypes.PyDLL:
     except OSError as error:
         raise UserError(f"the NVIDIA driver cannot be loaded ({error}); {INSTALL_HINT}") from error
     uint, pointer = ctypes.c_uint, ctypes.c_void_p
-    driver.cuLaunchKernel.argtypes = [pointer, *[uint] * 7, pointer, pointer, pointer]
+    driver.cuLaunchKernelEx.argtypes = [pointer, pointer, pointer, pointer]
     driver.cuFuncSetAttribute.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
     driver.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
     driver.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]

@@ -57,6 +57,23 @@ template <int kPending> __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// A kernel may be launched while the one before it still runs (see launcher.py). It waits here until all that ran before it
+// has ended and can be read; until then it touches nothing but constants. Before Hopper, kernels start when it is so.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Once every block has said so, the next kernel may start, if it was launched in that way.
+__device__ inline void start_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Bring the line of an address to the L1 cache in the background.
+__device__ inline void prefetch(const void* global) { asm volatile("prefetch.global.L1 [%0];" ::"l"(global)); }
+
 // Four 8x8 matrices of 16-bit numbers; lane l brings the address of row l % 8 of matrix l / 8.
 // Lane l receives numbers 2(l % 4) and 2(l % 4) + 1 of row l / 4 of each matrix (of each column for the transposed form).
 __device__ inline void ldmatrix(u32 (&matrices)[4], const void* shared_row) {

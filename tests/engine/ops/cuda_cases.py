@@ -62,6 +62,22 @@ def check_gated_activation(device: str, dtype: torch.dtype, kind: str, rows: int
     assert_rows_close(y, activated * up, dtype)
 
 
+def check_linear(device: str, dtype: torch.dtype, rows: int, inputs: int, out: int, has_bias: bool = False) -> None:
+    weight = random(out, inputs, device=device, dtype=dtype)
+    bias = random(out, device=device, dtype=dtype, scale=inputs**0.5) if has_bias else None
+    x = random(rows, inputs, device=device, dtype=dtype)
+    with poisoned():
+        y = cuda.linear(x, weight, bias)
+    expected = x.double() @ weight.double().T
+    assert y.shape == (rows, out)
+    assert_rows_close(y, expected if bias is None else expected + bias.double(), dtype)
+    assert torch.equal(y, cuda.linear(x, weight, bias)), "not the same twice"
+    with poisoned():
+        wide = cuda.logits(x, weight)
+    assert wide.dtype is torch.float32
+    assert_rows_close(wide, expected, torch.float32)
+
+
 def check_rotate_and_store(
     device: str, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, rotary_dim: int, norm: torch.dtype | None
 ) -> None:

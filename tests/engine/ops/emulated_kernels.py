@@ -7,7 +7,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from engine.ops.compiler import Build, signatures, source
+from engine.ops.compiler import Build, may_overlap, signatures, source
 from engine.ops.sources import kernels_folder
 
 C_TYPES = {
@@ -23,8 +23,8 @@ HEADERS = ("ptx.cuh", "ptx_sm90.cuh")  # each has an emulated_ twin beside this 
 class EmulatedKernel:
     """What engine.ops.launcher.Kernel is on a GPU."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, signature: str, is_hopper: bool) -> None:
-        self._shared_limit = (227 if is_hopper else 99) << 10  # of Hopper, of the smallest GPUs
+    def __init__(self, library: ctypes.CDLL, name: str, signature: str, is_large: bool) -> None:
+        self._shared_limit = (227 if is_large else 99) << 10  # of Hopper, of the smallest GPUs
         self._run = library[f"run_{name}"]
         arguments = [C_TYPES[letter] for letter in _letters(signature)]
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *arguments]
@@ -47,11 +47,13 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
     )
     # Every library keeps its variables to itself: shared memory of one name has another size in another build.
     alone = ["-fno-gnu-unique", "-Wl,-Bsymbolic"]
+    if may_overlap(source(build.file)):
+        alone.append("-DMAY_OVERLAP")
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", *alone, *(f"-D{define}" for define in build.defines)]
     subprocess.run(["g++", *options, "kernels.cpp", "-o", "kernels.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
-    is_hopper = build.file.endswith("_sm90.cu")
-    return {name: EmulatedKernel(library, name, signature, is_hopper) for name, signature in kernels.items()}
+    is_large = build.file.endswith("_sm90.cu") or build.file == "gemm/few_rows.cu"  # which takes what the GPU has
+    return {name: EmulatedKernel(library, name, signature, is_large) for name, signature in kernels.items()}
 
 
 def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:

@@ -61,7 +61,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(128 << 10);
   int thread;
   u64 barriers;
-  bool is_done;
+  bool is_done, has_waited;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
@@ -124,6 +124,9 @@ inline int __popc(u32 word) { return __builtin_popcount(word); }
 
 inline void fiber_main() {
   kernel();
+#ifdef MAY_OVERLAP
+  if (!fiber->has_waited) fail("has not waited for its inputs");
+#endif
   fiber->is_done = true;
   swapcontext(&fiber->context, &scheduler);
 }
@@ -133,7 +136,7 @@ inline void run_block(int num_threads) {
   warps.assign(num_threads / 32, Warp());
   for (int thread = 0; thread < num_threads; ++thread) {
     Fiber& each = fibers[thread];
-    each.thread = thread, each.barriers = 0, each.is_done = false;
+    each.thread = thread, each.barriers = 0, each.is_done = each.has_waited = false;
     each.groups.clear(), each.open.clear();
     getcontext(&each.context);
     each.context.uc_stack.ss_sp = each.stack.data();
@@ -209,6 +212,10 @@ template <int kPending> void cp_async_wait() {
     groups.erase(groups.begin());
   }
 }
+
+inline void wait_for_inputs() { fiber->has_waited = true; }
+inline void start_dependents() {}
+inline void prefetch(const void*) {}
 
 inline void ldmatrix(u32 (&matrices)[4], const void* shared_row) {
   if (reinterpret_cast<u64>(shared_row) % 16 != 0) fail("misaligned row");

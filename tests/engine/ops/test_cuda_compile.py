@@ -112,3 +112,23 @@ def test_tensor_maps_are_parameters_by_value():
         'extern "C" __global__ void __launch_bounds__(kThreads, 1)\nf(const __grid_constant__ TensorMap map, int n) {'
     )
     assert compiler.signatures(text) == {"f": "128si"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "out", "octets"),
+    [
+        (1, 4096, 6144, 6),  # one tile for each of 128 multiprocessors
+        (1, 4096, 4096, 4),
+        (1, 2048, 1024, 2),
+        (8, 1024, 151_936, 8),  # many turns: large tiles read x seldom
+        (17, 4096, 4096, 0),  # the rest is for cuBLAS
+        (1, 4096, 32_001, 0),
+        (1, 4100, 4096, 0),
+    ],
+)
+def test_products_of_few_rows_are_shared_out_evenly(rows, inputs, out, octets):
+    assert cuda.few_rows_octets(rows, inputs, out, 132, cuda.few_rows_ring_bytes("sm_90a")) == octets
+
+
+def test_small_gpus_take_small_tiles():
+    assert cuda.few_rows_octets(16, 4096, 28672, 84, cuda.few_rows_ring_bytes("sm_86")) == 2

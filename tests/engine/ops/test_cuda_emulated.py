@@ -21,9 +21,9 @@ def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     loaded: dict[cuda.Build, dict[str, emulated_kernels.EmulatedKernel]] = {}
 
     def kernel(
-        x: torch.Tensor, file: str, name: str, head_dim: int = 0, group: int = 0
+        x: torch.Tensor, file: str, name: str, head_dim: int = 0, group: int = 0, rows: int = 0
     ) -> emulated_kernels.EmulatedKernel:
-        build = cuda._build("emulated", file, x.dtype, head_dim, group)
+        build = cuda._build("emulated", file, x.dtype, head_dim, group, rows)
         if build not in loaded:
             loaded[build] = emulated_kernels.load(build, Path(tmp_path_factory.mktemp("kernels")))
         return loaded[build][name]
@@ -33,6 +33,7 @@ def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(cuda, "_num_sms", lambda device: 8)
         patch.setattr(cuda, "_arch", lambda device: "sm_80")
         patch.setattr(cuda.launcher, "tensor_map", emulated_kernels.tensor_map)
+        patch.setattr(cuda, "few_rows_ring_bytes", lambda arch: 184 << 10)
         torch.manual_seed(0)
         yield
 
@@ -47,6 +48,22 @@ def test_norms(dtype, weight_dtype, dim):
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_gated_activation(dtype, kind):
     cases.check_gated_activation("cpu", dtype, kind, rows=3, dim=1096)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "inputs", "out"),
+    [
+        (BF16, 1, 1024, 64),  # a tile for each block
+        (F16, 5, 576, 1096),  # the last turn is not full
+        (BF16, 8, 8, 256),  # one step, most of it past the inputs
+        (BF16, 16, 328, 376),
+        (F16, 11, 4104, 520),  # the ring goes round often
+        (BF16, 9, 520, 64),
+    ],
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_of_few_rows(dtype, rows, inputs, out, has_bias):
+    cases.check_linear("cpu", dtype, rows, inputs, out, has_bias)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,16 @@ def test_gated_activation(dtype, kind, dim):
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize(
+    ("inputs", "out"),
+    [(4096, 6144), (14336, 4096), (1024, 151_936), (3072, 1024), (576, 960), (40, 8), (8, 24), (896, 4864), (104, 3)],
+)
+def test_linear(dtype, inputs, out):
+    for rows in (1, 2, 7, 8, 9, 16, 17, 100):
+        cases.check_linear("cuda", dtype, rows, inputs, out, has_bias=rows % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize(
     ("head_dim", "rotary_dim"), [(64, 64), (80, 32), (80, 20), (96, 96), (128, 128), (128, 96), (256, 256), (40, 40)]
 )
 @pytest.mark.parametrize("norm", [None, "same", "float32"])
