@@ -17,8 +17,11 @@ from engine.ops import launcher
 from engine.ops.compiler import Build, arch_of, cubins
 
 SCALARS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "float"}
-MAX_GROUP = 8  # query heads that one block of the decode kernel holds in registers
-MAX_SPLITS = 128  # of one context, as in attention/decode.cu
+MAX_GROUP = 16  # query heads that a block of threads of attention/decode.cu takes
+MAX_GROUP_ANY = 8  # the same in attention/decode_any.cu
+MAX_SPLITS = 128  # of one context, as in attention/decode_any.cu
+DECODE_BLOCKS_PER_SM = 3  # blocks of threads of attention/decode.cu that run at once
+MAX_DECODE_PIECES = 1 << 18  # as in attention/decode.cu
 FEW_ROWS = (8, 16)  # builds of gemm/few_rows.cu, by the most rows they take
 FEW_ROWS_OCTETS = (2, 4, 6, 8)  # its kernels, by the eights of outputs in a tile
 
@@ -42,9 +45,11 @@ def model_builds(arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int
     yield _build(arch, "activation.cu", dtype)
     yield _build(arch, "sampling.cu", dtype)
     yield _build(arch, "rotary.cu", dtype, head_dim)
-    yield _build(arch, "attention/decode.cu", dtype, head_dim, _group(heads_per_kv))
-    if _has_prefill_kernel(dtype, head_dim):
+    if _fits_tensor_cores(dtype, head_dim):
+        yield _build(arch, "attention/decode.cu", dtype, head_dim, _group(heads_per_kv, MAX_GROUP))
         yield _build(arch, prefill_file(arch, head_dim), dtype, head_dim)
+    else:
+        yield _build(arch, "attention/decode_any.cu", dtype, head_dim, _group(heads_per_kv, MAX_GROUP_ANY))
     if dtype is not torch.float32:
         for rows in FEW_ROWS:
             yield _build(arch, "gemm/few_rows.cu", dtype, rows=rows)
@@ -132,14 +137,17 @@ def rotate_and_store(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """Requests of one token go to the decode kernel, chunks to the prefill kernel where tensor cores know the type."""
+    """Requests of one token go to the decode kernel, chunks to the prefill kernel. Both work on tensor cores: what
+    these do not take goes, token by token, to a kernel without them."""
     _check_rows(q, k_cache, v_cache)
     assert k_cache.shape[2] == BLOCK_SIZE, k_cache.shape
     out = torch.empty_like(q)
-    num_decodes = batch.num_decodes if _has_prefill_kernel(q.dtype, q.shape[2]) else len(q)
-    if num_decodes:
-        _decode(out, q, k_cache, v_cache, batch, num_decodes, scale, window, softcap)
-    if num_decodes < len(q):
+    if not _fits_tensor_cores(q.dtype, q.shape[2]):
+        _decode_any(out, q, k_cache, v_cache, batch, scale, window, softcap)
+        return out
+    if batch.num_decodes:
+        _decode(out, q, k_cache, v_cache, batch, scale, window, softcap)
+    if batch.num_decodes < len(q):
         _prefill(out, q, k_cache, v_cache, batch, scale, window, softcap)
     return out
 
@@ -154,6 +162,18 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
         grid = (len(seeds), -(-vocab_size // (4 * threads)), 1)
         kernel(grid, threads, noise.data_ptr(), seeds.data_ptr(), positions.data_ptr(), vocab_size)
     return noise
+
+
+def decode_tile(head_dim: int) -> tuple[int, int]:
+    """(warps, stages of one KV block in each): DECODE_BLOCKS_PER_SM blocks of threads fill the shared memory of a large
+    GPU's multiprocessor, and one fits into the 99 KiB of a small one's."""
+    return (4, 4) if head_dim <= 64 else (4, 2) if head_dim <= 128 else (2, 2)
+
+
+def decode_shared_bytes(head_dim: int) -> int:
+    """16 keys and values in each stage of each warp, as in attention/decode.cu."""
+    warps, stages = decode_tile(head_dim)
+    return warps * stages * 2 * BLOCK_SIZE * (head_dim + 8) * 2
 
 
 def num_splits(num_blocks: int, max_context: int, num_sms: int) -> int:
@@ -239,21 +259,53 @@ def _decode(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: ForwardBatch,
-    num_tokens: int,
     scale: float,
     window: int,
     softcap: float,
 ) -> None:
-    """Attention of the first num_tokens queries, each on its own."""
+    """Attention of the batch's decodes: its first num_decodes tokens, each of a request of its own."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
-    group = _group(num_heads // num_kv_heads)
+    group = _group(num_heads // num_kv_heads, MAX_GROUP)
+    warps, _ = decode_tile(head_dim)
+    num_blocks = DECODE_BLOCKS_PER_SM * _num_sms(q.get_device())
+    num_lists = batch.num_decodes * num_kv_heads * -(-num_heads // num_kv_heads // group)
+    num_pieces = num_lists + num_blocks  # at most
+    assert num_pieces <= MAX_DECODE_PIECES, (num_lists, num_blocks)
+    num_parts = num_pieces * group
+    parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
+    part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
+    _, context_lens, rows, block_table = _batch_pointers(batch)
+    _kernel(q, "attention/decode.cu", "decode", head_dim, group)(
+        (num_blocks, 1, 1),
+        32 * warps,
+        *(out.data_ptr(), parts.data_ptr(), part_weights, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
+        *(context_lens, rows, block_table, batch.num_decodes, batch.block_table.shape[1], num_heads, num_kv_heads),
+        *(scale, window, softcap),
+        shared_bytes=decode_shared_bytes(head_dim),
+    )
+
+
+def _decode_any(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Attention of all tokens, each on its own."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    group = _group(num_heads // num_kv_heads, MAX_GROUP_ANY)
     blocks_per_token = num_kv_heads * -(-num_heads // num_kv_heads // group)
     max_context = min(batch.max_context_len, window + BLOCK_SIZE) if window else batch.max_context_len
     splits = num_splits(num_tokens * blocks_per_token, max_context, _num_sms(q.get_device()))
     num_parts = num_tokens * num_heads * splits if splits > 1 else 0
     parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
     part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
-    _kernel(q, "attention/decode.cu", "decode", head_dim, group)(
+    _kernel(q, "attention/decode_any.cu", "decode_any", head_dim, group)(
         (num_tokens, blocks_per_token, splits),
         128,
         *(out.data_ptr(), parts.data_ptr(), part_weights, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
@@ -262,7 +314,7 @@ def _decode(
         *(scale, window, softcap),
     )
     if splits > 1:
-        combine = _kernel(q, "attention/decode.cu", "combine", head_dim, group)
+        combine = _kernel(q, "attention/decode_any.cu", "combine", head_dim, group)
         combine((num_tokens, num_heads, 1), 128, out.data_ptr(), parts.data_ptr(), part_weights, splits)
 
 
@@ -319,13 +371,13 @@ def _batch_pointers(batch: ForwardBatch) -> tuple[int, int, int, int]:
     return query_start, context_lens, rows, block_table
 
 
-def _has_prefill_kernel(dtype: torch.dtype, head_dim: int) -> bool:
+def _fits_tensor_cores(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype is not torch.float32 and head_dim % 16 == 0
 
 
-def _group(heads_per_kv: int) -> int:
-    """Query heads a block of the decode kernel takes: all that share a KV head, or an even share of them."""
-    return -(-heads_per_kv // -(-heads_per_kv // MAX_GROUP))
+def _group(heads_per_kv: int, max_group: int) -> int:
+    """Query heads a block of a decode kernel takes: all that share a KV head, or an even share of them."""
+    return -(-heads_per_kv // -(-heads_per_kv // max_group))
 
 
 def _norm_threads(x: Tensor) -> int:
@@ -370,6 +422,8 @@ def _loaded(
         kernel.allow_shared_bytes(prefill_sm90_shared_bytes(head_dim))
     if rows:
         kernel.allow_shared_bytes(few_rows_ring_bytes(_arch(device)))
+    if name == "decode":
+        kernel.allow_shared_bytes(decode_shared_bytes(head_dim))
     return kernel
 
 
@@ -378,6 +432,9 @@ def _build(arch: str, file: str, dtype: torch.dtype, head_dim: int = 0, group: i
     defines += [f"HEAD_DIM={head_dim}"] if head_dim else []
     defines += [f"GROUP={group}"] if group else []
     defines += [f"ROWS={rows}", f"RING_BYTES={few_rows_ring_bytes(arch)}"] if rows else []
+    if file == "attention/decode.cu":
+        warps, stages = decode_tile(head_dim)
+        defines += [f"WARPS={warps}", f"STAGES={stages}"]
     if file == "attention/prefill.cu":
         warps, keys = prefill_tile(head_dim)
         defines += [f"WARPS={warps}", f"KEYS={keys}"]

@@ -57,6 +57,9 @@ template <int kPending> __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Ask for the cache line of an address, into the L2 cache that all multiprocessors share.
+__device__ inline void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // A kernel may be launched while the one before it still runs (see launcher.py). It waits here until all that ran before it
 // has ended and can be read; until then it touches nothing but constants. Before Hopper, kernels start when it is so.
 __device__ inline void wait_for_inputs() {
@@ -87,6 +90,13 @@ __device__ inline void ldmatrix_transposed(u32 (&matrices)[4], const void* share
                : "r"(shared_address(shared_row)) : "memory");
 }
 
+// An 8x8 matrix of 16-bit numbers, held as ldmatrix gives it, transposed.
+__device__ inline u32 transpose(u32 matrix) {
+  u32 transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
+  return transposed;
+}
+
 // C [16, 8] += A [16, 16] · B [16, 8]. With row = lane / 4 and pair = 2 (lane % 4), a lane holds
 // A: (row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8), two columns each;
 // B: (pair, row), (pair + 8, row), two rows each;   C: (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1).
@@ -100,4 +110,11 @@ template <> __device__ inline void mma_16x8x16<f16>(float (&c)[4], const u32 (&a
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Count an arrival and tell how many came before. Who comes later sees what this thread has seen written, all over the GPU.
+__device__ inline int arrive(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
 }

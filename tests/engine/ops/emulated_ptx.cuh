@@ -121,6 +121,18 @@ inline u32 __ballot_sync(u32, bool mine) {
   return word;
 }
 inline int __popc(u32 word) { return __builtin_popcount(word); }
+inline int __shfl_up_sync(u32, int x, int distance) {
+  const int lane = fiber->thread % 32;
+  return meet(x)[lane < distance ? lane : lane - distance];
+}
+inline int __reduce_add_sync(u32, int x) {
+  const int* all = meet(x);
+  int sum = 0;
+  for (int lane = 0; lane < 32; ++lane) sum += all[lane];
+  return sum;
+}
+inline int atomicAdd(int* number, int x) { return (*number += x) - x; }
+inline int __ffs(u32 bits) { return __builtin_ffs(bits); }
 
 inline void fiber_main() {
   kernel();
@@ -213,6 +225,7 @@ template <int kPending> void cp_async_wait() {
   }
 }
 
+inline void prefetch_l2(const void*) {}
 inline void wait_for_inputs() { fiber->has_waited = true; }
 inline void start_dependents() {}
 inline void prefetch(const void*) {}
@@ -233,6 +246,14 @@ inline void ldmatrix_transposed(u32 (&matrices)[4], const void* shared_row) {
   for (int i = 0; i < 4; ++i)
     matrices[i] = rows[i * 8 + lane % 4 * 2][lane / 4] | static_cast<u32>(rows[i * 8 + lane % 4 * 2 + 1][lane / 4]) << 16;
 }
+
+inline u32 transpose(u32 matrix) {
+  const u32* rows = meet(matrix);
+  const int row = fiber->thread % 4 * 2, column = fiber->thread % 32 / 4;
+  const auto number = [&](int at) { return rows[at * 4 + column / 2] >> (column % 2 * 16) & 0xffff; };
+  return number(row) | number(row + 1) << 16;
+}
+inline int arrive(int* counter) { return (*counter)++; }
 
 // By the tables of the PTX manual for m16n8k16: register i of operand A holds row lane / 4 + 8 (i % 2) and columns
 // 2 (lane % 4) + 8 (i / 2) + {0, 1}; of B rows 2 (lane % 4) + 8 i + {0, 1} and column lane / 4; C's number i row

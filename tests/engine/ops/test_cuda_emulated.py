@@ -84,12 +84,27 @@ def test_rotate_and_store(dtype, heads, head_dim, rotary_dim, norm):
     [
         (BF16, (6, 2), 64, 0, 0.0),
         (F16, (4, 1), 80, 40, 0.0),
-        (F32, (11, 1), 128, 0, 20.0),  # more heads than one block takes
+        (BF16, (16, 1), 128, 0, 0.0),
+        (F16, (18, 1), 128, 30, 0.0),  # more heads than one block takes
+        (F32, (11, 1), 128, 0, 20.0),  # also here
         (BF16, (2, 1), 256, 100, 30.0),
     ],
 )
 def test_decodes_of_ragged_lengths(dtype, heads, head_dim, window, softcap):
     cases.check_attention("cpu", dtype, heads, head_dim, [(1, 1), (1, 16), (1, 17), (1, 700)], window, softcap)
+
+
+@pytest.mark.parametrize(
+    "contexts",
+    [
+        [3000],  # one list for all blocks of threads
+        [900, 1, 1, 1000, 1],  # lists that are cut beside lists that are not
+        [*range(1, 160, 4)],  # many lists in a share
+    ],
+)
+def test_decodes_are_shared_out_evenly_whatever_their_contexts(contexts):
+    for _ in range(2):  # a second launch finds the counters of the first at zero
+        cases.check_attention("cpu", BF16, (4, 2), 64, [(1, context) for context in contexts])
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,12 @@ def test_more_chunks_than_a_warp_has_lanes(head_dim):
     cases.check_attention("cuda", BF16, (32, 8), head_dim, lengths)
 
 
+def test_more_decodes_than_run_at_once():
+    for _ in range(2):  # a second launch finds the counters of the first at zero
+        lengths = [(1, 1 + 37 * i % 900) for i in range(200)] + [(1, 20_000)]
+        cases.check_attention("cuda", BF16, (32, 8), 128, lengths)
+
+
 def test_caches_of_more_than_two_billion_numbers():
     num_blocks = 2**31 // (8 * 16 * 128) + 10
     caches = torch.empty(2, num_blocks, 8, 16, 128, dtype=BF16, device="cuda")
