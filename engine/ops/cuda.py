@@ -26,16 +26,23 @@ FEW_ROWS = (8, 16)  # builds of gemm/few_rows.cu, by the most rows they take
 FEW_ROWS_OCTETS = (2, 4, 6, 8)  # its kernels, by the eights of outputs in a tile
 
 
-def warm_up(device: torch.device, dtype: torch.dtype, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
-    """Compile (or find in the cache) and load every kernel that a model needs: none is compiled while it serves."""
+def warm_up(
+    device: torch.device, dtype: torch.dtype, head_dim: int, num_heads: int, num_kv_heads: int, masks: bool = True
+) -> None:
+    """Compile (or find in the cache) and load every kernel that a model needs: none is compiled while it serves.
+
+    masks: some of its layers have a window or a soft cap.
+    """
     index = torch.cuda.current_device() if device.index is None else device.index
-    builds = list(model_builds(_arch(index), dtype, head_dim, num_heads // num_kv_heads))
+    builds = list(model_builds(_arch(index), dtype, head_dim, num_heads // num_kv_heads, masks))
     cubins(builds)
     for build in builds:
         launcher.load(build, index)
 
 
-def model_builds(arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int) -> Iterator[Build]:
+def model_builds(
+    arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int, masks: bool = True
+) -> Iterator[Build]:
     """The builds that a model of these numbers runs on."""
     if dtype not in SCALARS:
         raise UserError(f"the CUDA kernels know bfloat16, float16 and float32, not {dtype}: choose one with --dtype")
@@ -45,11 +52,12 @@ def model_builds(arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int
     yield _build(arch, "activation.cu", dtype)
     yield _build(arch, "sampling.cu", dtype)
     yield _build(arch, "rotary.cu", dtype, head_dim)
-    if _fits_tensor_cores(dtype, head_dim):
-        yield _build(arch, "attention/decode.cu", dtype, head_dim, _group(heads_per_kv, MAX_GROUP))
-        yield _build(arch, prefill_file(arch, head_dim), dtype, head_dim)
-    else:
-        yield _build(arch, "attention/decode_any.cu", dtype, head_dim, _group(heads_per_kv, MAX_GROUP_ANY))
+    for is_masked in (False, True) if masks else (False,):
+        decode, prefill = attention_files(arch, dtype, head_dim, is_masked)
+        max_group = MAX_GROUP if decode == "attention/decode.cu" else MAX_GROUP_ANY
+        yield _build(arch, decode, dtype, head_dim, _group(heads_per_kv, max_group))
+        if prefill != decode:
+            yield _build(arch, prefill, dtype, head_dim)
     if dtype is not torch.float32:
         for rows in FEW_ROWS:
             yield _build(arch, "gemm/few_rows.cu", dtype, rows=rows)
@@ -137,18 +145,19 @@ def rotate_and_store(
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float, window: int, softcap: float
 ) -> Tensor:
-    """Requests of one token go to the decode kernel, chunks to the prefill kernel. Both work on tensor cores: what
-    these do not take goes, token by token, to a kernel without them."""
+    """Requests of one token go to a decode kernel, chunks to a prefill kernel, where tensor cores know the type."""
     _check_rows(q, k_cache, v_cache)
     assert k_cache.shape[2] == BLOCK_SIZE, k_cache.shape
     out = torch.empty_like(q)
-    if not _fits_tensor_cores(q.dtype, q.shape[2]):
-        _decode_any(out, q, k_cache, v_cache, batch, scale, window, softcap)
-        return out
-    if batch.num_decodes:
+    is_masked = bool(window or softcap)
+    decode, prefill = attention_files(_arch(q.get_device()), q.dtype, q.shape[2], is_masked)
+    num_decodes = len(q) if prefill == decode else batch.num_decodes
+    if num_decodes and decode == "attention/decode.cu":
         _decode(out, q, k_cache, v_cache, batch, scale, window, softcap)
-    if batch.num_decodes < len(q):
-        _prefill(out, q, k_cache, v_cache, batch, scale, window, softcap)
+    elif num_decodes:
+        _decode_any(out, q, k_cache, v_cache, batch, num_decodes, scale, window, softcap)
+    if num_decodes < len(q):
+        _prefill(prefill, out, q, k_cache, v_cache, batch, scale, window, softcap)
     return out
 
 
@@ -183,9 +192,18 @@ def num_splits(num_blocks: int, max_context: int, num_sms: int) -> int:
     return max(1, min(wanted, -(-max_context // 256), MAX_SPLITS))
 
 
-def prefill_file(arch: str, head_dim: int) -> str:
-    """Hopper has a kernel of its own for the head sizes that fill its tiles."""
-    return "attention/prefill_sm90.cu" if arch == "sm_90a" and head_dim in (64, 128) else "attention/prefill.cu"
+def attention_files(arch: str, dtype: torch.dtype, head_dim: int, is_masked: bool) -> tuple[str, str]:
+    """The kernels that decode and prefill; the same one where tensor cores do not know the type or the head size.
+
+    decode.cu and prefill_sm90.cu know windows, soft caps and wide heads too, but in their present form a GPU has
+    checked them without: the rest goes to the kernels before them, which a GPU has checked with everything.
+    """
+    if not _fits_tensor_cores(dtype, head_dim):
+        return "attention/decode_any.cu", "attention/decode_any.cu"
+    if is_masked or head_dim > 128:
+        return "attention/decode_any.cu", "attention/prefill.cu"
+    has_own = arch == "sm_90a" and head_dim in (64, 128)  # the head sizes that fill the tiles of Hopper's kernel
+    return "attention/decode.cu", "attention/prefill_sm90.cu" if has_own else "attention/prefill.cu"
 
 
 def few_rows_octets(num_rows: int, inputs: int, out: int, num_sms: int, ring_bytes: int) -> int:
@@ -291,13 +309,13 @@ def _decode_any(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: ForwardBatch,
+    num_tokens: int,
     scale: float,
     window: int,
     softcap: float,
 ) -> None:
-    """Attention of all tokens, each on its own."""
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[1]
+    """Attention of the first num_tokens tokens, each on its own."""
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     group = _group(num_heads // num_kv_heads, MAX_GROUP_ANY)
     blocks_per_token = num_kv_heads * -(-num_heads // num_kv_heads // group)
     max_context = min(batch.max_context_len, window + BLOCK_SIZE) if window else batch.max_context_len
@@ -319,6 +337,7 @@ def _decode_any(
 
 
 def _prefill(
+    file: str,
     out: Tensor,
     q: Tensor,
     k_cache: Tensor,
@@ -333,7 +352,6 @@ def _prefill(
     heads_per_kv = num_heads // num_kv_heads
     num_requests = len(batch.context_lens) - batch.num_decodes
     numbers = (batch.block_table.shape[1], num_heads, num_kv_heads, scale, window, softcap)
-    file = prefill_file(_arch(q.get_device()), head_dim)
     kernel = _kernel(q, file, "prefill", head_dim)
     if file == "attention/prefill_sm90.cu":
         warpgroups, _, _ = prefill_sm90_tile(head_dim)

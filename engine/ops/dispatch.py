@@ -26,6 +26,7 @@ def warm_up(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> No
     if device.type == "cuda":
         from engine.ops import cuda
 
-        cuda.warm_up(device, dtype, config.head_dim, config.num_heads, config.num_kv_heads)
+        masks = any(config.layer_windows) or bool(config.attention_softcap)
+        cuda.warm_up(device, dtype, config.head_dim, config.num_heads, config.num_kv_heads, masks)
     else:
         native.is_usable(torch.empty(0, dtype=dtype))

@@ -33,6 +33,7 @@ SIGNATURES = {
     "linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 2,
     "gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
     "max_linear_rows": [_INT],
+    "set_num_threads": [_INT],
 }
 
 
@@ -48,6 +49,7 @@ def _library() -> Any:  # a ctypes.CDLL with SIGNATURES; None: this machine has 
         for name, signature in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = signature, _SIZE if name == "max_linear_rows" else None
+        library.set_num_threads(torch.get_num_threads())
     return library
 
 

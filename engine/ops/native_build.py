@@ -1,8 +1,7 @@
 """Turns kernels/cpu into a library with the compiler of the machine, once: the next process finds it on disk.
 
-The library's name is a hash of everything it was made from (sources, flags, compiler, processor, OpenMP runtime), so a
-stale one is never loaded. It is linked to the OpenMP runtime that torch has already loaded: with two of them, each
-would keep its own threads and the two teams would fight for the cores.
+The library's name is a hash of everything it was made from (sources, flags, compiler, processor), so a stale one is
+never loaded.
 """
 
 import ctypes
@@ -17,7 +16,16 @@ from pathlib import Path
 
 from engine.ops.sources import kernels_folder
 
-FLAGS = ["-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-std=gnu11",
+    "-fPIC",
+    "-fopenmp-simd",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 
 
 def load_library() -> ctypes.CDLL | None:
@@ -50,7 +58,7 @@ def _sources() -> list[Path]:
 
 def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    parts = [version, " ".join(FLAGS).encode(), _processor().encode(), str(_openmp_runtime()).encode()]
+    parts = [version, " ".join(FLAGS).encode(), _processor().encode()]
     parts += [path.read_bytes() for path in [*_sources(), *sorted((kernels_folder() / "cpu").glob("*.h"))]]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -61,13 +69,6 @@ def _processor() -> str:
     first = cpuinfo.read_text().split("\n\n")[0] if cpuinfo.exists() else ""
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join([platform.machine(), *(line for line in first.splitlines() if line.startswith(wanted))])
-
-
-def _openmp_runtime() -> str | None:
-    """The file of the OpenMP runtime in this process (torch's, as torch is imported before), if it has one."""
-    maps = Path("/proc/self/maps")
-    paths = [line.split()[-1] for line in maps.read_text().splitlines()] if maps.exists() else []
-    return next((path for path in paths if Path(path).name.startswith(("libgomp", "libiomp5", "libomp"))), None)
 
 
 def _compile(compiler: str, library: Path) -> None:
@@ -85,7 +86,6 @@ def _compile(compiler: str, library: Path) -> None:
             if process.returncode:
                 raise subprocess.CalledProcessError(process.returncode, process.args, stderr=stderr)
         built = Path(folder, library.name)
-        runtime = _openmp_runtime() or "-fopenmp"
-        link = [compiler, "-shared", *map(str, objects), runtime, "-lm", "-o", str(built)]
+        link = [compiler, "-shared", "-pthread", *map(str, objects), "-lm", "-o", str(built)]
         subprocess.run(link, check=True, capture_output=True, text=True)
         built.replace(library)

@@ -216,3 +216,11 @@ def _philox(counter: int, position: int, key: int) -> list[int]:
         c = [(right >> 32) ^ c[1] ^ key0, right % 2**32, (left >> 32) ^ c[3] ^ key1, left % 2**32]
         key0, key1 = (key0 + 0x9E3779B9) % 2**32, (key1 + 0xBB67AE85) % 2**32
     return c
+
+
+def newest_attention_files(arch: str, dtype: torch.dtype, head_dim: int, is_masked: bool) -> tuple[str, str]:
+    """The newest attention kernels for whatever they can do, chosen by default or not."""
+    if dtype is torch.float32 or head_dim % 16:
+        return "attention/decode_any.cu", "attention/decode_any.cu"
+    has_own = arch == "sm_90a" and head_dim in (64, 128)
+    return "attention/decode.cu", "attention/prefill_sm90.cu" if has_own else "attention/prefill.cu"

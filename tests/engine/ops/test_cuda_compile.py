@@ -102,8 +102,8 @@ def test_prefill_fits_small_gpus(head_dim):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_prefill_on_hopper_fits_its_shared_memory(head_dim):
-    assert cuda.prefill_file("sm_90a", head_dim) == "attention/prefill_sm90.cu"
-    assert cuda.prefill_file("sm_80", head_dim) == "attention/prefill.cu"
+    assert cuda.attention_files("sm_90a", torch.bfloat16, head_dim, is_masked=False)[1] == "attention/prefill_sm90.cu"
+    assert cuda.attention_files("sm_80", torch.bfloat16, head_dim, is_masked=False)[1] == "attention/prefill.cu"
     assert cuda.prefill_sm90_shared_bytes(head_dim) <= 227 << 10
 
 

@@ -38,6 +38,13 @@ def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["chosen", "newest"])
+def kernels(request, monkeypatch):
+    """The attention kernels that are chosen by default, and the newest for all that they can do."""
+    if request.param == "newest":
+        monkeypatch.setattr(cuda, "attention_files", cases.newest_attention_files)
+
+
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(BF16, BF16), (F16, F32), (F32, F32)])
 @pytest.mark.parametrize("dim", [64, 576, 5120])
 def test_norms(dtype, weight_dtype, dim):
@@ -79,6 +86,7 @@ def test_rotate_and_store(dtype, heads, head_dim, rotary_dim, norm):
     cases.check_rotate_and_store("cpu", dtype, heads, head_dim, rotary_dim, norm)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("dtype", "heads", "head_dim", "window", "softcap"),
     [
@@ -107,6 +115,7 @@ def test_decodes_are_shared_out_evenly_whatever_their_contexts(contexts):
         cases.check_attention("cpu", BF16, (4, 2), 64, [(1, context) for context in contexts])
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("dtype", "heads", "head_dim", "window", "softcap"),
     [
@@ -121,6 +130,7 @@ def test_chunks_and_decodes_in_one_batch(dtype, heads, head_dim, window, softcap
     cases.check_attention("cpu", dtype, heads, head_dim, lengths, window, softcap)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("dtype", "heads", "head_dim", "window", "softcap"),
     [

@@ -14,6 +14,13 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HEADS = [(9, 3), (32, 8), (28, 4), (8, 8), (16, 1), (40, 8)]
 
 
+@pytest.fixture(params=["chosen", "newest"])
+def kernels(request, monkeypatch):
+    """The attention kernels that are chosen by default, and the newest for all that they can do."""
+    if request.param == "newest":
+        monkeypatch.setattr(cuda, "attention_files", cases.newest_attention_files)
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("dim", [64, 576, 2048, 4096, 5120, 8192, 16384])
 def test_norms(dtype, dim):
@@ -51,6 +58,7 @@ def test_rotate_and_store(dtype, head_dim, rotary_dim, norm):
         cases.check_rotate_and_store("cuda", dtype, heads, head_dim, rotary_dim, norm_dtype)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (100, 0.0), (0, 30.0), (1000, 50.0)])
@@ -60,6 +68,7 @@ def test_decodes_of_ragged_lengths(dtype, head_dim, window, softcap):
         cases.check_attention("cuda", dtype, heads, head_dim, lengths, window, softcap)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (100, 0.0), (0, 30.0), (333, 50.0)])
@@ -69,6 +78,7 @@ def test_chunks_and_decodes_in_one_batch(dtype, head_dim, window, softcap):
         cases.check_attention("cuda", dtype, heads, head_dim, lengths, window, softcap)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_random_batches():
     draw = random.Random()
     for _ in range(40):
@@ -82,6 +92,7 @@ def test_random_batches():
         cases.check_attention("cuda", *case, window, softcap)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("lengths", [[(1, 131_072)], [(1, 40_000), (1, 3), (64, 50_000)], [(3000, 3000)]])
 @pytest.mark.parametrize("window", [0, 4096])
 def test_long_contexts(lengths, window):
