@@ -43,6 +43,7 @@ class AsyncEngine:
         self.tokenizer: Tokenizer | None = None
         self.error: str | None = None  # why the engine is dead
         self.stats = messages.EngineStats()
+        self.on_step: list[Callable[[messages.EngineStats], None]] = []  # called after each step, on the link's thread
         self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
         self._command = command
         self._link: EngineLink | None = None
@@ -165,6 +166,9 @@ class AsyncEngine:
         for message in received:
             if isinstance(message, messages.StepOutput):
                 self._take(message.outputs, deltas)
+                if message.stats.num_steps > self.stats.num_steps:
+                    for callback in self.on_step:
+                        callback(message.stats)
                 self.stats = message.stats
             else:
                 controls.append(message)

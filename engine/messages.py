@@ -104,7 +104,7 @@ class EngineStats(msgspec.Struct, array_like=True):
 
 
 class StepOutput(Message):
-    """From the engine after each step."""
+    """From the engine after each step, and after a change that no step follows."""
 
     outputs: list[TokenOutput]
     stats: EngineStats

@@ -73,8 +73,9 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
                 break  # to report the freed blocks
             elif isinstance(message, messages.Shutdown):
                 return
+        num_steps = core.stats.num_steps
         outputs = core.step() if core.has_work else []
-        if outputs or changed:
+        if outputs or changed or core.stats.num_steps > num_steps:
             socket.send(messages.encode(messages.StepOutput(outputs, core.stats)))
 
 

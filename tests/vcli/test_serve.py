@@ -110,3 +110,12 @@ def test_model_that_cannot_be_loaded_is_one_sentence_and_exit_code_1(tiny_checkp
     assert done.stderr.strip().splitlines()[-1].startswith("vcli: ")
     assert weights.name in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_every_step_is_counted_by_its_size(tiny):
+    def num_steps() -> float:
+        return tiny.metric("vcli:iteration_tokens_total_count")
+
+    before = num_steps()
+    tiny.client.completions.create(model="", prompt=[5] * 7, max_tokens=4, extra_body={"ignore_eos": True})
+    assert num_steps() == before + 4

@@ -69,6 +69,7 @@ class Lifetime:
         self.engine = AsyncEngine(plan.engine)
         admission = Admission(plan.server.max_queue)
         metrics = Metrics(plan.model_name, lambda: self.engine.stats, lambda: admission.rejections)
+        self.engine.on_step.append(metrics.on_step)
         self.engine.on_finish.append(metrics.on_finish)
         self.service = Service(
             config=plan.server,

@@ -6,7 +6,7 @@ pass and at its end. One process, one registry. Names never change once publishe
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -20,6 +20,7 @@ CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
 # Seconds, from 0.5 ms: a step on a GPU takes a few milliseconds, a long answer on a CPU minutes.
 _MARKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 60_000, 120_000, 300_000)
 BUCKETS_S = (0.0005, *(milliseconds / 1000 for milliseconds in _MARKS))
+BUCKETS_TOKENS = tuple(2**power for power in range(15))
 
 
 class Metrics:
@@ -32,10 +33,8 @@ class Metrics:
         self.registry.register(_StateCollector(model_name, engine_stats, rejections))
         prometheus.ProcessCollector(registry=self.registry)
 
-        def histogram(name: str, what: str) -> prometheus.Histogram:
-            family = prometheus.Histogram(
-                f"vcli:{name}", what, ["model_name"], buckets=BUCKETS_S, registry=self.registry
-            )
+        def histogram(name: str, what: str, buckets: Sequence[float] = BUCKETS_S) -> prometheus.Histogram:
+            family = prometheus.Histogram(f"vcli:{name}", what, ["model_name"], buckets=buckets, registry=self.registry)
             return family.labels(model_name)
 
         self._ttft = histogram("time_to_first_token_seconds", "From a request's arrival to its first token.")
@@ -45,6 +44,7 @@ class Metrics:
         self._queue = histogram("request_queue_time_seconds", "From a request's arrival to its first step.")
         self._prefill = histogram("request_prefill_time_seconds", "From a request's first step to its first token.")
         self._decode = histogram("request_decode_time_seconds", "From a request's first token to its last.")
+        self._step_tokens = histogram("iteration_tokens_total", "Tokens in a step.", BUCKETS_TOKENS)
         success = prometheus.Counter(
             "vcli:request_success",
             "Sequences that ended, by reason.",
@@ -58,6 +58,10 @@ class Metrics:
 
     def meter(self) -> "Meter":
         return Meter(self._itl)
+
+    def on_step(self, stats: EngineStats) -> None:
+        """Note the size of a step."""
+        self._step_tokens.observe(stats.batch_tokens)
 
     def on_finish(self, timings: RequestTimings) -> None:
         """Note how a request went, at its end."""
