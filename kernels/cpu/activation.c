@@ -13,11 +13,18 @@ INLINE float gelu_tanh(float x) {
     return x / (1.0f + fast_exp(-2.0f * inner));  // = x · (1 + tanh(inner)) / 2
 }
 
-INLINE void activate_rows(char *y, const char *gate_up, int64_t first, int64_t last, int64_t dim, const int kind,
-                          const int type) {
+typedef struct {
+    char *y;
+    const char *gate_up;
+    int64_t dim;
+    int kind, type;
+} activation;
+
+INLINE void activate_rows(const activation *a, int64_t first, int64_t last, const int kind, const int type) {
+    const int64_t dim = a->dim;
     for (int64_t row = first; row < last; row++) {
-        const char *gate = gate_up + row * 2 * dim * size_of(type), *up = gate + dim * size_of(type);
-        char *out = y + row * dim * size_of(type);
+        const char *gate = a->gate_up + row * 2 * dim * size_of(type), *up = gate + dim * size_of(type);
+        char *out = a->y + row * dim * size_of(type);
 #pragma omp simd
         for (int64_t i = 0; i < dim; i++) {
             const float x = get(gate, i, type);
@@ -26,21 +33,15 @@ INLINE void activate_rows(char *y, const char *gate_up, int64_t first, int64_t l
     }
 }
 
-static void activate_part(void *y, const void *gate_up, int64_t first, int64_t last, int64_t dim, int kind, int type) {
-    if (type == BF16 && kind == SILU) activate_rows(y, gate_up, first, last, dim, SILU, BF16);
-    else if (type == BF16) activate_rows(y, gate_up, first, last, dim, GELU_TANH, BF16);
-    else if (kind == SILU) activate_rows(y, gate_up, first, last, dim, SILU, F32);
-    else activate_rows(y, gate_up, first, last, dim, GELU_TANH, F32);
+static void activate_chunk(const void *context, int64_t first, int64_t last) {
+    const activation *a = context;
+    if (a->type == BF16 && a->kind == SILU) activate_rows(a, first, last, SILU, BF16);
+    else if (a->type == BF16) activate_rows(a, first, last, GELU_TANH, BF16);
+    else if (a->kind == SILU) activate_rows(a, first, last, SILU, F32);
+    else activate_rows(a, first, last, GELU_TANH, F32);
 }
 
 void gated_activation(void *y, const void *gate_up, int64_t rows, int64_t dim, int kind, int type) {
-    if (rows * dim < MIN_PARALLEL_SIZE) {
-        activate_part(y, gate_up, 0, rows, dim, kind, type);
-        return;
-    }
-#pragma omp parallel
-    {
-        const range part = my_part(rows);
-        activate_part(y, gate_up, part.first, part.last, dim, kind, type);
-    }
+    const activation a = {y, gate_up, dim, kind, type};
+    parallel_for(rows, rows_per_chunk(dim), activate_chunk, &a);
 }

@@ -23,10 +23,13 @@ typedef struct {
     const int32_t *query_start, *context_lens, *rows, *block_table;
     int64_t num_requests, table_width, num_heads, num_kv_heads, head_dim, group_size, window;
     float scale, softcap;
+    int type;
+    const struct task *tasks;
+    char *parts;  // what decode tasks leave: [num_tasks, num_heads] partials
 } attention;
 
 // Part `part` of request `request`: a chunk of its context if it has one query, else a tile of its queries.
-typedef struct {
+typedef struct task {
     int32_t request, part;
 } task;
 
@@ -298,43 +301,50 @@ INLINE void run_task(const attention *a, task t, int64_t head, char *parts, char
     if (num_parts(a, t.request) == 1) merge_chunks(a, t.request, head, parts, 1, type);
 }
 
+INLINE char *parts_of(const attention *a, int64_t task_index, int64_t head) {
+    return a->parts + (task_index * a->num_heads + head * a->group_size) * partial_bytes(a);
+}
+
+// Items are (task, KV head) pairs.
+static void attend_chunk(const void *context, int64_t first, int64_t last) {
+    const attention *a = context;
+    const int64_t packed_bytes = num_steps(a->head_dim, a->type) * packed_step_bytes(a->type);
+    const int64_t decode_bytes = a->group_size * (CHUNK * 4 + packed_bytes);
+    char *workspace = scratch(OF_CHUNK, decode_bytes > tile_bytes(a) ? decode_bytes : tile_bytes(a));
+    for (int64_t i = first; i < last; i++) {
+        const int64_t head = i % a->num_kv_heads;
+        const task t = a->tasks[i / a->num_kv_heads];
+        char *parts = parts_of(a, i / a->num_kv_heads, head);
+        if (a->type == BF16) run_task(a, t, head, parts, workspace, BF16);
+        else run_task(a, t, head, parts, workspace, F32);
+    }
+}
+
 void paged_attention(void *out, const void *q, const void *k_cache, const void *v_cache, const void *query_start,
                      const void *context_lens, const void *rows, const void *block_table, int64_t num_requests,
                      int64_t table_width, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t window,
                      float scale, float softcap, int type) {
-    const int64_t group = num_heads / num_kv_heads;
-    const attention a = {out,      q,           k_cache,      v_cache,     query_start, context_lens,
-                         rows,     block_table, num_requests, table_width, num_heads,   num_kv_heads,
-                         head_dim, group,       window,       scale,       softcap};
+    attention a = {out,          q,         k_cache,     v_cache,      query_start, context_lens, rows,
+                   block_table,  num_requests, table_width, num_heads, num_kv_heads, head_dim, num_heads / num_kv_heads,
+                   window,       scale,     softcap,     type,         NULL,        NULL};
     int64_t num_tasks = 0;
     for (int64_t i = 0; i < num_requests; i++) num_tasks += num_parts(&a, i);
 
-    const int64_t decode_bytes = group * (CHUNK * 4 + num_steps(head_dim, type) * packed_step_bytes(type));
-    const int64_t workspace_bytes = ((decode_bytes > tile_bytes(&a) ? decode_bytes : tile_bytes(&a)) + 63) / 64 * 64;
     const int64_t parts_bytes = num_tasks * num_heads * partial_bytes(&a);
-    char *workspaces = scratch(omp_get_max_threads() * workspace_bytes + parts_bytes + num_tasks * sizeof(task));
-    char *parts = workspaces + omp_get_max_threads() * workspace_bytes;
-    task *tasks = (task *)(parts + parts_bytes);
-    task *next = tasks;
+    a.parts = scratch(OF_CALL, parts_bytes + num_tasks * sizeof(task));
+    task *tasks = (task *)(a.parts + parts_bytes), *next = tasks;
+    a.tasks = tasks;
     for (int64_t i = 0; i < num_requests; i++)  // the last tiles of a prompt see most keys: they go first
         for (int64_t n = num_parts(&a, i); n > 0; n--)
             *next++ = (task){i, num_queries(&a, i) == 1 ? num_parts(&a, i) - n : n - 1};
 
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < num_tasks * num_kv_heads; i++) {
-        const int64_t head = i % num_kv_heads;
-        char *workspace = workspaces + omp_get_thread_num() * workspace_bytes;
-        char *mine = parts + (i / num_kv_heads * num_heads + head * group) * partial_bytes(&a);
-        if (type == BF16) run_task(&a, tasks[i / num_kv_heads], head, mine, workspace, BF16);
-        else run_task(&a, tasks[i / num_kv_heads], head, mine, workspace, F32);
-    }
+    parallel_for(num_tasks * num_kv_heads, 1, attend_chunk, &a);
     for (int64_t i = 0; i < num_tasks; i += num_parts(&a, tasks[i].request)) {
         const int64_t request = tasks[i].request;
         if (num_queries(&a, request) != 1 || num_parts(&a, request) == 1) continue;
         for (int64_t head = 0; head < num_kv_heads; head++) {
-            const char *mine = parts + (i * num_heads + head * group) * partial_bytes(&a);
-            if (type == BF16) merge_chunks(&a, request, head, mine, num_parts(&a, request), BF16);
-            else merge_chunks(&a, request, head, mine, num_parts(&a, request), F32);
+            if (type == BF16) merge_chunks(&a, request, head, parts_of(&a, i, head), num_parts(&a, request), BF16);
+            else merge_chunks(&a, request, head, parts_of(&a, i, head), num_parts(&a, request), F32);
         }
     }
 }

@@ -5,10 +5,11 @@
 #pragma once
 
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "pool.h"
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -64,18 +65,8 @@ INLINE size_t size_of(const int type) { return type == BF16 ? 2 : 4; }
 // Bytes of element i of an array.
 INLINE const char *at(const void *p, int64_t i, const int type) { return (const char *)p + i * size_of(type); }
 
-// Work of fewer elements stays on the calling thread: waking the others takes a few microseconds.
-#define MIN_PARALLEL_SIZE 8192
-
-// Inside a parallel region: this thread's even part of [0, size).
-typedef struct {
-    int64_t first, last;
-} range;
-
-INLINE range my_part(int64_t size) {
-    const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
-    return (range){size * thread / num_threads, size * (thread + 1) / num_threads};
-}
+// Rows that make a chunk of a few microseconds where each has so many elements, which are read and written once.
+INLINE int64_t rows_per_chunk(int64_t row_size) { return (4096 + row_size - 1) / row_size; }
 
 // Polynomials of Cephes (Moshier), relative error 1e-7. Below -87.3 the exponential is 0.
 INLINE float fast_exp(float x) {
@@ -185,15 +176,19 @@ INLINE vec dot_step(vec sum, const char *row, const char *packed, const int type
 #endif
 }
 
-// Memory for one call, kept by the thread for its next one.
-INLINE char *scratch(int64_t bytes) {
-    static __thread char *memory;
-    static __thread int64_t size;
-    if (bytes > size) {
-        free(memory);
-        size = (bytes + 65535) / 65536 * 65536;
-        memory = aligned_alloc(64, size);
-        if (!memory) abort();
+// Memory that a thread keeps for its next call: a piece for what the chunks of a call share, and one for a chunk alone.
+enum { OF_CALL, OF_CHUNK };
+
+INLINE char *scratch(const int purpose, int64_t bytes) {
+    static __thread struct {
+        char *memory;
+        int64_t size;
+    } pieces[2];
+    if (bytes > pieces[purpose].size) {
+        free(pieces[purpose].memory);
+        pieces[purpose].size = (bytes + 65535) / 65536 * 65536;
+        pieces[purpose].memory = aligned_alloc(64, pieces[purpose].size);
+        if (!pieces[purpose].memory) abort();
     }
-    return memory;
+    return pieces[purpose].memory;
 }

@@ -67,7 +67,10 @@ INLINE void multiply(const product *p, int64_t first, int64_t last, const int kR
         for (int64_t m = 0; m < p->rows; m += kRows) store_tile(p, dot_tile(p, m, n, kRows, type), m, n, kRows, type);
 }
 
-static void multiply_part(const product *p, int64_t first, int64_t last, int type) {
+static void multiply_chunk(const void *context, int64_t first_group, int64_t last_group) {
+    const product *p = context;
+    const int64_t first = first_group * LANES, last = last_group * LANES < p->out ? last_group * LANES : p->out;
+    const int type = p->type;
     if (type == BF16 && p->rows == 1) multiply(p, first, last, 1, BF16);
     else if (type == BF16 && p->rows == 2) multiply(p, first, last, 2, BF16);
     else if (type == BF16) multiply(p, first, last, 4, BF16);
@@ -84,17 +87,13 @@ int64_t max_linear_rows(int type) {
 
 void linear(void *y, const void *x, const void *w, const void *bias, int64_t rows, int64_t in, int64_t out, int type,
             int y_type) {
-    product p = {y, 0, w, bias, rows, in, out, y_type};
+    product p = {y, 0, w, bias, rows, in, out, type, y_type};
     if (type == BF16 && rows >= MIN_AMX_ROWS && linear_amx(&p, x)) return;
     const int64_t packed_row_bytes = num_steps(in, type) * packed_step_bytes(type);
     const int64_t padded_rows = rows < 3 ? rows : (rows + 3) / 4 * 4;
-    char *packed = scratch(padded_rows * packed_row_bytes);
+    char *packed = scratch(OF_CALL, padded_rows * packed_row_bytes);
     for (int64_t m = 0; m < padded_rows; m++)  // rows beyond the last are copies of it, whose products are dropped
         pack(packed + m * packed_row_bytes, at(x, (m < rows ? m : rows - 1) * in, type), in, type);
     p.packed = packed;
-#pragma omp parallel
-    {
-        const range part = my_part((out + LANES - 1) / LANES);
-        multiply_part(&p, part.first * LANES, part.last * LANES < out ? part.last * LANES : out, type);
-    }
+    parallel_for((out + LANES - 1) / LANES, groups_per_chunk(&p, LANES), multiply_chunk, &p);
 }

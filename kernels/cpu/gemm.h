@@ -9,8 +9,14 @@ typedef struct {
     char *y;
     const char *packed, *w, *bias;
     int64_t rows, in, out;
-    int y_type;
+    int type, y_type;
 } product;
+
+// Groups of so many weight rows that make a chunk of some microseconds: 64 KiB, less where many rows of x meet them.
+INLINE int64_t groups_per_chunk(const product *p, int64_t group_size) {
+    const int64_t bytes = group_size * p->in * (int64_t)size_of(p->type) * (p->rows > 64 ? p->rows / 32 : 1);
+    return (65536 + bytes - 1) / bytes;
+}
 
 // Whether the processor has the matrix unit and the system grants it.
 int amx_is_usable(void);

@@ -89,25 +89,27 @@ INLINE void multiply_block(const product *p, int64_t m, int64_t n, const int kPa
     store_tile(p, tiles[3], m + TILE, n + TILE);
 }
 
+static void multiply_chunk(const void *context, int64_t first_block, int64_t last_block) {
+    const product *p = context;
+    const int64_t num_panels = (p->rows + TILE - 1) / TILE;
+    configure_tiles();
+    for (int64_t block = first_block; block < last_block; block++) {
+        const int64_t end = (block + 1) * 2 * TILE;
+        const int64_t n = (end < p->out ? end : p->out) - 2 * TILE;  // the last may overlap its neighbour
+        int64_t panel = 0;
+        for (; panel + 2 <= num_panels; panel += 2) multiply_block(p, panel * TILE, n, 2);
+        if (panel < num_panels) multiply_block(p, panel * TILE, n, 1);
+    }
+    _tile_release();
+}
+
 int linear_amx(product *p, const void *x) {
     if (p->in % STEP || p->out < 2 * TILE || !amx_is_usable()) return 0;
     const int64_t num_panels = (p->rows + TILE - 1) / TILE;
-    char *packed = scratch(num_panels * TILE * p->in * 2);
+    char *packed = scratch(OF_CALL, num_panels * TILE * p->in * 2);
     pack_panels((uint32_t *)packed, p, x);
     p->packed = packed;
-#pragma omp parallel
-    {
-        configure_tiles();
-        const range part = my_part((p->out + 2 * TILE - 1) / (2 * TILE));
-        for (int64_t block = part.first; block < part.last; block++) {
-            const int64_t end = (block + 1) * 2 * TILE;
-            const int64_t n = (end < p->out ? end : p->out) - 2 * TILE;  // the last may overlap its neighbour
-            int64_t panel = 0;
-            for (; panel + 2 <= num_panels; panel += 2) multiply_block(p, panel * TILE, n, 2);
-            if (panel < num_panels) multiply_block(p, panel * TILE, n, 1);
-        }
-        _tile_release();
-    }
+    parallel_for((p->out + 2 * TILE - 1) / (2 * TILE), groups_per_chunk(p, 2 * TILE), multiply_chunk, p);
     return 1;
 }
 #else

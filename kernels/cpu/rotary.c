@@ -13,9 +13,9 @@ typedef struct {
     const float *cos_sin;
     void *k_cache, *v_cache, *q_out;
     const void *q_norm, *k_norm;  // may be null
-    int64_t num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size;
+    int64_t num_heads, num_kv_heads, head_dim, rotary_dim, block_size;
     float eps;
-    int norm_type;  // of q_norm and k_norm: the type of qkv or float32
+    int type, norm_type;  // of qkv, caches and q_out; of q_norm and k_norm: that or float32
 } rotation;
 
 INLINE void turn_head(void *out, const void *x, const void *norm, const float *cos, const rotation *r, const int type) {
@@ -57,8 +57,9 @@ INLINE void rotate_tokens(const rotation *r, int64_t first, int64_t last, const 
     }
 }
 
-static void rotate_part(const rotation *r, int64_t first, int64_t last, int type) {
-    if (type == BF16) rotate_tokens(r, first, last, BF16);
+static void rotate_chunk(const void *context, int64_t first, int64_t last) {
+    const rotation *r = context;
+    if (r->type == BF16) rotate_tokens(r, first, last, BF16);
     else rotate_tokens(r, first, last, F32);
 }
 
@@ -66,15 +67,7 @@ void rotate_and_store(void *q_out, const void *qkv, const void *positions, const
                       const void *cos_sin, void *k_cache, void *v_cache, const void *q_norm, const void *k_norm,
                       int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim,
                       int64_t block_size, float eps, int type, int norm_type) {
-    const rotation r = {qkv,        positions, slot_mapping, cos_sin,  k_cache,    v_cache,    q_out, q_norm,   k_norm,
-                        num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, block_size, eps,   norm_type};
-    if (num_tokens * (num_heads + 2 * num_kv_heads) * head_dim < MIN_PARALLEL_SIZE) {
-        rotate_part(&r, 0, num_tokens, type);
-        return;
-    }
-#pragma omp parallel
-    {
-        const range part = my_part(num_tokens);
-        rotate_part(&r, part.first, part.last, type);
-    }
+    const rotation r = {qkv,       positions,    slot_mapping, cos_sin,    k_cache,    v_cache, q_out, q_norm,   k_norm,
+                        num_heads, num_kv_heads, head_dim,     rotary_dim, block_size, eps,     type,  norm_type};
+    parallel_for(num_tokens, rows_per_chunk((num_heads + 2 * num_kv_heads) * head_dim), rotate_chunk, &r);
 }

@@ -28,18 +28,31 @@ INLINE void draw_words(uint32_t *words4, uint32_t first_counter, uint64_t seed, 
     }
 }
 
-void gumbel_noise(float *noise, const int64_t *seeds, const int32_t *positions, int64_t rows, int64_t vocab_size) {
-    const int64_t parts = (vocab_size + TOKENS - 1) / TOKENS;
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows * parts; i++) {
-        const int64_t row = i / parts, first = i % parts * TOKENS;
-        const int64_t size = vocab_size - first < TOKENS ? vocab_size - first : TOKENS;
+typedef struct {
+    float *noise;
+    const int64_t *seeds;
+    const int32_t *positions;
+    int64_t vocab_size;
+} drawing;
+
+INLINE int64_t parts_per_row(const drawing *d) { return (d->vocab_size + TOKENS - 1) / TOKENS; }
+
+static void draw_chunk(const void *context, int64_t first_part, int64_t last_part) {
+    const drawing *d = context;
+    for (int64_t part = first_part; part < last_part; part++) {
+        const int64_t row = part / parts_per_row(d), first = part % parts_per_row(d) * TOKENS;
+        const int64_t size = d->vocab_size - first < TOKENS ? d->vocab_size - first : TOKENS;
         uint32_t drawn[TOKENS];
-        draw_words(drawn, first / 4, seeds[row], positions[row]);
+        draw_words(drawn, first / 4, d->seeds[row], d->positions[row]);
 #pragma omp simd
         for (int64_t token = 0; token < size; token++) {
             const float uniform = ((float)(int32_t)(drawn[token] >> 9) + 0.5f) * 0x1p-23f;
-            noise[row * vocab_size + first + token] = -fast_log(-fast_log(uniform));
+            d->noise[row * d->vocab_size + first + token] = -fast_log(-fast_log(uniform));
         }
     }
+}
+
+void gumbel_noise(float *noise, const int64_t *seeds, const int32_t *positions, int64_t rows, int64_t vocab_size) {
+    const drawing d = {noise, seeds, positions, vocab_size};
+    parallel_for(rows * parts_per_row(&d), 16, draw_chunk, &d);
 }

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -216,6 +217,34 @@ def test_noise_has_the_words_of_the_reference(vocab_size):
     noise = native.gumbel_noise(seeds, positions, vocab_size)
     expected = reference.gumbel_noise(seeds, positions, vocab_size)
     torch.testing.assert_close(noise, expected, rtol=3e-6, atol=1e-6)
+
+
+def test_many_calling_threads_get_what_one_gets():
+    torch.manual_seed(0)
+    weight = random(3000, 576, dtype=torch.bfloat16)
+    inputs = [random(rows, 576, dtype=torch.bfloat16) for rows in (1, 2, 4, 16, 40)]
+    alone = [native.linear(x, weight, None) for x in inputs]
+
+    def compute(i: int) -> bool:
+        return torch.equal(native.linear(inputs[i % 5], weight, None), alone[i % 5])
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        assert all(pool.map(compute, range(400)))
+
+
+def test_ops_work_in_a_child_of_fork():
+    code = """if True:
+        import os, torch
+        from engine.ops import native
+        x, weight = torch.randn(2, 576), torch.randn(3000, 576)
+        y = native.linear(x, weight, None)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.equal(native.linear(x, weight, None), y) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert torch.equal(native.linear(x, weight, None), y)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_float16_goes_to_the_reference():
