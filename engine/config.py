@@ -42,6 +42,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.max_model_len == 1:
+            raise ValueError("max_model_len must be at least 2, a prompt token and an output token, got 1")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
         if not -(2**63) <= self.seed < 2**63:

@@ -106,7 +106,6 @@ class _Decoder:
     def __init__(self, pieces: "Pieces", skip_special_tokens: bool) -> None:
         self._pieces = pieces
         self._table = pieces.table(skip_special_tokens)
-        self._skips_special = skip_special_tokens
         self._partial = b""
         self._is_first = pieces.drops_space_of_first_token
         self._num_strip = pieces.num_leading_spaces_stripped

@@ -55,7 +55,6 @@ class ModelConfig:
     max_model_len: int  # tokens the model was made for
     dtype: str  # of the checkpoint
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     tie_word_embeddings: bool
     layer_windows: tuple[int, ...]  # tokens each layer looks back on, itself included; 0: all
     layer_ropes: tuple[RopeConfig | None, ...]  # None: the layer has no positions (SmolLM3)
@@ -172,7 +171,6 @@ def _read(c: _Fields, generation: _Fields) -> ModelConfig:
         "max_model_len": _max_model_len(c),
         "dtype": _dtype(c),
         "eos_token_ids": _token_ids(*(source.get("eos_token_id") for source in (generation, c, outer))),
-        "bos_token_id": next(iter(_token_ids(c.get("bos_token_id"))), None),
         "tie_word_embeddings": c.flag("tie_word_embeddings"),
         "layer_windows": windows,
         "layer_ropes": _layer_ropes(c, head_dim, windows),

@@ -102,7 +102,7 @@ class ModelRunner:
         sampled = [request for request in batch.requests if request.samples]
         forward_batch, sample_index = self._prepare(batch)
         hidden = self.model.forward(forward_batch)
-        complete = self._compute_prompt_logprobs(batch, hidden, forward_batch)
+        complete = self._compute_prompt_logprobs(batch, hidden)
         logits = self.model.logits(hidden.index_select(0, sample_index))
         return self._draw(sampled, logits, None, complete)
 
@@ -260,9 +260,7 @@ class ModelRunner:
         sampling = self.rows[row].sampling
         return self.token_ids[row, : sampling.num_prompt_tokens].clone(), sampling.params.prompt_logprobs or 0
 
-    def _compute_prompt_logprobs(
-        self, batch: ScheduledBatch, hidden: Tensor, forward_batch: ForwardBatch
-    ) -> dict[int, list[Logprobs]]:
+    def _compute_prompt_logprobs(self, batch: ScheduledBatch, hidden: Tensor) -> dict[int, list[Logprobs]]:
         """Extend the rows that asked for prompt log probabilities; those now complete, by row."""
         complete, offset = {}, 0
         for request in batch.requests:

@@ -89,11 +89,14 @@ class Worker:
             batch.new_rows.append(NewRow(row, params, [0] * length, length, blocks, []))
             batch.requests.append(ScheduledRequest(row, 0, length, True, []))
         runner = ModelRunner(self.model, self.device, num_requests, length + 1, num_blocks - 1)
-        before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # loading had a peak of its own, and so had engines before this one
         runner.run(batch).wait()
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        taken = 0
+        if self.device.type == "cuda":
+            taken = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         kv_cache.release(self.model.attentions)
-        return peak - before
+        return taken
 
 
 def pick_device(name: str) -> torch.device:

@@ -42,15 +42,6 @@ def progress_bar(unit: str = "") -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
-def format_bytes(num_bytes: float) -> str:
-    """1536 -> '1.5 KiB'"""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
-
-
 def format_seconds(seconds: float) -> str:
     """0.0123 -> '12.3 ms', 75 -> '1 min 15 s'"""
     if seconds < 1:

@@ -44,7 +44,7 @@ def read(folder: Path, config: dict, generation: dict | None = None) -> ModelCon
 def test_a_llama_is_read(tmp_path):
     config = read(tmp_path, LLAMA)
     assert (config.head_dim, config.num_kv_heads, config.max_model_len) == (128, 8, 131072)
-    assert (config.dtype, config.eos_token_ids, config.bos_token_id) == ("bfloat16", (128001,), 128000)
+    assert (config.dtype, config.eos_token_ids) == ("bfloat16", (128001,))
     assert config.layer_windows == (0, 0, 0, 0)
     assert config.attention_scale == pytest.approx(128**-0.5)
     assert config.layer_ropes[0] == RopeConfig(10000.0, 128)

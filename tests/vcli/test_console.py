@@ -1,6 +1,6 @@
 """Results off a terminal: plain columns that can be pasted."""
 
-from vcli.console import format_bytes, format_seconds, print_table
+from vcli.console import format_seconds, print_table
 
 
 def test_table_is_plain_text_off_a_terminal(capsys):
@@ -11,5 +11,4 @@ def test_table_is_plain_text_off_a_terminal(capsys):
 
 
 def test_quantities_read_as_people_say_them():
-    assert [format_bytes(n) for n in (0, 1023, 1536, 8 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "8.0 GiB"]
     assert [format_seconds(s) for s in (0.0123, 2.25, 75)] == ["12.3 ms", "2.2 s", "1 min 15 s"]
