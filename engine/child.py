@@ -4,9 +4,14 @@ The child must find the same `engine` package as its parent: installed, or besid
 folder that happens to be called `engine` in the directory where the person stands.
 """
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: between fork and exec it could not be
 
 
 def module_command(module: str, *arguments: str) -> list[str]:
@@ -19,3 +24,9 @@ def module_environment() -> dict[str, str]:
         return dict(os.environ)
     search_path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends, however that happens; also as Popen's preexec_fn."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -4,7 +4,6 @@ It owns nothing that the API process could not rebuild: it takes typed messages 
 work, and sends tokens back. It ends when it is told to, when it fails, or when its parent is gone.
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -14,11 +13,11 @@ import setproctitle
 import zmq
 
 from engine import messages
+from engine.child import die_with_parent
 from engine.config import EngineConfig
 from engine.errors import UserError
 
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
-PR_SET_PDEATHSIG = 1
 
 
 def main(address: str) -> None:
@@ -77,12 +76,6 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
         outputs = core.step() if core.has_work else []
         if outputs or changed or core.stats.num_steps > num_steps:
             socket.send(messages.encode(messages.StepOutput(outputs, core.stats)))
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

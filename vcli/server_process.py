@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Any
 
-from engine.child import module_command, module_environment
+from engine.child import die_with_parent, module_command, module_environment
 from engine.config import EngineConfig
 from engine.errors import UserError
 from vcli.flags import flags_of
@@ -46,6 +46,7 @@ def running_server(config: EngineConfig, on_progress: OnProgress) -> Iterator[st
             stderr=subprocess.STDOUT,
             env=module_environment(),
             start_new_session=True,
+            preexec_fn=die_with_parent,  # the last resort, should this process end without coming to its `finally`
         )
         try:
             while not _is_ready(url, on_progress):
