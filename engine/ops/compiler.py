@@ -1,6 +1,6 @@
 """CUDA sources to machine code, by NVRTC: no CUDA toolkit and no header is needed on the user's machine.
 
-A `Build` says what to compile, and its result depends on nothing else: so it is kept on disk under a hash of the
+A `Build` says what to compile, and the code depends on nothing else: so it is kept on disk under a hash of the
 source, the headers, the options and the compiler's version, and a second start of the engine compiles nothing. Needs no
 GPU.
 """
@@ -29,6 +29,7 @@ class Build:
     file: str  # below kernels/
     arch: str  # sm_90a
     defines: tuple[str, ...] = ()  # NAME=value
+    shared_bytes: int = 0  # of dynamic shared memory, that its launches get
 
     @property
     def options(self) -> list[str]:

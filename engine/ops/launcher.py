@@ -30,8 +30,11 @@ class Kernel:
     on GPUs that can (Hopper and newer), its blocks start as soon as that one makes room for them.
     """
 
-    def __init__(self, name: str, function: int, signature: str, device: int, overlaps: bool) -> None:
+    def __init__(
+        self, name: str, function: int, signature: str, device: int, overlaps: bool, shared_bytes: int
+    ) -> None:
         self.name = name
+        self._shared_bytes = shared_bytes
         self._function, self._device = function, device
         letters = re.findall(r"\d*[a-zA-Z]", signature)
         self._arguments = struct.Struct("@" + signature)
@@ -46,21 +49,14 @@ class Kernel:
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._launch = _driver().cuLaunchKernelEx
 
-    def __call__(
-        self, grid: tuple[int, int, int], threads: int, *arguments: float | bytes, shared_bytes: int = 0
-    ) -> None:
+    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float | bytes) -> None:
         """Pointers are passed as integers (`tensor.data_ptr()`), tensor maps as bytes."""
         self._arguments.pack_into(self._buffer, 0, *arguments)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        _CONFIG.pack_into(self._config, 0, *grid, threads, 1, 1, shared_bytes, stream, *self._attributes)
+        _CONFIG.pack_into(self._config, 0, *grid, threads, 1, 1, self._shared_bytes, stream, *self._attributes)
         status = self._launch(self._config, self._function, self._places, None)
         if status:
             raise RuntimeError(f"launch of {self.name}, grid {grid}, {threads} threads: {_error(status)}")
-
-    def allow_shared_bytes(self, shared_bytes: int) -> None:
-        """Say once how much dynamic shared memory launches will ask for."""
-        if shared_bytes > _STATIC_SHARED_LIMIT:
-            _check(_driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_SIZE, shared_bytes), self.name)
 
 
 @cache
@@ -76,7 +72,9 @@ def load(build: Build, device: int) -> dict[str, Kernel]:
             function = ctypes.c_void_p()
             _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
             assert function.value
-            kernels[name] = Kernel(name, function.value, signature, device, overlaps)
+            if build.shared_bytes > _STATIC_SHARED_LIMIT:
+                _check(driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE, build.shared_bytes), name)
+            kernels[name] = Kernel(name, function.value, signature, device, overlaps, build.shared_bytes)
     return kernels
 
 

@@ -23,15 +23,14 @@ HEADERS = ("ptx.cuh", "ptx_sm90.cuh")  # each has an emulated_ twin beside this 
 class EmulatedKernel:
     """What engine.ops.launcher.Kernel is on a GPU."""
 
-    def __init__(self, library: ctypes.CDLL, name: str, signature: str, is_large: bool) -> None:
-        self._shared_limit = (227 if is_large else 99) << 10  # of Hopper, of the smallest GPUs
+    def __init__(self, library: ctypes.CDLL, name: str, signature: str, shared_bytes: int) -> None:
+        self._shared_bytes = shared_bytes
         self._run = library[f"run_{name}"]
         arguments = [C_TYPES[letter] for letter in _letters(signature)]
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *arguments]
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float, shared_bytes: int = 0) -> None:
-        assert shared_bytes <= self._shared_limit
-        self._run((ctypes.c_int * 3)(*grid), threads, shared_bytes, *arguments)
+    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float) -> None:
+        self._run((ctypes.c_int * 3)(*grid), threads, self._shared_bytes, *arguments)
 
 
 def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
@@ -53,7 +52,8 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
     subprocess.run(["g++", *options, "kernels.cpp", "-o", "kernels.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
     is_large = build.file.endswith("_sm90.cu") or build.file == "gemm/few_rows.cu"  # which takes what the GPU has
-    return {name: EmulatedKernel(library, name, signature, is_large) for name, signature in kernels.items()}
+    assert build.shared_bytes <= (227 if is_large else 99) << 10  # what Hopper has, and the smallest GPUs
+    return {name: EmulatedKernel(library, name, signature, build.shared_bytes) for name, signature in kernels.items()}
 
 
 def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:

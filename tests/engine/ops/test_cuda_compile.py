@@ -92,19 +92,24 @@ def test_a_machine_without_a_driver_is_told_what_to_install():
     [(8, 128_000, 66), (8, 1000, 4), (8, 100, 1), (512, 8192, 2), (2048, 8192, 1), (1, 10**6, 128)],
 )
 def test_contexts_are_split_while_multiprocessors_are_idle(num_blocks, max_context, splits):
-    assert cuda.num_splits(num_blocks, max_context, num_sms=132) == splits
+    assert cuda.attention.num_splits(num_blocks, max_context, num_sms=132) == splits
 
 
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))
 def test_prefill_fits_small_gpus(head_dim):
-    assert cuda.prefill_shared_bytes(head_dim) <= 99 << 10
+    assert cuda.attention.prefill_shared_bytes(head_dim) <= 99 << 10
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_prefill_on_hopper_fits_its_shared_memory(head_dim):
-    assert cuda.attention_files("sm_90a", torch.bfloat16, head_dim, is_masked=False)[1] == "attention/prefill_sm90.cu"
-    assert cuda.attention_files("sm_80", torch.bfloat16, head_dim, is_masked=False)[1] == "attention/prefill.cu"
-    assert cuda.prefill_sm90_shared_bytes(head_dim) <= 227 << 10
+    assert (
+        cuda.attention.attention_files("sm_90a", torch.bfloat16, head_dim, is_masked=False)[1]
+        == "attention/prefill_sm90.cu"
+    )
+    assert (
+        cuda.attention.attention_files("sm_80", torch.bfloat16, head_dim, is_masked=False)[1] == "attention/prefill.cu"
+    )
+    assert cuda.attention.prefill_sm90_shared_bytes(head_dim) <= 227 << 10
 
 
 def test_tensor_maps_are_parameters_by_value():
@@ -127,8 +132,8 @@ def test_tensor_maps_are_parameters_by_value():
     ],
 )
 def test_products_of_few_rows_are_shared_out_evenly(rows, inputs, out, octets):
-    assert cuda.few_rows_octets(rows, inputs, out, 132, cuda.few_rows_ring_bytes("sm_90a")) == octets
+    assert cuda.gemm.few_rows_octets(rows, inputs, out, 132, cuda.gemm.few_rows_ring_bytes("sm_90a")) == octets
 
 
 def test_small_gpus_take_small_tiles():
-    assert cuda.few_rows_octets(16, 4096, 28672, 84, cuda.few_rows_ring_bytes("sm_86")) == 2
+    assert cuda.gemm.few_rows_octets(16, 4096, 28672, 84, cuda.gemm.few_rows_ring_bytes("sm_86")) == 2

@@ -1,13 +1,14 @@
 """The CUDA kernels and their faces, emulated on the CPU: index arithmetic, masks and fragment layouts without a GPU."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.ops import cuda
+from engine.ops.compiler import Build
 from tests.engine.ops import cuda_cases as cases
 from tests.engine.ops import emulated_kernels
 
@@ -18,22 +19,22 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulati
 
 @pytest.fixture(scope="module", autouse=True)
 def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    loaded: dict[cuda.Build, dict[str, emulated_kernels.EmulatedKernel]] = {}
+    libraries: dict[Build, dict[str, emulated_kernels.EmulatedKernel]] = {}
 
-    def kernel(
-        x: torch.Tensor, file: str, name: str, head_dim: int = 0, group: int = 0, rows: int = 0
+    def loaded(
+        device: int, arch: str, name: str, make_build: Callable[..., Build], *constants: object
     ) -> emulated_kernels.EmulatedKernel:
-        build = cuda._build("emulated", file, x.dtype, head_dim, group, rows)
-        if build not in loaded:
-            loaded[build] = emulated_kernels.load(build, Path(tmp_path_factory.mktemp("kernels")))
-        return loaded[build][name]
+        build = make_build(arch, *constants)
+        if build not in libraries:
+            libraries[build] = emulated_kernels.load(build, Path(tmp_path_factory.mktemp("kernels")))
+        return libraries[build][name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_kernel", kernel)
-        patch.setattr(cuda, "_num_sms", lambda device: 8)
-        patch.setattr(cuda, "_arch", lambda device: "sm_80")
+        patch.setattr(cuda.kernels, "loaded", loaded)
+        patch.setattr(cuda.kernels, "num_sms", lambda device: 8)
+        patch.setattr(cuda.kernels, "arch", lambda device: "sm_80")
         patch.setattr(cuda.launcher, "tensor_map", emulated_kernels.tensor_map)
-        patch.setattr(cuda, "few_rows_ring_bytes", lambda arch: 184 << 10)
+        patch.setattr(cuda.gemm, "few_rows_ring_bytes", lambda arch: 184 << 10)
         torch.manual_seed(0)
         yield
 
@@ -42,7 +43,7 @@ def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def kernels(request, monkeypatch):
     """The attention kernels that are chosen by default, and the newest for all that they can do."""
     if request.param == "newest":
-        monkeypatch.setattr(cuda, "attention_files", cases.newest_attention_files)
+        monkeypatch.setattr(cuda.attention, "attention_files", cases.newest_attention_files)
 
 
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(BF16, BF16), (F16, F32), (F32, F32)])
@@ -140,13 +141,13 @@ def test_chunks_and_decodes_in_one_batch(dtype, heads, head_dim, window, softcap
     ],
 )
 def test_chunks_and_decodes_on_hopper(monkeypatch, dtype, heads, head_dim, window, softcap):
-    monkeypatch.setattr(cuda, "_arch", lambda device: "sm_90a")
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
     lengths = [(1, 300), (2, 2), (30, 130), (128, 128), (70, 500), (1, 90)]
     cases.check_attention("cpu", dtype, heads, head_dim, lengths, window, softcap)
 
 
 def test_more_chunks_on_hopper_than_lanes_look_for(monkeypatch):
-    monkeypatch.setattr(cuda, "_arch", lambda device: "sm_90a")
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
     lengths = [(2 + i % 3 * 60, 2 + i % 3 * 60 + i) for i in range(70)]
     cases.check_attention("cpu", BF16, (4, 1), 64, lengths)
 

@@ -18,7 +18,7 @@ HEADS = [(9, 3), (32, 8), (28, 4), (8, 8), (16, 1), (40, 8)]
 def kernels(request, monkeypatch):
     """The attention kernels that are chosen by default, and the newest for all that they can do."""
     if request.param == "newest":
-        monkeypatch.setattr(cuda, "attention_files", cases.newest_attention_files)
+        monkeypatch.setattr(cuda.attention, "attention_files", cases.newest_attention_files)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
@@ -142,7 +142,7 @@ def test_ops_can_be_captured_in_a_graph():
 def test_warm_up_loads_every_kernel_that_runs(monkeypatch):
     cuda.warm_up(torch.device("cuda"), BF16, 128, 32, 8)
     monkeypatch.setattr(cuda.launcher, "cubin", lambda build: pytest.fail(f"{build} while serving"))
-    cuda._loaded.cache_clear()
+    cuda.kernels.loaded.cache_clear()
     cases.check_norms("cuda", BF16, BF16, 3, 4096)
     cases.check_attention("cuda", BF16, (32, 8), 128, [(1, 600), (30, 40)])
     cases.check_gumbel_noise("cuda", 3, 1000, torch.int64)

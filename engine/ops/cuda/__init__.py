@@ -1,0 +1,58 @@
+"""CUDA bodies of the ops: they pick tile and grid and launch the kernels of kernels/*.cu into new tensors.
+
+Nothing here reads from the device, and grids depend on shapes and the batch's host numbers alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from engine.errors import UserError
+from engine.ops import launcher
+from engine.ops.compiler import Build, cubins
+from engine.ops.cuda import attention, gemm, kernels, rows, sampling
+from engine.ops.cuda.attention import paged_attention
+from engine.ops.cuda.gemm import linear, logits
+from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
+from engine.ops.cuda.sampling import gumbel_noise
+
+__all__ = [
+    "add_rms_norm",
+    "gated_activation",
+    "gumbel_noise",
+    "linear",
+    "logits",
+    "model_builds",
+    "paged_attention",
+    "rms_norm",
+    "rotate_and_store",
+    "warm_up",
+]
+
+
+def warm_up(
+    device: torch.device, dtype: torch.dtype, head_dim: int, num_heads: int, num_kv_heads: int, masks: bool = True
+) -> None:
+    """Compile (or find in the cache) and load every kernel that a model needs: none is compiled while it serves.
+
+    masks: some of its layers have a window or a soft cap.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    builds = list(model_builds(kernels.arch(index), dtype, head_dim, num_heads // num_kv_heads, masks))
+    cubins(builds)
+    for build in builds:
+        launcher.load(build, index)
+
+
+def model_builds(
+    arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int, masks: bool = True
+) -> Iterator[Build]:
+    """The builds that a model of these numbers runs on."""
+    if dtype not in kernels.SCALARS:
+        raise UserError(f"the CUDA kernels know bfloat16, float16 and float32, not {dtype}: choose one with --dtype")
+    if head_dim % 8 or not 0 < head_dim <= 256:
+        raise UserError(f"the CUDA kernels know head sizes of 8, 16, 24 to 256, not {head_dim}: use --device cpu")
+    yield from rows.builds(arch, dtype, head_dim)
+    yield from sampling.builds(arch)
+    yield from attention.builds(arch, dtype, head_dim, heads_per_kv, masks)
+    yield from gemm.builds(arch, dtype)

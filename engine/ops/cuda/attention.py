@@ -1,0 +1,267 @@
+"""Attention over the paged KV cache: requests of one token go to a decode kernel, chunks to a prefill kernel."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.config import BLOCK_SIZE
+from engine.ops import launcher
+from engine.ops.compiler import Build
+from engine.ops.cuda import kernels
+from engine.ops.cuda.kernels import check_rows, define_build, kernel
+
+MAX_GROUP = 16  # query heads that a block of threads of attention/decode.cu takes
+MAX_GROUP_ANY = 8  # the same in attention/decode_any.cu
+MAX_SPLITS = 128  # of one context, as in attention/decode_any.cu
+DECODE_BLOCKS_PER_SM = 3  # blocks of threads of attention/decode.cu that run at once
+MAX_DECODE_PIECES = 1 << 18  # as in attention/decode.cu
+
+
+def builds(arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int, masks: bool) -> Iterator[Build]:
+    """masks: some layers have a window or a soft cap."""
+    for is_masked in (False, True) if masks else (False,):
+        decode, prefill = attention_files(arch, dtype, head_dim, is_masked)
+        if decode == "attention/decode.cu":
+            yield decode_build(arch, dtype, head_dim, _group(heads_per_kv, MAX_GROUP))
+        else:
+            yield decode_any_build(arch, dtype, head_dim, _group(heads_per_kv, MAX_GROUP_ANY))
+        if prefill != decode:
+            yield PREFILL_BUILDS[prefill](arch, dtype, head_dim)
+
+
+def decode_build(arch: str, dtype: torch.dtype, head_dim: int, group: int) -> Build:
+    warps, stages = decode_tile(head_dim)
+    constants: dict[str, int | torch.dtype] = {
+        "scalar": dtype,
+        "head_dim": head_dim,
+        "group": group,
+        "warps": warps,
+        "stages": stages,
+    }
+    return define_build(arch, "attention/decode.cu", decode_shared_bytes(head_dim), **constants)
+
+
+def decode_any_build(arch: str, dtype: torch.dtype, head_dim: int, group: int) -> Build:
+    return define_build(arch, "attention/decode_any.cu", scalar=dtype, head_dim=head_dim, group=group)
+
+
+def prefill_build(arch: str, dtype: torch.dtype, head_dim: int) -> Build:
+    warps, keys = prefill_tile(head_dim)
+    constants: dict[str, int | torch.dtype] = {"scalar": dtype, "head_dim": head_dim, "warps": warps, "keys": keys}
+    return define_build(arch, "attention/prefill.cu", prefill_shared_bytes(head_dim), **constants)
+
+
+def prefill_sm90_build(arch: str, dtype: torch.dtype, head_dim: int) -> Build:
+    warpgroups, keys, stages = prefill_sm90_tile(head_dim)
+    constants: dict[str, int | torch.dtype] = {
+        "scalar": dtype,
+        "head_dim": head_dim,
+        "consumers": warpgroups,
+        "keys": keys,
+        "stages": stages,
+    }
+    return define_build(arch, "attention/prefill_sm90.cu", prefill_sm90_shared_bytes(head_dim), **constants)
+
+
+PREFILL_BUILDS = {"attention/prefill.cu": prefill_build, "attention/prefill_sm90.cu": prefill_sm90_build}
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float, window: int, softcap: float
+) -> Tensor:
+    """Requests of one token go to a decode kernel, chunks to a prefill kernel, where tensor cores know the type."""
+    check_rows(q, k_cache, v_cache)
+    assert k_cache.shape[2] == BLOCK_SIZE, k_cache.shape
+    out = torch.empty_like(q)
+    is_masked = bool(window or softcap)
+    decode, prefill = attention_files(kernels.arch(q.get_device()), q.dtype, q.shape[2], is_masked)
+    num_decodes = len(q) if prefill == decode else batch.num_decodes
+    if num_decodes and decode == "attention/decode.cu":
+        _decode(out, q, k_cache, v_cache, batch, scale, window, softcap)
+    elif num_decodes:
+        _decode_any(out, q, k_cache, v_cache, batch, num_decodes, scale, window, softcap)
+    if num_decodes < len(q):
+        _prefill(prefill, out, q, k_cache, v_cache, batch, scale, window, softcap)
+    return out
+
+
+def attention_files(arch: str, dtype: torch.dtype, head_dim: int, is_masked: bool) -> tuple[str, str]:
+    """The kernels that decode and prefill; the same one where tensor cores do not know the type or the head size.
+
+    decode.cu and prefill_sm90.cu know windows, soft caps and wide heads too, but in their present form a GPU has
+    checked them without: the rest goes to the kernels before them, which a GPU has checked with everything.
+    """
+    if not _fits_tensor_cores(dtype, head_dim):
+        return "attention/decode_any.cu", "attention/decode_any.cu"
+    if is_masked or head_dim > 128:
+        return "attention/decode_any.cu", "attention/prefill.cu"
+    has_own = arch == "sm_90a" and head_dim in (64, 128)  # the head sizes that fill the tiles of Hopper's kernel
+    return "attention/decode.cu", "attention/prefill_sm90.cu" if has_own else "attention/prefill.cu"
+
+
+def decode_tile(head_dim: int) -> tuple[int, int]:
+    """(warps, stages of one KV block in each): DECODE_BLOCKS_PER_SM blocks of threads fill the shared memory of a large
+    GPU's multiprocessor, and one fits into the 99 KiB of a small one's."""
+    return (4, 4) if head_dim <= 64 else (4, 2) if head_dim <= 128 else (2, 2)
+
+
+def decode_shared_bytes(head_dim: int) -> int:
+    """16 keys and values in each stage of each warp, as in attention/decode.cu."""
+    warps, stages = decode_tile(head_dim)
+    return warps * stages * 2 * BLOCK_SIZE * (head_dim + 8) * 2
+
+
+def num_splits(num_blocks: int, max_context: int, num_sms: int) -> int:
+    """Parts that contexts are cut into: enough for four blocks of threads on each multiprocessor, but no part so short
+    (256 tokens) that joining the parts costs more than it saves."""
+    wanted = -(-4 * num_sms // num_blocks)
+    return max(1, min(wanted, -(-max_context // 256), MAX_SPLITS))
+
+
+def prefill_tile(head_dim: int) -> tuple[int, int]:
+    """(warps of 16 query rows, keys in a stage): what registers and the 99 KiB of shared memory of small GPUs hold."""
+    return (4, 32) if head_dim > 128 else (8, 64)
+
+
+def prefill_shared_bytes(head_dim: int) -> int:
+    """Two stages of keys and values; queries of wide heads have a place of their own (as in attention/prefill.cu)."""
+    warps, keys = prefill_tile(head_dim)
+    num_rows = 4 * keys + (16 * warps if head_dim > 128 else 0)
+    return num_rows * (head_dim + 8) * 2
+
+
+def prefill_sm90_tile(head_dim: int) -> tuple[int, int, int]:
+    """(warpgroups of 64 query rows, keys in a tile, tiles in flight) of attention/prefill_sm90.cu."""
+    return (2, 128, 3) if head_dim > 64 else (3, 128, 4)
+
+
+def prefill_sm90_shared_bytes(head_dim: int) -> int:
+    """Queries, tiles of keys and values, barriers, and what it takes to begin at a multiple of 1 KiB."""
+    warpgroups, keys, stages = prefill_sm90_tile(head_dim)
+    return (64 * warpgroups + 2 * stages * keys) * head_dim * 2 + 4 * stages * 8 + 1024
+
+
+def _decode(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Attention of the batch's decodes: its first num_decodes tokens, each of a request of its own."""
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    group = _group(num_heads // num_kv_heads, MAX_GROUP)
+    warps, _ = decode_tile(head_dim)
+    num_blocks = DECODE_BLOCKS_PER_SM * kernels.num_sms(q.get_device())
+    num_lists = batch.num_decodes * num_kv_heads * -(-num_heads // num_kv_heads // group)
+    num_pieces = num_lists + num_blocks  # at most
+    assert num_pieces <= MAX_DECODE_PIECES, (num_lists, num_blocks)
+    num_parts = num_pieces * group
+    parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
+    part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
+    _, context_lens, rows, block_table = _batch_pointers(batch)
+    kernel(q, "decode", decode_build, q.dtype, head_dim, group)(
+        (num_blocks, 1, 1),
+        32 * warps,
+        *(out.data_ptr(), parts.data_ptr(), part_weights, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
+        *(context_lens, rows, block_table, batch.num_decodes, batch.block_table.shape[1], num_heads, num_kv_heads),
+        *(scale, window, softcap),
+    )
+
+
+def _decode_any(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    num_tokens: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Attention of the first num_tokens tokens, each on its own."""
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    group = _group(num_heads // num_kv_heads, MAX_GROUP_ANY)
+    blocks_per_token = num_kv_heads * -(-num_heads // num_kv_heads // group)
+    max_context = min(batch.max_context_len, window + BLOCK_SIZE) if window else batch.max_context_len
+    splits = num_splits(num_tokens * blocks_per_token, max_context, kernels.num_sms(q.get_device()))
+    num_parts = num_tokens * num_heads * splits if splits > 1 else 0
+    parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
+    part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
+    kernel(q, "decode_any", decode_any_build, q.dtype, head_dim, group)(
+        (num_tokens, blocks_per_token, splits),
+        128,
+        *(out.data_ptr(), parts.data_ptr(), part_weights, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
+        *_batch_pointers(batch),
+        *(batch.num_decodes, len(batch.context_lens), batch.block_table.shape[1], num_heads, num_kv_heads),
+        *(scale, window, softcap),
+    )
+    if splits > 1:
+        combine = kernel(q, "combine", decode_any_build, q.dtype, head_dim, group)
+        combine((num_tokens, num_heads, 1), 128, out.data_ptr(), parts.data_ptr(), part_weights, splits)
+
+
+def _prefill(
+    file: str,
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """Attention of the requests after the batch's decodes."""
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    heads_per_kv = num_heads // num_kv_heads
+    num_requests = len(batch.context_lens) - batch.num_decodes
+    numbers = (batch.block_table.shape[1], num_heads, num_kv_heads, scale, window, softcap)
+    run = kernel(q, "prefill", PREFILL_BUILDS[file], q.dtype, head_dim)
+    if file == "attention/prefill_sm90.cu":
+        warpgroups, _, _ = prefill_sm90_tile(head_dim)
+        num_rows = 64 * warpgroups
+        num_pieces = ((len(q) - batch.num_decodes) * heads_per_kv + num_requests * (num_rows - 1)) // num_rows
+        run(
+            (num_kv_heads, num_pieces, 1),
+            128 * (warpgroups + 1),
+            *(_rows_map(cache, head_dim) for cache in (k_cache, v_cache)),
+            *(out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
+            *(batch.num_decodes, num_requests, *numbers),
+        )
+    else:
+        warps, _ = prefill_tile(head_dim)
+        run(
+            (-(-batch.max_query_len * heads_per_kv // (16 * warps)), num_kv_heads, num_requests),
+            32 * warps,
+            *(out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *_batch_pointers(batch)),
+            *(batch.num_decodes, *numbers),
+        )
+
+
+def _rows_map(cache: Tensor, head_dim: int) -> bytes:
+    """A cache as a matrix with a row for each token and KV head, read a block at a time."""
+    return launcher.tensor_map(cache.data_ptr(), cache.numel() // head_dim, head_dim, BLOCK_SIZE)
+
+
+def _batch_pointers(batch: ForwardBatch) -> tuple[int, int, int, int]:
+    tensors = (batch.query_start, batch.context_lens, batch.rows, batch.block_table)
+    for tensor in tensors:
+        assert tensor.dtype is torch.int32, tensor.dtype
+    query_start, context_lens, rows, block_table = (tensor.data_ptr() for tensor in tensors)
+    return query_start, context_lens, rows, block_table
+
+
+def _fits_tensor_cores(dtype: torch.dtype, head_dim: int) -> bool:
+    return dtype is not torch.float32 and head_dim % 16 == 0
+
+
+def _group(heads_per_kv: int, max_group: int) -> int:
+    """Query heads a block of a decode kernel takes: all that share a KV head, or an even share of them."""
+    return -(-heads_per_kv // -(-heads_per_kv // max_group))

@@ -1,0 +1,108 @@
+"""Row-wise ops: norms, activations, rotary embedding with the write into the KV cache."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from engine.ops.compiler import Build
+from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
+
+
+def builds(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[Build]:
+    yield norm_build(arch, dtype)
+    yield activation_build(arch, dtype)
+    yield rotary_build(arch, dtype, head_dim)
+
+
+def norm_build(arch: str, dtype: torch.dtype) -> Build:
+    return define_build(arch, "norm.cu", scalar=dtype)
+
+
+def activation_build(arch: str, dtype: torch.dtype) -> Build:
+    return define_build(arch, "activation.cu", scalar=dtype)
+
+
+def rotary_build(arch: str, dtype: torch.dtype, head_dim: int) -> Build:
+    return define_build(arch, "rotary.cu", scalar=dtype, head_dim=head_dim)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y, dim = torch.empty_like(x), x.shape[-1]
+    check_rows(x, y)
+    if x.numel():
+        run = kernel(x, "rms_norm" + _weight_suffix(weight, x), norm_build, x.dtype)
+        grid = (x.numel() // dim, 1, 1)
+        run(grid, _norm_threads(x), y.data_ptr(), x.data_ptr(), weight.data_ptr(), dim, eps)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y, dim = torch.empty_like(x), x.shape[-1]
+    check_rows(x, y, residual)
+    if x.numel():
+        run = kernel(x, "add_rms_norm" + _weight_suffix(weight, x), norm_build, x.dtype)
+        grid, pointers = (x.numel() // dim, 1, 1), (y.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr())
+        run(grid, _norm_threads(x), *pointers, dim, eps)
+    return y
+
+
+def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
+    dim = gate_up.shape[-1] // 2
+    y = gate_up.new_empty(*gate_up.shape[:-1], dim)
+    check_rows(y, gate_up)
+    if y.numel():
+        threads = 128
+        name = {"silu": "gated_silu", "gelu_tanh": "gated_gelu_tanh"}[kind]
+        run = kernel(gate_up, name, activation_build, gate_up.dtype)
+        grid = (y.numel() // dim, -(-dim * y.itemsize // (16 * threads)), 1)
+        run(grid, threads, y.data_ptr(), gate_up.data_ptr(), dim)
+    return y
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    num_tokens, num_kv_heads, head_dim = len(qkv), k_cache.shape[1], k_cache.shape[3]
+    num_all_heads = qkv.shape[1] // head_dim
+    num_heads = num_all_heads - 2 * num_kv_heads
+    check_rows(qkv, k_cache, v_cache)
+    assert cos_sin.dtype is torch.float32, cos_sin.dtype
+    norms = [norm for norm in (q_norm, k_norm) if norm is not None]
+    norm_is_float = bool(norms) and _weight_suffix(norms[0], qkv) != ""
+    assert len({norm.dtype for norm in norms}) <= 1, norms
+    q = qkv.new_empty(num_tokens, num_heads, head_dim)
+    if num_tokens:
+        threads = 256
+        lanes_per_head = min(32, 1 << (head_dim * qkv.itemsize // 16 - 1).bit_length())  # as in rotary.cu
+        kernel(qkv, "rotate_and_store", rotary_build, qkv.dtype, head_dim)(
+            (num_tokens, -(-num_all_heads * lanes_per_head // threads), 1),
+            threads,
+            *(q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), qkv.data_ptr()),
+            *(positions.data_ptr(), slot_mapping.data_ptr(), cos_sin.data_ptr(), pointer(q_norm), pointer(k_norm)),
+            *(norm_is_float, eps, num_heads, num_kv_heads, cos_sin.shape[1]),
+        )
+    return q
+
+
+def _norm_threads(x: Tensor) -> int:
+    """Threads for a row of x: one for 16 bytes up to 4 KiB, then up to four times 16 bytes each."""
+    vecs = x.shape[-1] * x.itemsize // 16
+    threads = -(-vecs // 32) * 32 if vecs <= 256 else max(256, -(-vecs // 128) * 32)
+    assert threads <= 1024, f"rows of {x.shape[-1]} numbers are too long for the norm kernels"
+    return threads
+
+
+def _weight_suffix(weight: Tensor, x: Tensor) -> str:
+    if weight.dtype is x.dtype:
+        return ""
+    assert weight.dtype is torch.float32, (weight.dtype, x.dtype)
+    return "_float_weight"
