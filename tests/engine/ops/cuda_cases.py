@@ -1,5 +1,6 @@
 """Random inputs for each op and its result in float64, for the CUDA kernels on a GPU or emulated.
 
+Inputs and results are made on the case's own device, by PyTorch alone: on a GPU that is what keeps the tests short.
 Each case calls the CUDA body and compares row by row. What a kernel must not read is NaN (cache slots outside the
 contexts), what it must not follow leads far out of bounds (block table entries past the context), and what it must
 write is NaN before (`poisoned`).
@@ -29,11 +30,11 @@ def poisoned() -> Iterator[None]:
 
 
 def random(*shape: int, device: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to(device, dtype)
+    return (torch.randn(*shape, device=device) * scale).to(dtype)
 
 
 def assert_rows_close(out: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    out, expected = out.double().cpu(), expected.double().cpu()
+    out, expected = out.double(), expected.double()
     error = (out - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-6)
     worst = error.flatten().argmax()
     assert torch.isfinite(out).all(), f"not finite at {(~torch.isfinite(out)).nonzero()[:8].tolist()}"
@@ -84,26 +85,24 @@ def check_rotate_and_store(
     num_heads, num_kv_heads = heads
     num_tokens, num_blocks, max_positions, eps = 37, 9, 50, 1e-6
     qkv = random(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device, dtype=dtype)
-    positions = torch.randint(0, max_positions, (num_tokens,), dtype=torch.int32)
-    slots = torch.randperm(num_blocks * BLOCK_SIZE)[:num_tokens].int()
-    angles = torch.rand(max_positions, rotary_dim // 2) * 6.3
+    positions = torch.randint(0, max_positions, (num_tokens,), dtype=torch.int32, device=device)
+    slots = torch.randperm(num_blocks * BLOCK_SIZE, device=device)[:num_tokens].int()
+    angles = torch.rand(max_positions, rotary_dim // 2, device=device) * 6.3
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     q_norm, k_norm = (None if norm is None else random(head_dim, device=device, dtype=norm) for _ in range(2))
     caches = torch.full((2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim), 7.0, device=device, dtype=dtype)
     with poisoned():
-        q = cuda.rotate_and_store(
-            qkv, positions.to(device), slots.to(device), cos_sin.to(device), *caches.unbind(), q_norm, k_norm, eps
-        )
-    wide = qkv.view(num_tokens, -1, head_dim).double().cpu()
+        q = cuda.rotate_and_store(qkv, positions, slots, cos_sin, *caches.unbind(), q_norm, k_norm, eps)
+    wide = qkv.view(num_tokens, -1, head_dim).double()
     wide_q, wide_k, wide_v = wide.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
         wide_q, wide_k = _rms_norm(wide_q, q_norm, eps), _rms_norm(wide_k, k_norm, eps)
     angle = angles[positions.long()].double().unsqueeze(1)
     assert_rows_close(q, _rotate(wide_q, angle), dtype)
-    k_cache, v_cache = caches.cpu().transpose(2, 3).flatten(1, 2)  # [slots, num_kv_heads, head_dim] each
+    k_cache, v_cache = caches.transpose(2, 3).flatten(1, 2)  # [slots, num_kv_heads, head_dim] each
     assert_rows_close(k_cache[slots.long()], _rotate(wide_k, angle), dtype)
     assert torch.equal(v_cache[slots.long()], wide_v.to(dtype))
-    untouched = torch.ones(num_blocks * BLOCK_SIZE, dtype=torch.bool).scatter(0, slots.long(), False)
+    untouched = torch.ones(num_blocks * BLOCK_SIZE, dtype=torch.bool, device=device).scatter(0, slots.long(), False)
     assert (k_cache[untouched] == 7).all()
     assert (v_cache[untouched] == 7).all()
 
@@ -155,12 +154,13 @@ def _paged(
     num_blocks, max_num_seqs = sum(needed) + 3, len(lengths) + 2
     block_table = torch.full((max_num_seqs, max(needed) + 2), 2**30, dtype=torch.int32)
     rows, blocks = torch.randperm(max_num_seqs)[: len(lengths)], torch.randperm(num_blocks)
-    caches = torch.full((2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim), torch.nan, dtype=dtype)
+    num_filled = torch.zeros(num_blocks, dtype=torch.int32)  # slots of each block
     for row, own, context in zip(rows, blocks[: sum(needed)].split(needed), contexts, strict=True):
         block_table[row, : len(own)] = own.int()
-        for i, block in enumerate(own):
-            filled = min(BLOCK_SIZE, context - i * BLOCK_SIZE)
-            caches[:, block, :, :filled] = torch.randn(2, num_kv_heads, filled, head_dim).to(dtype)
+        num_filled[own] = (context - torch.arange(0, context, BLOCK_SIZE, dtype=torch.int32)).clamp_max(BLOCK_SIZE)
+    caches = random(2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, device=device, dtype=dtype)
+    is_unfilled = torch.arange(BLOCK_SIZE) >= num_filled.unsqueeze(1)
+    caches.masked_fill_(is_unfilled[None, :, None, :, None].to(device), torch.nan)
     query_start = torch.tensor([0, *query_lens]).cumsum(0).int()
     decodes = [length == 1 for length in query_lens]
     num_decodes = decodes.index(False) if False in decodes else len(decodes)
@@ -178,8 +178,7 @@ def _paged(
         max_query_len=max(query_lens),
         max_context_len=max(contexts),
     )
-    k_cache, v_cache = caches.to(device).unbind()
-    return batch, k_cache, v_cache
+    return batch, *caches.unbind()
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
@@ -197,7 +196,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softc
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x, weight = x.double().cpu(), weight.double().cpu()
+    x, weight = x.double(), weight.double()
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
