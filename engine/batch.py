@@ -63,3 +63,4 @@ class ForwardBatch:
     num_decodes: int  # the first so many requests have one token each
     max_query_len: int
     max_context_len: int
+    wanted: Tensor | None = None  # [S] the tokens whose last hidden states are wanted; None: all T of them

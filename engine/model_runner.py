@@ -6,6 +6,7 @@ step can be launched before the host has seen it.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 from engine import sampler
 from engine.batch import ForwardBatch, NewRow, ScheduledBatch, ScheduledRequest
 from engine.config import BLOCK_SIZE
-from engine.cuda_graphs import DecodeGraphs, graph_sizes
+from engine.cuda_graphs import Graphs, decode_sizes, mixed_sizes
 from engine.messages import TokenLogprob
 from engine.models import Model
 from engine.sampler import Logprobs, SamplingRow
+
+MAX_GRAPH_CONTEXT = 16_384  # of a decode in a mixed graph: there its context is not split over multiprocessors
 
 
 @dataclass
@@ -80,137 +83,198 @@ class ModelRunner:
         self.block_table[max_num_seqs, 0] = padding_block
         self.query_starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.rows: dict[int, Row] = {}
-        self.graphs: DecodeGraphs | None = None
+        self.decode_graphs: Graphs | None = None
+        self.mixed_graphs: Graphs | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self) -> None:
-        """Record decode steps, so that each is one launch from now on."""
-        nothing = ScheduledRequest(row=self.max_num_seqs, start=0, num_tokens=1, samples=True, block_ids=[])
-        padding = self._decode_fields([nothing])
-        self.graphs = DecodeGraphs(self._decode, padding, graph_sizes(self.max_num_seqs), self.device)
+    def capture_graphs(self, max_num_tokens: int) -> None:
+        """Record decode steps of all sizes and small mixed ones, so that each is one launch from now on."""
+
+        def mixed(inputs: Tensor, size: int) -> Tensor:
+            num_requests = self._max_num_requests(size)
+            return self._forward_mixed(inputs, size, num_requests, num_requests, 0, size, self.max_model_len)
+
+        def idle(size: int) -> np.ndarray:
+            return self._mixed_inputs([], size, self._max_num_requests(size))
+
+        self.mixed_graphs = Graphs(mixed, idle, mixed_sizes(max_num_tokens), self.device)
+        sizes, idle_decodes = decode_sizes(self.max_num_seqs), partial(self._decode_inputs, [])
+        self.decode_graphs = Graphs(self._decode, idle_decodes, sizes, self.device, shared=self.mixed_graphs)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step. Later steps may be launched before its result is waited for."""
         for new in batch.new_rows:
             self._set_row(new)
-        if all(self._is_decode(request) for request in batch.requests):
-            fields = self._decode_fields(batch.requests)
-            logits, best = self.graphs.run(fields) if self.graphs else self._decode(self._upload(fields))
-            return self._draw(batch.requests, logits, best, {})
-        self._extend_block_table(batch)
-        sampled = [request for request in batch.requests if request.samples]
-        forward_batch, sample_index = self._prepare(batch)
-        hidden = self.model.forward(forward_batch)
-        complete = self._compute_prompt_logprobs(batch, hidden)
-        logits = self.model.logits(hidden.index_select(0, sample_index))
-        return self._draw(sampled, logits, None, complete)
+        requests = batch.requests
+        if all(request.num_tokens == 1 and request.samples for request in requests) and not self._asks_prompts(batch):
+            logits, best = self._run_decodes(requests)
+            return self._draw(requests, logits, best, {})
+        sampled = [request for request in requests if request.samples]
+        hidden, complete = self._run_mixed(batch, len(sampled))
+        return self._draw(sampled, self.model.logits(hidden), None, complete)
 
-    def _is_decode(self, request: ScheduledRequest) -> bool:
-        """One token in, one token out, and nothing to be said about the prompt."""
-        sampling = self.rows[request.row].sampling
-        wants_prompt = sampling.params.prompt_logprobs is not None and request.start < sampling.num_prompt_tokens
-        return request.num_tokens == 1 and request.samples and not wants_prompt
+    def _run_decodes(self, requests: list[ScheduledRequest]) -> tuple[Tensor, Tensor]:
+        """One token in, one token out: logits [R, vocab], and the best tokens [R]."""
+        if self.decode_graphs is None:
+            return self._decode(self._upload(self._decode_inputs(requests, len(requests))), len(requests))
+        size = self.decode_graphs.fit(len(requests))
+        assert size is not None, len(requests)
+        logits, best = self.decode_graphs.run(self._decode_inputs(requests, size), size)
+        return logits[: len(requests)], best[: len(requests)]
 
-    def _decode_fields(self, requests: list[ScheduledRequest]) -> np.ndarray:
-        """What `_decode` needs of each request, [7, R] int32."""
-        width = self.token_ids.shape[1]
-        columns = [
-            (
-                r.start,
-                r.row * width + r.start,
-                r.row * width + min(r.start + 1, width - 1),
-                r.row * self.max_blocks + r.start // BLOCK_SIZE,
-                r.block_ids[0] if r.block_ids else -1,
-                r.start + 1,
-                r.row,
-            )
-            for r in requests
-        ]
-        return np.ascontiguousarray(np.array(columns, dtype=np.int32).T)
+    def _run_mixed(self, batch: ScheduledBatch, num_sampled: int) -> tuple[Tensor, dict[int, list[Logprobs]]]:
+        """Hidden states [num_sampled, hidden_size] to draw from, and the prompt log probabilities now complete."""
+        requests, num_tokens = batch.requests, batch.num_tokens
+        longest_decode = max((request.start + 1 for request in requests if request.num_tokens == 1), default=0)
+        size = self.mixed_graphs.fit(num_tokens) if self.mixed_graphs else None
+        if self._asks_prompts(batch):
+            hidden = self._forward_mixed(*self._exact_inputs(requests, None))
+            complete = self._compute_prompt_logprobs(batch, hidden)
+            last = np.cumsum([request.num_tokens for request in requests])[[r.samples for r in requests]] - 1
+            return hidden.index_select(0, self._upload(last)), complete
+        if self.mixed_graphs is None or size is None or longest_decode > MAX_GRAPH_CONTEXT:
+            return self._forward_mixed(*self._exact_inputs(requests, num_sampled)), {}
+        inputs = self._mixed_inputs(requests, size, self._max_num_requests(size))
+        return self.mixed_graphs.run(inputs, size)[:num_sampled], {}
 
-    def _decode(self, fields: Tensor) -> tuple[Tensor, Tensor]:
+    def _asks_prompts(self, batch: ScheduledBatch) -> bool:
+        """Whether some request wants log probabilities of prompt tokens that this step computes."""
+        rows = [(request, self.rows[request.row].sampling) for request in batch.requests]
+        return any(s.params.prompt_logprobs is not None and r.start < s.num_prompt_tokens for r, s in rows)
+
+    def _max_num_requests(self, num_tokens: int) -> int:
+        return min(num_tokens, self.max_num_seqs)
+
+    def _decode_inputs(self, requests: list[ScheduledRequest], size: int) -> np.ndarray:
+        """What `_decode` needs of each request, [7, size] int32, the rest filled up with rows that do nothing."""
+        fields = [(r.start, r.row, r.block_ids[0] if r.block_ids else -1) for r in requests]
+        fields += [(0, self.max_num_seqs, -1)] * (size - len(requests))
+        starts, rows, new_blocks = np.array(fields, dtype=np.int32).T
+        first, width = rows * self.max_model_len, self.max_model_len
+        return np.stack(
+            [
+                starts,
+                first + starts,
+                first + np.minimum(starts + 1, width - 1),
+                rows * self.max_blocks + starts // BLOCK_SIZE,
+                new_blocks,
+                starts + 1,
+                rows,
+            ]
+        )
+
+    def _decode(self, inputs: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """One token of each of R requests: logits [R, vocab], and the best token [R], which is put into its row.
 
         Made of device work alone, on tensors whose shapes depend on R only: it can be captured.
         """
-        positions, token_index, next_index, table_index, new_blocks, contexts, rows = fields.unbind(0)
-        table, token_ids = self.block_table.view(-1), self.token_ids.view(-1)
-        table_index = table_index.long()
-        blocks = torch.where(new_blocks >= 0, new_blocks, table.index_select(0, table_index))
-        table.index_copy_(0, table_index, blocks)
+        positions, token_index, next_index, table_index, new_blocks, contexts, rows = inputs.unbind(0)
         forward_batch = ForwardBatch(
-            token_ids=token_ids.index_select(0, token_index),
+            token_ids=self.token_ids.view(-1).index_select(0, token_index),
             positions=positions,
-            slot_mapping=blocks * BLOCK_SIZE + positions % BLOCK_SIZE,
-            query_start=self.query_starts[: len(positions) + 1],
+            slot_mapping=self._slots(positions, table_index, new_blocks),
+            query_start=self.query_starts[: size + 1],
             context_lens=contexts,
             rows=rows,
             block_table=self.block_table,
-            num_decodes=len(positions),
+            num_decodes=size,
             max_query_len=1,
             max_context_len=self.max_model_len,
         )
         logits = self.model.logits(self.model.forward(forward_batch))
         best = logits.argmax(-1)
-        token_ids.index_copy_(0, next_index.long(), best.int())
+        self.token_ids.view(-1).index_copy_(0, next_index.long(), best.int())
         return logits, best
+
+    def _exact_inputs(
+        self, requests: list[ScheduledRequest], num_wanted: int | None
+    ) -> tuple[Tensor, int, int, int | None, int, int, int]:
+        """The arguments of `_forward_mixed` for a batch as it is."""
+        counts = [request.num_tokens for request in requests]
+        inputs = self._upload(self._mixed_inputs(requests, sum(counts), len(requests)))
+        longest = max(request.start + request.num_tokens for request in requests)
+        return inputs, sum(counts), len(requests), num_wanted, counts.count(1), max(counts), longest
+
+    def _mixed_inputs(self, requests: list[ScheduledRequest], num_tokens: int, num_requests: int) -> np.ndarray:
+        """What `_forward_mixed` needs of each token and request, int32, filled up to num_tokens and num_requests.
+
+        Tokens that fill up are those of the padding row, and belong to no request; requests that do have no tokens.
+        """
+        fields = [(r.row, r.start, r.num_tokens, len(r.block_ids), r.samples) for r in requests]
+        rows, starts, counts, num_new, samples = np.array(fields, dtype=np.int32).reshape(-1, 5).T
+        ends = np.cumsum(counts, dtype=np.int32)
+        owner = np.repeat(np.arange(len(requests)), counts)
+        positions = np.arange(len(owner), dtype=np.int32) + (starts + counts - ends)[owner]
+        # The blocks that a request gained for this step are its last ones.
+        gained = np.array([block_id for r in requests for block_id in r.block_ids], dtype=np.int32)
+        num_old = (starts + counts - 1) // BLOCK_SIZE + 1 - num_new
+        place = positions // BLOCK_SIZE - num_old[owner]
+        is_new = place >= 0
+
+        idle = self.max_num_seqs
+        tokens = np.repeat(
+            np.array([[0], [idle * self.max_model_len], [idle * self.max_blocks], [-1]], dtype=np.int32), num_tokens, 1
+        )
+        used = tokens[:, : len(owner)]
+        used[0] = positions
+        used[1] = rows[owner] * self.max_model_len + positions
+        used[2] = rows[owner] * self.max_blocks + positions // BLOCK_SIZE
+        used[3, is_new] = gained[(np.cumsum(num_new) - num_new)[owner[is_new]] + place[is_new]]
+
+        def filled(values: np.ndarray, filler: int) -> np.ndarray:
+            return np.pad(values, (0, num_requests - len(values)), constant_values=filler)
+
+        query_start = np.append(np.int32(0), filled(ends, len(owner)))
+        wanted = filled(ends[samples > 0] - 1, 0)
+        parts = [tokens.ravel(), query_start, filled(starts + counts, 0), filled(rows, idle), wanted]
+        return np.concatenate(parts).astype(np.int32, copy=False)
+
+    def _forward_mixed(
+        self,
+        inputs: Tensor,
+        num_tokens: int,
+        num_requests: int,
+        num_wanted: int | None,
+        num_decodes: int,
+        max_query_len: int,
+        max_context_len: int,
+    ) -> Tensor:
+        """Hidden states of the tokens that draw, [num_wanted, hidden_size]; None: of all tokens. Can be captured."""
+        sizes = [num_tokens] * 4 + [num_requests + 1] + [num_requests] * 3
+        positions, token_index, table_index, new_blocks, query_start, contexts, rows, wanted = inputs.split(sizes)
+        return self.model.forward(
+            ForwardBatch(
+                token_ids=self.token_ids.view(-1).index_select(0, token_index),
+                positions=positions,
+                slot_mapping=self._slots(positions, table_index, new_blocks),
+                query_start=query_start,
+                context_lens=contexts,
+                rows=rows,
+                block_table=self.block_table,
+                num_decodes=num_decodes,
+                max_query_len=max_query_len,
+                max_context_len=max_context_len,
+                wanted=None if num_wanted is None else wanted[:num_wanted],
+            )
+        )
+
+    def _slots(self, positions: Tensor, table_index: Tensor, new_blocks: Tensor) -> Tensor:
+        """Where each token's key and value go. Blocks that are new in this step are put into the table first."""
+        table, table_index = self.block_table.view(-1), table_index.long()
+        blocks = torch.where(new_blocks >= 0, new_blocks, table.index_select(0, table_index))
+        table.index_copy_(0, table_index, blocks)
+        return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
 
     def _set_row(self, new: NewRow) -> None:
         self.rows[new.row] = Row(
             sampler.make_row(new.params, new.num_prompt_tokens, new.stop_token_ids, self.device), len(new.token_ids)
         )
-        self.token_ids[new.row, : len(new.token_ids)] = self._upload(new.token_ids)
-        self.block_table[new.row, : len(new.block_ids)] = self._upload(new.block_ids)
-
-    def _extend_block_table(self, batch: ScheduledBatch) -> None:
-        growing = [request for request in batch.requests if request.block_ids]
-        if not growing:
-            return
-        places: list[int] = []
-        block_ids: list[int] = []
-        for request in growing:
-            last = (request.start + request.num_tokens - 1) // BLOCK_SIZE
-            first = request.row * self.max_blocks + last + 1 - len(request.block_ids)
-            places += range(first, first + len(request.block_ids))
-            block_ids += request.block_ids
-        self.block_table.view(-1)[self._upload(places).long()] = self._upload(block_ids)
-
-    def _prepare(self, batch: ScheduledBatch) -> tuple[ForwardBatch, Tensor]:
-        """The batch's tensors, and which of its tokens are followed by a draw; one upload for all of them."""
-        fields = [(request.row, request.start, request.num_tokens) for request in batch.requests]
-        rows, starts, counts = np.array(fields, dtype=np.int32).T
-        query_start = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        num_tokens = int(query_start[-1])
-        positions = np.arange(num_tokens, dtype=np.int32) + np.repeat(starts - query_start[:-1], counts)
-        token_rows = np.repeat(rows, counts)
-        samples = np.array([request.samples for request in batch.requests])
-        parts = [
-            positions,
-            token_rows * self.token_ids.shape[1] + positions,
-            token_rows * self.max_blocks + positions // BLOCK_SIZE,
-            query_start,
-            starts + counts,
-            rows,
-            query_start[1:][samples] - 1,
-        ]
-        uploaded = self._upload(np.concatenate(parts)).split([len(part) for part in parts])
-        device_positions, token_index, table_index, starts_of_queries, contexts, device_rows, sample_index = uploaded
-        blocks = self.block_table.view(-1).index_select(0, table_index)
-        forward_batch = ForwardBatch(
-            token_ids=self.token_ids.view(-1).index_select(0, token_index),
-            positions=device_positions,
-            slot_mapping=blocks * BLOCK_SIZE + device_positions % BLOCK_SIZE,
-            query_start=starts_of_queries,
-            context_lens=contexts,
-            rows=device_rows,
-            block_table=self.block_table,
-            num_decodes=int((counts == 1).sum()),
-            max_query_len=int(counts.max()),
-            max_context_len=int((starts + counts).max()),
+        token_ids, block_ids = self._upload([*new.token_ids, *new.block_ids]).split(
+            [len(new.token_ids), len(new.block_ids)]
         )
-        return forward_batch, sample_index
+        self.token_ids[new.row, : len(token_ids)] = token_ids
+        self.block_table[new.row, : len(block_ids)] = block_ids
 
     def _draw(
         self,

@@ -99,7 +99,8 @@ class Scheduler:
         num_decodes = sum(due == 1 for _, due in running)
         prefill_budget = self.max_num_batched_tokens - num_decodes
         if num_decodes:
-            prefill_budget = min(prefill_budget, self.max_prefill_chunk)
+            chunk = self.max_prefill_chunk
+            prefill_budget = min(prefill_budget, max(chunk - num_decodes, chunk // 2))
 
         for request, due in running:
             if request.row < 0:

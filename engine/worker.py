@@ -63,7 +63,7 @@ class Worker:
         self.runner = ModelRunner(self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks)
         if self.device.type == "cuda" and not config.enforce_eager:
             on_progress("capturing CUDA graphs", 0.0)
-            self.runner.capture_graphs()
+            self.runner.capture_graphs(self.max_num_batched_tokens)
 
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step; the result is waited for when it is needed."""

@@ -44,6 +44,7 @@ class Attention:
                 norm.load(ckpt)
 
     def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """What the heads of each token found, [T, num_heads * head_dim]; `o_proj` makes hidden states of it."""
         q = ops.rotate_and_store(
             self.qkv_proj(x),
             batch.positions,
@@ -56,4 +57,4 @@ class Attention:
             self.eps,
         )  # [T, num_heads, head_dim]
         out = ops.paged_attention(q, self.k_cache, self.v_cache, batch, self.scale, self.window, self.softcap)
-        return self.o_proj(out.flatten(1))
+        return out.flatten(1)

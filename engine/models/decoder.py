@@ -25,8 +25,11 @@ class DecoderLayer(Protocol):
 
     def load(self, ckpt: Checkpoint) -> None: ...
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
-        """Adds x, what the layer before it made, to the residual, in place. Returns what this layer makes."""
+    def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
+        """Adds x, what the layer before it made, to the residual, in place. Returns what the heads found."""
+
+    def transform(self, heads: Tensor, residual: Tensor) -> Tensor:
+        """The rest of the layer, token by token. Adds to the residual, in place. Returns what the layer makes."""
 
 
 class Model:
@@ -68,13 +71,17 @@ class Model:
             self.lm_head.load(ckpt)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """The hidden states [T, hidden_size] of the batch's tokens, after the last norm."""
+        """The hidden states after the last norm, [S, hidden_size], of the tokens that the batch wants them of."""
         x = self.embedding(batch.token_ids)
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         residual = torch.zeros_like(x)
-        for layer in self.layers:
-            x = layer(x, residual, batch)
+        for i, layer in enumerate(self.layers):
+            heads = layer.attend(x, residual, batch)
+            if batch.wanted is not None and i == len(self.layers) - 1:
+                # The rest of a prompt is in the cache now; nobody asks for its last hidden states.
+                heads, residual = heads.index_select(0, batch.wanted), residual.index_select(0, batch.wanted)
+            x = layer.transform(heads, residual)
         return self.norm.add(x, residual)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -38,8 +38,11 @@ class GemmaLayer:
         for norm in (self.input_norm, self.post_attention_norm, self.pre_mlp_norm, self.post_mlp_norm):
             norm.load(ckpt)
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
-        x = self.post_attention_norm(self.attention(self.input_norm.add(x, residual), batch))
+    def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
+        return self.attention(self.input_norm.add(x, residual), batch)
+
+    def transform(self, heads: Tensor, residual: Tensor) -> Tensor:
+        x = self.post_attention_norm(self.attention.o_proj(heads))
         return self.post_mlp_norm(self.mlp(self.pre_mlp_norm.add(x, residual)))
 
 

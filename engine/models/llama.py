@@ -31,9 +31,11 @@ class LlamaLayer:
         self.post_attention_norm.load(ckpt)
         self.mlp.load(ckpt.scope("mlp"))
 
-    def __call__(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
-        x = self.attention(self.input_norm.add(x, residual), batch)
-        return self.mlp(self.post_attention_norm.add(x, residual))
+    def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
+        return self.attention(self.input_norm.add(x, residual), batch)
+
+    def transform(self, heads: Tensor, residual: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_norm.add(self.attention.o_proj(heads), residual))
 
 
 class Llama(Model):

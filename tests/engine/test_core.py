@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import model_runner
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.cuda_graphs import Graphs
 from engine.messages import AddRequest, TokenOutput
 from engine.sampling_params import SamplingParams
 
@@ -144,6 +146,31 @@ def test_a_request_runs_to_the_very_end_of_the_context(tiny_checkpoint):
     core = make_core(tiny_checkpoint("llama"), max_model_len=32)
     (tokens,) = generate(core, [[5] * 20], max_tokens=100)
     assert len(tokens) == 12
+
+
+class PaddedRuns(Graphs):
+    """Takes the place of captured graphs: the same padding of every batch, without a GPU."""
+
+    def __init__(self, body, idle_inputs, sizes, device, shared=None):
+        self.body, self.sizes, self.num_runs = body, sizes, 0
+        for size in sizes:
+            body(torch.from_numpy(idle_inputs(size)), size)
+
+    def run(self, inputs, size):
+        self.num_runs += 1
+        return self.body(torch.from_numpy(inputs), size)
+
+
+def test_padded_batches_draw_the_same_tokens(tiny_checkpoint, monkeypatch):
+    folder = tiny_checkpoint("llama")
+    options = {"max_num_batched_tokens": 40, "max_prefill_chunk": 30, "kv_cache_memory": 3 << 15}
+    core = make_core(folder, **options)
+    monkeypatch.setattr(model_runner, "Graphs", PaddedRuns)
+    core.worker.runner.capture_graphs(40)
+    assert generate(core, make_prompts()) == generate(make_core(folder), make_prompts())
+    assert core.worker.runner.decode_graphs.num_runs > 0
+    assert core.worker.runner.mixed_graphs.num_runs > 0
+    assert core.stats.num_preemptions > 0
 
 
 def test_two_steps_in_flight_draw_the_same_tokens(tiny_checkpoint):
