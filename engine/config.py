@@ -28,10 +28,16 @@ class EngineConfig:
     ] = None
     gpu_memory_utilization: Annotated[float, "share of the GPU's memory to use for weights and KV cache"] = 0.9
     kv_cache_memory: Annotated[int | None, "bytes for the KV cache, instead of what is free"] = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"], "number type of the KV cache; fp8 (e4m3) holds twice the tokens, less exactly"
+    ] = "auto"
     enable_prefix_caching: Annotated[bool, "share the KV blocks of equal prefixes"] = True
     scheduling_policy: Annotated[
         Literal["fcfs", "priority"], "order of waiting requests: by arrival, or by the request's priority first"
     ] = "fcfs"
+    batch_invariant: Annotated[
+        bool, "the same output to the last bit alone, in any batch and after a restart; needs a Hopper GPU, costs speed"
+    ] = False
     enforce_eager: Annotated[bool, "launch every kernel by itself, without CUDA graphs"] = False
     seed: Annotated[int, "seeds dummy weights and the requests that bring no seed of their own"] = 0
     skip_tokenizer_init: Annotated[bool, "serve token ids only, load no tokenizer"] = False

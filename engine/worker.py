@@ -29,6 +29,8 @@ class Worker:
         self.model_config = ModelConfig.from_path(path)
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.model_config.dtype, self.device)
+        self.kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
+        ops.set_batch_invariant(self.device, config.batch_invariant)
         native_len = self.model_config.max_model_len
         if (config.max_model_len or 0) > native_len:
             raise UserError(
@@ -49,17 +51,17 @@ class Worker:
         self.model = build_model(self.model_config, self.dtype, self.device, max_model_len=longest)
         attentions = self.model.attentions
         with ThreadPoolExecutor(max_workers=1) as pool:
-            kernels = pool.submit(ops.warm_up, self.device, self.dtype, self.model_config)
+            kernels = pool.submit(ops.warm_up, self.device, self.dtype, self.kv_dtype, self.model_config)
             self._load(config, path, on_progress)
             on_progress("compiling kernels", 0.0)
             kernels.result()
 
         on_progress("measuring memory", 0.0)
         largest_batch_bytes = self._run_largest_batch(longest)
-        block_bytes = kv_cache.bytes_per_block(attentions, self.dtype)
+        block_bytes = kv_cache.bytes_per_block(attentions, self.kv_dtype)
         self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, largest_batch_bytes)
         self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
-        kv_cache.allocate(attentions, self.num_blocks + 1, self.dtype, self.device)
+        kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
         self.runner = ModelRunner(self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks)
         if self.device.type == "cuda" and not config.enforce_eager:
             on_progress("capturing CUDA graphs", 0.0)
@@ -81,7 +83,7 @@ class Worker:
         length = min(self.max_num_batched_tokens // num_requests, longest - 1)
         blocks_each = -(-length // BLOCK_SIZE)
         num_blocks = num_requests * blocks_each
-        kv_cache.allocate(self.model.attentions, num_blocks, self.dtype, self.device)
+        kv_cache.allocate(self.model.attentions, num_blocks, self.kv_dtype, self.device)
         params = SamplingParams(temperature=0.0 if self.device.type == "cpu" else 1.0, top_p=0.9)
         batch = ScheduledBatch([], [])
         for row in range(num_requests):

@@ -6,7 +6,7 @@ native CPU code (`kernels/cpu/`).
 
 from engine.ops.activation import gated_activation
 from engine.ops.attention import paged_attention
-from engine.ops.dispatch import warm_up
+from engine.ops.dispatch import set_batch_invariant, warm_up
 from engine.ops.gemm import linear, logits
 from engine.ops.norm import add_rms_norm, rms_norm
 from engine.ops.rotary import rotate_and_store
@@ -21,5 +21,6 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate_and_store",
+    "set_batch_invariant",
     "warm_up",
 ]

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from engine.errors import UserError
 from engine.model_config import ModelConfig
 from engine.ops import native, reference
 
@@ -21,12 +22,23 @@ def body(x: Tensor) -> ModuleType:
     return native if native.is_usable(x) else reference
 
 
-def warm_up(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> None:
+def warm_up(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, config: ModelConfig) -> None:
     """Build every kernel that a model needs: none is compiled while it serves."""
     if device.type == "cuda":
         from engine.ops import cuda
 
         masks = any(config.layer_windows) or bool(config.attention_softcap)
-        cuda.warm_up(device, dtype, config.head_dim, config.num_heads, config.num_kv_heads, masks)
+        heads = (config.head_dim, config.num_heads, config.num_kv_heads)
+        cuda.warm_up(device, dtype, *heads, masks, kv_dtype)
     else:
         native.is_usable(torch.empty(0, dtype=dtype))
+
+
+def set_batch_invariant(device: torch.device, is_on: bool) -> None:
+    """Whether, from now on in this process, no result depends on what else is in the batch, to the last bit."""
+    if device.type == "cuda":
+        from engine.ops import cuda
+
+        cuda.set_batch_invariant(is_on)
+    elif is_on:
+        raise UserError("--batch-invariant needs a Hopper GPU (H100, H200): the CPU's products depend on the batch")

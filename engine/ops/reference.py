@@ -50,8 +50,9 @@ def rotate_and_store(
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, rotary_dim / 2] each
     slots = slot_mapping.long()
     block, offset = slots // block_size, slots % block_size
-    k_cache[block, :, offset] = _rotate(k, cos, sin).to(k_cache.dtype)
-    v_cache[block, :, offset] = v.to(v_cache.dtype)
+    limit = torch.finfo(k_cache.dtype).max  # what is beyond a narrow cache's range is clipped
+    k_cache[block, :, offset] = _rotate(k, cos, sin).clamp(-limit, limit).to(k_cache.dtype)
+    v_cache[block, :, offset] = v.clamp(-limit, limit).to(v_cache.dtype)
     return _rotate(q, cos, sin)
 
 

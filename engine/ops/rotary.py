@@ -20,7 +20,8 @@ def rotate_and_store(
 
     qkv [T, (num_heads + 2 · num_kv_heads) · head_dim]: queries, keys, values; positions, slot_mapping [T] int32;
     cos_sin [max_positions, rotary_dim] float32: cosines, then sines, of rotary_dim / 2 frequencies (pairs lie
-    rotary_dim / 2 apart, as in Hugging Face models); caches [num_blocks, num_kv_heads, block_size, head_dim];
-    q_norm, k_norm [head_dim]; result [T, num_heads, head_dim].
+    rotary_dim / 2 apart, as in Hugging Face models); caches [num_blocks, num_kv_heads, block_size, head_dim],
+    of float8_e4m3fn or qkv's type; what is beyond their range is clipped; q_norm, k_norm [head_dim]; result
+    [T, num_heads, head_dim].
     """
     return body(qkv).rotate_and_store(qkv, positions, slot_mapping, cos_sin, k_cache, v_cache, q_norm, k_norm, eps)

@@ -10,6 +10,7 @@ from engine import model_runner
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.cuda_graphs import Graphs
+from engine.errors import UserError
 from engine.messages import AddRequest, TokenOutput
 from engine.sampling_params import SamplingParams
 
@@ -179,3 +180,24 @@ def test_two_steps_in_flight_draw_the_same_tokens(tiny_checkpoint):
     core = make_core(folder, max_num_batched_tokens=24, max_prefill_chunk=9)
     core.max_in_flight = 2
     assert generate(core, make_prompts()) == generate(make_core(folder), make_prompts())
+
+
+def test_an_fp8_cache_holds_twice_the_tokens_and_changes_little(tiny_checkpoint):
+    folder = tiny_checkpoint("llama")
+    whole, narrow = make_core(folder), make_core(folder, kv_cache_dtype="fp8")
+    assert narrow.ready.num_blocks == 4 * whole.ready.num_blocks  # float32 here
+    prompt = make_prompts()[6]
+
+    def first_logprobs(core: EngineCore) -> torch.Tensor:
+        core.add(AddRequest("r", prompt, SamplingParams(temperature=0, max_tokens=1, logprobs=20, prompt_logprobs=0)))
+        (output,) = run(core)
+        return torch.tensor([entry.logprob for entry in output.prompt_logprobs[1:]])
+
+    exact, close = first_logprobs(whole), first_logprobs(narrow)
+    assert not torch.equal(exact, close)
+    assert (exact - close).abs().max() < 0.1  # e4m3 keeps 3 bits: single keys and values are off by up to 6 %
+
+
+def test_batch_invariance_is_refused_where_there_is_none(tiny_checkpoint):
+    with pytest.raises(UserError, match=r"--batch-invariant needs a Hopper GPU"):
+        make_core(tiny_checkpoint("llama"), batch_invariant=True)

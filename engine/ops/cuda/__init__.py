@@ -26,33 +26,55 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate_and_store",
+    "set_batch_invariant",
     "warm_up",
 ]
 
 
 def warm_up(
-    device: torch.device, dtype: torch.dtype, head_dim: int, num_heads: int, num_kv_heads: int, masks: bool = True
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    masks: bool = True,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """Compile (or find in the cache) and load every kernel that a model needs: none is compiled while it serves.
 
-    masks: some of its layers have a window or a soft cap.
+    masks: some of its layers have a window or a soft cap. kv_dtype: of the KV cache, if not dtype.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    builds = list(model_builds(kernels.arch(index), dtype, head_dim, num_heads // num_kv_heads, masks))
+    builds = list(model_builds(kernels.arch(index), dtype, head_dim, num_heads // num_kv_heads, masks, kv_dtype))
     cubins(builds)
     for build in builds:
         launcher.load(build, index)
 
 
 def model_builds(
-    arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int, masks: bool = True
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    heads_per_kv: int,
+    masks: bool = True,
+    kv_dtype: torch.dtype | None = None,
 ) -> Iterator[Build]:
     """The builds that a model of these numbers runs on."""
-    if dtype not in kernels.SCALARS:
+    if dtype not in kernels.MODEL_DTYPES:
         raise UserError(f"the CUDA kernels know bfloat16, float16 and float32, not {dtype}: choose one with --dtype")
     if head_dim % 8 or not 0 < head_dim <= 256:
         raise UserError(f"the CUDA kernels know head sizes of 8, 16, 24 to 256, not {head_dim}: use --device cpu")
-    yield from rows.builds(arch, dtype, head_dim)
+    kv_dtype = kv_dtype or dtype
+    yield from rows.builds(arch, dtype, head_dim, kv_dtype)
     yield from sampling.builds(arch)
-    yield from attention.builds(arch, dtype, head_dim, heads_per_kv, masks)
+    yield from attention.builds(arch, dtype, head_dim, heads_per_kv, masks, kv_dtype)
     yield from gemm.builds(arch, dtype)
+
+
+def set_batch_invariant(is_on: bool) -> None:
+    """Whether, from now on, no result depends on what else is in the batch, to the last bit. Raises UserError."""
+    arch = kernels.arch(torch.cuda.current_device())
+    if is_on and arch != "sm_90a":
+        raise UserError(f"--batch-invariant needs a Hopper GPU (H100, H200): its kernels are not built for {arch}")
+    gemm.use_batch_invariant(is_on)
+    attention.use_batch_invariant(is_on)

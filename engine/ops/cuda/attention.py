@@ -1,6 +1,7 @@
 """Attention over the paged KV cache: requests of one token go to a decode kernel, chunks to a prefill kernel."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,18 @@ DECODE_BLOCKS_PER_SM = 3  # blocks of threads of attention/decode.cu that run at
 MAX_DECODE_PIECES = 1 << 18  # as in attention/decode.cu
 
 
-def builds(arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int, masks: bool) -> Iterator[Build]:
+_is_batch_invariant = False
+
+
+def use_batch_invariant(is_on: bool) -> None:
+    """Whether single tokens go to the prefill kernel too, whose results for a token depend on its request alone."""
+    global _is_batch_invariant
+    _is_batch_invariant = is_on
+
+
+def builds(
+    arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int, masks: bool, kv_dtype: torch.dtype
+) -> Iterator[Build]:
     """masks: some layers have a window or a soft cap."""
     for is_masked in (False, True) if masks else (False,):
         decode, prefill = attention_files(arch, dtype, head_dim, is_masked)
@@ -77,6 +89,8 @@ def paged_attention(
     out = torch.empty_like(q)
     is_masked = bool(window or softcap)
     decode, prefill = attention_files(kernels.arch(q.get_device()), q.dtype, q.shape[2], is_masked)
+    if _is_batch_invariant:
+        batch = replace(batch, num_decodes=0)
     num_decodes = len(q) if prefill == decode else batch.num_decodes
     if num_decodes and decode == "attention/decode.cu":
         _decode(out, q, k_cache, v_cache, batch, scale, window, softcap)

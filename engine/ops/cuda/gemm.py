@@ -14,6 +14,15 @@ FEW_ROWS = (8, 16)  # builds of gemm/few_rows.cu, by the most rows they take
 FEW_ROWS_OCTETS = (2, 4, 6, 8)  # its kernels, by the eights of outputs in a tile
 
 
+_is_batch_invariant = False
+
+
+def use_batch_invariant(is_on: bool) -> None:
+    """Whether each row's results come from the same sums in the same order, however many rows there are."""
+    global _is_batch_invariant
+    _is_batch_invariant = is_on
+
+
 def builds(arch: str, dtype: torch.dtype) -> Iterator[Build]:
     if dtype is not torch.float32:
         for rows in FEW_ROWS:

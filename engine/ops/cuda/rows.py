@@ -9,7 +9,7 @@ from engine.ops.compiler import Build
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
 
 
-def builds(arch: str, dtype: torch.dtype, head_dim: int) -> Iterator[Build]:
+def builds(arch: str, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype) -> Iterator[Build]:
     yield norm_build(arch, dtype)
     yield activation_build(arch, dtype)
     yield rotary_build(arch, dtype, head_dim)
