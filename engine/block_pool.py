@@ -89,7 +89,11 @@ def hash_seed(salt: str) -> bytes:
 
 def extend_block_hashes(hashes: list[bytes], seed: bytes, token_ids: Sequence[int], block_size: int) -> None:
     """Append the hashes of the full blocks of token_ids that `hashes` lacks: sha256(parent hash, token ids)."""
-    for start in range(len(hashes) * block_size, len(token_ids) - block_size + 1, block_size):
-        parent = hashes[-1] if hashes else seed
-        tokens = array("q", token_ids[start : start + block_size]).tobytes()
-        hashes.append(hashlib.sha256(parent + tokens).digest())
+    first, last = len(hashes) * block_size, len(token_ids) // block_size * block_size
+    if first >= last:
+        return
+    tokens = memoryview(array("q", token_ids[first:last])).cast("B")
+    parent, num_bytes = hashes[-1] if hashes else seed, 8 * block_size
+    for start in range(0, len(tokens), num_bytes):
+        parent = hashlib.sha256(parent + tokens[start : start + num_bytes]).digest()
+        hashes.append(parent)
