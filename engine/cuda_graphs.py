@@ -6,13 +6,17 @@ holds it and the rest is padding. All graphs share one pool of memory: only one 
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+BUSY = 0.7  # share of a step's time in which all of its kernels have been launched, where no graph is needed
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -21,13 +25,26 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
     return sorted(size for size in sizes if size <= max_num_seqs)
 
 
-def mixed_sizes(max_num_tokens: int) -> list[int]:
-    """Tokens of a step with prefill chunks worth a graph.
-
-    Above 2,048 a GPU is busy for longer than the host takes to launch the kernels one by one.
+def mixed_sizes(max_num_tokens: int, run: Callable[[int], None]) -> list[int]:
+    """Tokens of a step with prefill chunks worth a graph: as long as the host takes longer to launch its kernels one by
+    one than the GPU to run them. `run` launches a step of a size.
     """
     sizes = {16, 32, 64, 96, 128, *range(192, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)}
+    for probe in (512, 1024):
+        if probe <= max_num_tokens and _keeps_gpu_busy(partial(run, probe)):
+            max_num_tokens = probe
     return sorted(size for size in sizes if size <= max_num_tokens)
+
+
+def _keeps_gpu_busy(launch: Callable[[], None]) -> bool:
+    """Whether the host is done with its launches well before the GPU is."""
+    launch()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    launch()
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    return launched - start < BUSY * (time.perf_counter() - start)
 
 
 class Graphs:

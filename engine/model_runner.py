@@ -97,7 +97,10 @@ class ModelRunner:
         def idle(size: int) -> np.ndarray:
             return self._mixed_inputs([], size, self._max_num_requests(size))
 
-        self.mixed_graphs = Graphs(mixed, idle, mixed_sizes(max_num_tokens), self.device)
+        def run(size: int) -> None:
+            mixed(self._upload(idle(size)), size)
+
+        self.mixed_graphs = Graphs(mixed, idle, mixed_sizes(max_num_tokens, run), self.device)
         sizes, idle_decodes = decode_sizes(self.max_num_seqs), partial(self._decode_inputs, [])
         self.decode_graphs = Graphs(self._decode, idle_decodes, sizes, self.device, shared=self.mixed_graphs)
 
