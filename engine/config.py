@@ -24,7 +24,8 @@ class EngineConfig:
     max_num_seqs: Annotated[int, "requests that run in one step at most"] = 256
     max_num_batched_tokens: Annotated[int | None, "tokens in one step at most; 8k on a GPU, 1k on a CPU"] = None
     max_prefill_chunk: Annotated[
-        int | None, "tokens in a step that prefills beside decodes; bounds the pause between two tokens of a stream"
+        int | None,
+        "tokens in a step that prefills beside many decodes, beside few half as many; bounds a stream's pauses",
     ] = None
     gpu_memory_utilization: Annotated[float, "share of the GPU's memory to use for weights and KV cache"] = 0.9
     kv_cache_memory: Annotated[int | None, "bytes for the KV cache, instead of what is free"] = None

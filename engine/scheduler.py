@@ -20,6 +20,8 @@ from engine.request import Request
 
 WATERMARK = 0.01  # share of the blocks kept free when a request is admitted, for the ones that run to grow into
 
+MIXED_TOKENS_PER_DECODE = 8  # tokens of a step that prefills beside decodes: prompts of 7 times their output keep up
+
 
 class Scheduler:
     """Owns the requests: waiting, running, and what the steps in flight will bring."""
@@ -99,8 +101,7 @@ class Scheduler:
         num_decodes = sum(due == 1 for _, due in running)
         prefill_budget = self.max_num_batched_tokens - num_decodes
         if num_decodes:
-            chunk = self.max_prefill_chunk
-            prefill_budget = min(prefill_budget, max(chunk - num_decodes, chunk // 2))
+            prefill_budget = min(prefill_budget, self._prefill_beside(num_decodes))
 
         for request, due in running:
             if request.row < 0:
@@ -168,6 +169,15 @@ class Scheduler:
             )
         self._measure()
         return outputs
+
+    def _prefill_beside(self, num_decodes: int) -> int:
+        """Prompt tokens for a step that also decodes: many decodes end soon, and prompts must come in as fast.
+
+        Decodes beside a prompt cost little, since the weights are read anyway; a longer step costs them their pace.
+        """
+        most = self.max_prefill_chunk
+        num_tokens = min(most, max(most // 2, MIXED_TOKENS_PER_DECODE * num_decodes))
+        return max(num_tokens - num_decodes, most // 4, 1)
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Free blocks for num_tokens more of a running request; False if it had to give way itself."""
