@@ -18,9 +18,9 @@ from engine.ops.compiler import INSTALL_HINT, Build, cubin, may_overlap, signatu
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED_LIMIT = 48 << 10  # above it, a kernel must ask for shared memory
 _MAP_UINT16, _MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 1, 3, 3  # CU_TENSOR_MAP_*
-_MAY_OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CLUSTER, _MAY_OVERLAP = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, ..._PROGRAMMATIC_STREAM_SERIALIZATION
 _CONFIG = struct.Struct("@7IPPI4x")  # CUlaunchConfig: grid, threads, shared bytes, stream, attributes, their number
-_ATTRIBUTE = struct.Struct("@I4xi60x")  # CUlaunchAttribute: name, value
+_ATTRIBUTE = struct.Struct("@I4x3I52x")  # CUlaunchAttribute: name, value
 
 
 class Kernel:
@@ -44,16 +44,25 @@ class Kernel:
         first = ctypes.addressof(self._buffer)
         places = [first + end - struct.calcsize(letter) for end, letter in zip(ends, letters, strict=True)]
         self._places = (ctypes.c_void_p * len(places))(*places)
-        self._attribute = ctypes.create_string_buffer(_ATTRIBUTE.pack(_MAY_OVERLAP, 1))
-        self._attributes = (ctypes.addressof(self._attribute), 1) if overlaps else (0, 0)
+        self._overlaps = overlaps
+        self._attributes = ctypes.create_string_buffer(2 * _ATTRIBUTE.size)  # of clusters, of overlap
+        _ATTRIBUTE.pack_into(self._attributes, _ATTRIBUTE.size, _MAY_OVERLAP, 1, 0, 0)
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._launch = _driver().cuLaunchKernelEx
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float | bytes) -> None:
-        """Pointers are passed as integers (`tensor.data_ptr()`), tensor maps as bytes."""
+    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float | bytes, cluster: int = 1) -> None:
+        """Pointers are passed as integers (`tensor.data_ptr()`), tensor maps as bytes.
+
+        cluster: neighbours in x that run at the same time and reach each other's shared memory (Hopper and newer).
+        """
         self._arguments.pack_into(self._buffer, 0, *arguments)
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        _CONFIG.pack_into(self._config, 0, *grid, threads, 1, 1, self._shared_bytes, stream, *self._attributes)
+        has_cluster = cluster > 1
+        if has_cluster:
+            _ATTRIBUTE.pack_into(self._attributes, 0, _CLUSTER, cluster, 1, 1)
+        attributes = ctypes.addressof(self._attributes) + (0 if has_cluster else _ATTRIBUTE.size)
+        num_attributes = has_cluster + self._overlaps
+        _CONFIG.pack_into(self._config, 0, *grid, threads, 1, 1, self._shared_bytes, stream, attributes, num_attributes)
         status = self._launch(self._config, self._function, self._places, None)
         if status:
             raise RuntimeError(f"launch of {self.name}, grid {grid}, {threads} threads: {_error(status)}")

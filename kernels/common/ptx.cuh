@@ -118,3 +118,37 @@ __device__ inline int arrive(int* counter) {
   asm volatile("atom.acq_rel.gpu.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
+
+// Blocks of a cluster run at the same time, and read each other's shared memory. Before Hopper every block is alone.
+__device__ inline int cluster_rank() {
+  int rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+__device__ inline int cluster_size() {
+  int size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+// All threads of all blocks (but those that have ended) meet, and see what the others wrote before.
+__device__ inline void meet_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+// Where in the block of this rank lies what lies at `mine` in this one's shared memory.
+template <class T> __device__ inline const T* in_block(const T* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  const T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
+  return there;
+#else
+  return mine;
+#endif
+}

@@ -83,19 +83,25 @@ template <int kCount> __device__ inline void pin(u32 (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
-#define LIST_32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LIST_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LIST_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LIST_16 LIST_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LIST_32 LIST_16 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LIST_64 LIST_32 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LIST_128 LIST_64 \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define IN_OUT_8(x, i) \
   "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), \
   "+f"(x[i + 7])
-#define IN_OUT_32(x, i) IN_OUT_8(x, i), IN_OUT_8(x, i + 8), IN_OUT_8(x, i + 16), IN_OUT_8(x, i + 24)
-#define IN_OUT_64(x) IN_OUT_32(x, 0), IN_OUT_32(x, 32)
+#define IN_OUT_16(x, i) IN_OUT_8(x, i), IN_OUT_8(x, i + 8)
+#define IN_OUT_32(x, i) IN_OUT_16(x, i), IN_OUT_16(x, i + 16)
+#define IN_OUT_64(x, i) IN_OUT_32(x, i), IN_OUT_32(x, i + 32)
+#define IN_OUT_128(x, i) IN_OUT_64(x, i), IN_OUT_64(x, i + 64)
 
 // Products of a warpgroup, in the background until they are committed and waited for. Warp w holds rows 16w to 16w + 15
 // of C and of an A in registers; within them a lane holds the same numbers as for mma_16x8x16, C column by column.
@@ -107,20 +113,30 @@ __device__ inline void multiply_keys(float (&c)[kColumns / 2], u64 a, u64 b, boo
 template <class T, int kColumns>
 __device__ inline void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b);
 
-#define DEFINE_PRODUCTS(T, TYPE, COLUMNS, C, IN_OUT, A0, A1, A2, A3, A4)                                                  \
-  template <> __device__ inline void multiply_keys<T, COLUMNS>(float (&c)[COLUMNS / 2], u64 a, u64 b, bool accumulate) {   \
+// SIZE: numbers of C that a lane holds, half of the columns; A0 ...: the places of the other operands.
+#define DEFINE_KEYS(T, TYPE, COLUMNS, SIZE, A0, A1, A2)                                                                    \
+  template <> __device__ inline void multiply_keys<T, COLUMNS>(float (&c)[SIZE], u64 a, u64 b, bool accumulate) {          \
     asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %" A2 ", 0;\n"                                          \
                  "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                     \
-                 " {" C "}, %" A0 ", %" A1 ", accumulate, 1, 1, 0, 0; }"                                                   \
-                 : IN_OUT : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                            \
-  }                                                                                                                        \
-  template <> __device__ inline void multiply_values<T, COLUMNS>(float (&c)[COLUMNS / 2], const u32 (&a)[4], u64 b) {      \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                     \
-                 " {" C "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1, 1, 1, 1;"                                    \
-                 : IN_OUT : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                           \
+                 " {" LIST_##SIZE "}, %" A0 ", %" A1 ", accumulate, 1, 1, 0, 0; }"                                         \
+                 : IN_OUT_##SIZE(c, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                               \
   }
-DEFINE_PRODUCTS(bf16, "bf16", 64, LIST_32, IN_OUT_32(c, 0), "32", "33", "34", "35", "36")
-DEFINE_PRODUCTS(bf16, "bf16", 128, LIST_64, IN_OUT_64(c), "64", "65", "66", "67", "68")
-DEFINE_PRODUCTS(f16, "f16", 64, LIST_32, IN_OUT_32(c, 0), "32", "33", "34", "35", "36")
-DEFINE_PRODUCTS(f16, "f16", 128, LIST_64, IN_OUT_64(c), "64", "65", "66", "67", "68")
+#define DEFINE_VALUES(T, TYPE, COLUMNS, SIZE, A0, A1, A2, A3, A4)                                                          \
+  template <> __device__ inline void multiply_values<T, COLUMNS>(float (&c)[SIZE], const u32 (&a)[4], u64 b) {             \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                     \
+                 " {" LIST_##SIZE "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1, 1, 1, 1;"                          \
+                 : IN_OUT_##SIZE(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                              \
+  }
+#define DEFINE_PRODUCTS(T, TYPE)                              \
+  DEFINE_KEYS(T, TYPE, 16, 8, "8", "9", "10")                 \
+  DEFINE_KEYS(T, TYPE, 32, 16, "16", "17", "18")              \
+  DEFINE_KEYS(T, TYPE, 64, 32, "32", "33", "34")              \
+  DEFINE_KEYS(T, TYPE, 128, 64, "64", "65", "66")             \
+  DEFINE_KEYS(T, TYPE, 256, 128, "128", "129", "130")         \
+  DEFINE_VALUES(T, TYPE, 64, 32, "32", "33", "34", "35", "36") \
+  DEFINE_VALUES(T, TYPE, 128, 64, "64", "65", "66", "67", "68")
+DEFINE_PRODUCTS(bf16, "bf16")
+DEFINE_PRODUCTS(f16, "f16")
 #undef DEFINE_PRODUCTS
+#undef DEFINE_VALUES
+#undef DEFINE_KEYS

@@ -27,10 +27,10 @@ class EmulatedKernel:
         self._shared_bytes = shared_bytes
         self._run = library[f"run_{name}"]
         arguments = [C_TYPES[letter] for letter in _letters(signature)]
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, *arguments]
+        self._run.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, *arguments]
 
-    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float) -> None:
-        self._run((ctypes.c_int * 3)(*grid), threads, self._shared_bytes, *arguments)
+    def __call__(self, grid: tuple[int, int, int], threads: int, *arguments: float, cluster: int = 1) -> None:
+        self._run((ctypes.c_int * 3)(*grid), threads, self._shared_bytes, cluster, *arguments)
 
 
 def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
@@ -48,10 +48,11 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
     alone = ["-fno-gnu-unique", "-Wl,-Bsymbolic"]
     if may_overlap(source(build.file)):
         alone.append("-DMAY_OVERLAP")
-    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", *alone, *(f"-D{define}" for define in build.defines)]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-Wno-psabi", *alone]
+    options += [f"-D{define}" for define in build.defines]
     subprocess.run(["g++", *options, "kernels.cpp", "-o", "kernels.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
-    is_large = build.file.endswith("_sm90.cu") or build.file == "gemm/few_rows.cu"  # which takes what the GPU has
+    is_large = build.file.endswith("_sm90.cu") or build.file.startswith("gemm/")  # which takes what the GPU has
     assert build.shared_bytes <= (227 if is_large else 99) << 10  # what Hopper has, and the smallest GPUs
     return {name: EmulatedKernel(library, name, signature, build.shared_bytes) for name, signature in kernels.items()}
 
@@ -77,7 +78,7 @@ def _runner(name: str, signature: str) -> str:
 struct Any {{ void* p; template <class T> operator T*() const {{ return static_cast<T*>(p); }} }};
 template <class T> T copied(const void* p) {{ T x; std::memcpy(&x, p, sizeof(T)); return x; }}
 #endif
-extern "C" void run_{name}(const int* grid, int threads, int shared_bytes{parameters}) {{
-  run_grid(grid, threads, shared_bytes, [=] {{ {name}({arguments}); }});
+extern "C" void run_{name}(const int* grid, int threads, int shared_bytes, int cluster{parameters}) {{
+  run_grid(grid, threads, shared_bytes, cluster, [=] {{ {name}({arguments}); }});
 }}
 """

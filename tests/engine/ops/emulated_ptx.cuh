@@ -1,4 +1,4 @@
-// A GPU of one block at a time, on the CPU: what the kernels need of CUDA, and in place of common/ptx.cuh its instructions.
+// A GPU of one block (or cluster of blocks) at a time, on the CPU: what the kernels need of CUDA, and in place of common/ptx.cuh its instructions.
 //
 // Each thread of a block is a fiber; fibers take turns and change only where threads meet (barriers, shuffles, tensor core
 // instructions). So kernels can be stepped through with a debugger and checked where there is no GPU. Background copies
@@ -31,9 +31,11 @@ using std::min;
 
 struct alignas(16) uint4 { u32 x, y, z, w; };
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct Dim { int x, y, z; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 template <class To, class From> To bits_as(From from) {
   To to;
@@ -59,8 +61,8 @@ struct Warp {
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(128 << 10);
-  int thread;
-  u64 barriers;
+  int thread, block;  // in the cluster
+  u64 barriers, meetings;  // of the block, of the cluster
   bool is_done, has_waited;
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
@@ -72,12 +74,27 @@ inline std::vector<Warp> warps;
 inline ucontext_t scheduler;
 inline Fiber* fiber;
 inline std::function<void()> kernel;
-inline std::vector<uint4> dynamic_shared;
-
 inline void fail(const char* what) {
   std::fprintf(stderr, "thread %d of block (%d, %d, %d): %s\n", threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z, what);
   std::abort();
 }
+
+struct alignas(1024) Kilobyte { uint4 of[64] = {}; };
+struct SharedMemory {  // at a multiple of 1 KiB in every block
+  std::vector<Kilobyte> kilobytes;
+  i64 num_bytes;
+  explicit SharedMemory(i64 num_bytes) : kilobytes((num_bytes + 1023) / 1024), num_bytes(num_bytes) {
+    std::memset(data(), ~0, num_bytes);  // NaN in every type
+  }
+  uint4* data() { return reinterpret_cast<uint4*>(kilobytes.data()); }
+  i64 offset_of(const void* pointer) {
+    const i64 offset = static_cast<const char*>(pointer) - reinterpret_cast<char*>(data());
+    if (offset < 0 || offset >= num_bytes) fail("not in shared memory");
+    return offset;
+  }
+};
+inline std::vector<SharedMemory> shared_of_block;
+#define dynamic_shared shared_of_block[fiber->block]
 
 template <class Ready> void wait_until(Ready ready) {
   for (int turns = 0; !ready(); ++turns) {
@@ -89,7 +106,9 @@ template <class Ready> void wait_until(Ready ready) {
 inline void __syncthreads() {
   const u64 mine = ++fiber->barriers;
   wait_until([mine] {
-    return std::all_of(fibers.begin(), fibers.end(), [mine](const Fiber& f) { return f.is_done || f.barriers >= mine; });
+    return std::all_of(fibers.begin(), fibers.end(), [mine](const Fiber& f) {
+      return f.block != fiber->block || f.is_done || f.barriers >= mine;
+    });
   });
 }
 
@@ -143,12 +162,13 @@ inline void fiber_main() {
   swapcontext(&fiber->context, &scheduler);
 }
 
-inline void run_block(int num_threads) {
-  fibers.resize(num_threads);
-  warps.assign(num_threads / 32, Warp());
-  for (int thread = 0; thread < num_threads; ++thread) {
+inline void run_cluster(int num_threads, int num_blocks) {
+  const int first_block = blockIdx.x;
+  fibers.resize(num_threads * num_blocks);
+  warps.assign(fibers.size() / 32, Warp());
+  for (int thread = 0; thread < num_threads * num_blocks; ++thread) {
     Fiber& each = fibers[thread];
-    each.thread = thread, each.barriers = 0, each.is_done = each.has_waited = false;
+    each.thread = thread, each.block = thread / num_threads, each.barriers = each.meetings = 0, each.is_done = each.has_waited = false;
     each.groups.clear(), each.open.clear();
     getcontext(&each.context);
     each.context.uc_stack.ss_sp = each.stack.data();
@@ -161,22 +181,23 @@ inline void run_block(int num_threads) {
       if (each.is_done) continue;
       any = true;
       fiber = &each;
-      threadIdx = {each.thread, 0, 0};
+      threadIdx = {each.thread % num_threads, 0, 0};
+      blockIdx.x = first_block + each.block;
       swapcontext(&scheduler, &each.context);
     }
   }
 }
 
-inline void run_grid(const int* grid, int num_threads, int shared_bytes, std::function<void()> body) {
+inline void run_grid(const int* grid, int num_threads, int shared_bytes, int cluster, std::function<void()> body) {
   kernel = body;
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {num_threads, 1, 1};
   for (int z = 0; z < grid[2]; ++z)
     for (int y = 0; y < grid[1]; ++y)
-      for (int x = 0; x < grid[0]; ++x) {
+      for (int x = 0; x < grid[0]; x += cluster) {
         blockIdx = {x, y, z};
-        dynamic_shared.assign(shared_bytes / 16, make_uint4(~0u, ~0u, ~0u, ~0u));  // NaN in every type
-        run_block(num_threads);
+        shared_of_block.assign(cluster, SharedMemory(shared_bytes));
+        run_cluster(num_threads, cluster);
       }
 }
 
@@ -223,6 +244,20 @@ template <int kPending> void cp_async_wait() {
     }
     groups.erase(groups.begin());
   }
+}
+
+inline int cluster_size() { return shared_of_block.size(); }
+inline int cluster_rank() { return fiber->block; }
+inline void meet_cluster() {
+  const u64 mine = ++fiber->meetings;
+  wait_until([mine] {
+    return std::all_of(fibers.begin(), fibers.end(), [mine](const Fiber& f) { return f.is_done || f.meetings >= mine; });
+  });
+}
+template <class T> const T* in_block(const T* mine, int rank) {
+  const auto is_there = [rank](const Fiber& f) { return f.block == rank && !f.is_done; };
+  if (std::none_of(fibers.begin(), fibers.end(), is_there)) fail("the other block has left");
+  return reinterpret_cast<const T*>(reinterpret_cast<char*>(shared_of_block[rank].data()) + dynamic_shared.offset_of(mine));
 }
 
 inline void prefetch_l2(const void*) {}

@@ -10,14 +10,8 @@
 #include "ptx.cuh"
 
 // Shared memory has addresses of its own, from 0.
-inline unsigned char* shared_base() {
-  return reinterpret_cast<unsigned char*>((reinterpret_cast<u64>(dynamic_shared.data()) + 1023) / 1024 * 1024);
-}
-inline u32 shared_address(const void* pointer) {
-  const i64 address = static_cast<const unsigned char*>(pointer) - shared_base();
-  if (address < 0 || address >= static_cast<i64>(dynamic_shared.size()) * 16) fail("not in shared memory");
-  return address;
-}
+inline unsigned char* shared_base() { return reinterpret_cast<unsigned char*>(dynamic_shared.data()); }
+inline u32 shared_address(const void* pointer) { return dynamic_shared.offset_of(pointer); }
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
 // Barriers.
@@ -57,22 +51,24 @@ inline void barrier_wait(Barrier& barrier, u32 parity) {
 }
 
 struct NumberedBarrier { int arrived = 0; u64 meetings = 0; };
-inline NumberedBarrier numbered_barriers[16];
+inline std::map<int, NumberedBarrier> numbered_barriers;  // 16 of each block
+inline NumberedBarrier& numbered_barrier(int which) { return numbered_barriers[fiber->block * 16 + which]; }
 inline void pass_threads(int which, int num_threads) {
-  NumberedBarrier& barrier = numbered_barriers[which];
+  NumberedBarrier& barrier = numbered_barrier(which);
   if (++barrier.arrived == num_threads) barrier.arrived = 0, barrier.meetings += 1;
 }
 inline void meet_threads(int which, int num_threads) {
-  const u64 before = numbered_barriers[which].meetings;
+  const u64 before = numbered_barrier(which).meetings;
   pass_threads(which, num_threads);
-  wait_until([=] { return numbered_barriers[which].meetings != before; });
+  wait_until([=] { return numbered_barrier(which).meetings != before; });
 }
 
 template <int kCount> void shrink_registers() {}
 template <int kCount> void grow_registers() {}
 inline void publish_shared_writes() {}
 
-// The copy engine. The emulated map: address, rows, numbers in a row, rows in a box; a box is 64 numbers wide.
+// The copy engine. The emulated map: address, rows, numbers in a row, rows in a box; a box is 64 numbers wide. What lies
+// past the matrix is zero.
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
@@ -80,11 +76,16 @@ inline void copy_box(void* shared, const TensorMap& map, int row, int column, Ba
   const auto [address, num_rows, row_length, box_rows] = std::array<u64, 4>{map.words[0], map.words[1], map.words[2], map.words[3]};
   const u32 target = shared_address(shared);
   if (target % 1024 != 0) fail("misaligned box");
-  if (row < 0 || row + box_rows > num_rows || column < 0 || column + 64 > row_length) fail("box outside the matrix");
-  const unsigned char* source = reinterpret_cast<const unsigned char*>(address) + (row * row_length + column) * 2;
+  if (row < 0 || column < 0 || column >= row_length) fail("box outside the matrix");
+  if (row_length % 8 != 0) fail("rows at places that the copy engine does not reach");
+  const u16* source = reinterpret_cast<const u16*>(address);
   barrier_states.at(&barrier).copies.push_back([=] {
-    for (u64 piece = 0; piece < box_rows * 8; ++piece)
-      std::memcpy(shared_base() + swizzled(target + piece * 16), source + piece / 8 * row_length * 2 + piece % 8 * 16, 16);
+    for (u64 piece = 0; piece < box_rows * 8; ++piece) {
+      const u64 from_row = row + piece / 8, from_column = column + piece % 8 * 8;
+      unsigned char* to = shared_base() + swizzled(target + piece * 16);
+      if (from_row < num_rows && from_column < row_length) std::memcpy(to, source + from_row * row_length + from_column, 16);
+      else std::memset(to, 0, 16);
+    }
     return static_cast<int>(box_rows) * 128;
   });
 }
