@@ -108,7 +108,7 @@ class LoadClient:
         body = {
             "model": self.model,
             "max_tokens": request.output_len,
-            "temperature": 0.0,
+            "temperature": request.temperature,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},

@@ -6,11 +6,12 @@ is the matrix work of the linear layers and of causal attention. The ceilings ar
 """
 
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
 
 from engine.model_config import ModelConfig
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"fp8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -40,32 +41,48 @@ class Floor:
     model: ModelConfig
     dtype: str
     ceilings: Ceilings
+    kv_dtype: str = "auto"  # auto: as the weights
+
+    @property
+    def num_params(self) -> dict[str, int]:
+        """Read in a decode step, by matrix: those of all layers, and the output head."""
+        c = self.model
+        of_layer = {
+            "qkv": c.hidden_size * c.head_dim * (c.num_heads + 2 * c.num_kv_heads),
+            "o": c.hidden_size * c.head_dim * c.num_heads,
+            "gate_up": 2 * c.hidden_size * c.intermediate_size,
+            "down": c.hidden_size * c.intermediate_size,
+        }
+        return {name: c.num_layers * num for name, num in of_layer.items()} | {"logits": c.vocab_size * c.hidden_size}
 
     @property
     def num_layer_params(self) -> int:
         """Of the matrices of all layers."""
-        c = self.model
-        attention = c.hidden_size * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)
-        return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
+        return self.num_decode_params - self.num_params["logits"]
 
     @property
     def num_decode_params(self) -> int:
         """Read in a decode step: the layers and the output head."""
-        return self.num_layer_params + self.model.vocab_size * self.model.hidden_size
+        return sum(self.num_params.values())
 
     def kv_bytes(self, context: float) -> float:
         """Keys and values that one token reads when it sits at the end of `context` tokens."""
         c = self.model
         tokens = sum(min(context, window) if window else context for window in c.layer_windows)
-        return 2 * c.num_kv_heads * c.head_dim * DTYPE_BYTES[self.dtype] * tokens
+        dtype = self.dtype if self.kv_dtype == "auto" else self.kv_dtype
+        return 2 * c.num_kv_heads * c.head_dim * DTYPE_BYTES[dtype] * tokens
 
     def weights_s(self, batch: int) -> float:
         """The part of a decode step that does not depend on the context."""
-        read_s = self.num_decode_params * DTYPE_BYTES[self.dtype] / self.ceilings.bytes_per_s
-        return max(read_s, 2 * self.num_decode_params * batch / self.ceilings.flops_per_s)
+        return self._products_s(self.num_decode_params, batch)
+
+    def decode_parts_s(self, batch: int, context: float) -> dict[str, float]:
+        """A decode step by what is done in it: the matrix products by name, and attention."""
+        products = {name: self._products_s(num, batch) for name, num in self.num_params.items()}
+        return products | {"attention": batch * self.kv_bytes(context) / self.ceilings.bytes_per_s}
 
     def decode_step_s(self, batch: int, context: float) -> float:
-        return self.weights_s(batch) + batch * self.kv_bytes(context) / self.ceilings.bytes_per_s
+        return sum(self.decode_parts_s(batch, context).values())
 
     def prefill_s(self, num_tokens: int) -> float:
         """One prompt to its first token."""
@@ -78,13 +95,24 @@ class Floor:
         flops = 2 * self.num_layer_params * num_tokens + 4 * c.num_heads * c.head_dim * seen
         return flops / self.ceilings.flops_per_s
 
+    def _products_s(self, num_params: int, batch: int) -> float:
+        read_s = num_params * DTYPE_BYTES[self.dtype] / self.ceilings.bytes_per_s
+        return max(read_s, 2 * num_params * batch / self.ceilings.flops_per_s)
+
     def run_s(self, lengths: list[tuple[int, int]], batch: int) -> float:
-        """Requests of (input, output) tokens, `batch` of them at a time, no prefix shared."""
-        batch = min(batch, len(lengths))
+        """Requests of (input, output) tokens in their order, `batch` of them at a time, no prefix shared."""
         prefill_s = sum(self.prefill_s(num_input) for num_input, _ in lengths)
-        num_steps = sum(num_output for _, num_output in lengths) / batch
         kv_bytes = sum(num_output * self.kv_bytes(num_input + num_output / 2) for num_input, num_output in lengths)
-        return prefill_s + num_steps * self.weights_s(batch) + kv_bytes / self.ceilings.bytes_per_s
+        decode_s = kv_bytes / self.ceilings.bytes_per_s
+        ends: list[int] = []  # a heap: the steps after which the running requests end
+        step = 0
+        outputs = [num_output for _, num_output in reversed(lengths)]
+        while outputs or ends:
+            while outputs and len(ends) < batch:
+                heappush(ends, step + outputs.pop())
+            decode_s += (ends[0] - step) * self.weights_s(len(ends))
+            step = heappop(ends)
+        return prefill_s + decode_s
 
     def summary(self, lengths: list[tuple[int, int]], batch: int) -> dict[str, Any]:
         """The floor of a run and of its mean step and prompt, with the ceilings it stands on."""

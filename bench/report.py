@@ -2,15 +2,17 @@
 
     python -m bench.report bench/results README.md
 
-writes the README's results anew from the JSON files of the folder, between its two marker comments. Running it twice
+writes the README's tables anew from the JSON files of the folder, between their marker comments. Running it twice
 changes nothing.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.figures import PEER
 from bench.result import KINDS, BenchResult
 from engine.errors import UserError
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 EXTENSIONS = (".json", ".csv", ".md", ".html")
 LATENCIES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2EL", "e2el"))
 # Key, what the person reads, unit. A figure that a run does not have is left out.
@@ -178,25 +181,50 @@ def results_table(results: list[BenchResult]) -> str:
     return f"{markdown_table(columns, rows)}\n\nThe commands, line by line:\n\n```bash\n{commands}\n```"
 
 
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of bench/speed.py: a table for each model, each figure beside its floor, the peer's and the target."""
+    columns = ["measured", "unit", "floor", PEER, "target", ""]
+    verdicts = {True: "met", False: "**missed**", None: ""}
+    tables = []
+    for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
+        lines = [
+            [row["figure"], row["value"], row["unit"], row["floor"], row["peer"], row["target"], verdicts[row["met"]]]
+            for row in rows
+            if (row["model"], row["dtype"]) == (model, dtype)
+        ]
+        tables.append(markdown_table([f"{model}, {dtype}", *columns], lines))
+    return "\n\n".join(tables)
+
+
+def speed_section(path: Path) -> str:
+    """What the README says of a file of bench/speed.py."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    env, rows = values["environment"], values["rows"]
+    revisions = dict.fromkeys((row["git_revision"] or "-")[:9] for row in rows)
+    machine = f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}; revision {', '.join(revisions)}"
+    return f"{machine}:\n\n{speed_table(rows)}\n\n```bash\n{env['command']}\n```"
+
+
 def update_readme(results_folder: Path, readme: Path) -> bool:
-    """Put the table of all valid results between the markers. True when the file changed."""
+    """Put the tables of all valid results between their markers. True when the file changed."""
     text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"{readme} needs the lines {BEGIN} and {END}: the results go between them")
-    results = [result for result in map(_read_if_bench, sorted(results_folder.glob("*.json"))) if result]
-    table = results_table(results) if results else "No results yet."
-    updated = f"{before}{BEGIN}\n{table}\n{END}{after}"
+    paths = sorted(results_folder.glob("*.json"))
+    results = [result for result in map(BenchResult.read, paths) if result.kind in KINDS and result.is_valid]
+    speeds = [speed_section(path) for path in paths if BenchResult.read(path).kind == "speed"]
+    updated = _put_between(text, BEGIN, END, results_table(results) if results else "No results yet.", readme)
+    if speeds:
+        updated = _put_between(updated, SPEED_BEGIN, SPEED_END, "\n\n".join(speeds), readme)
     if updated != text:
         readme.write_text(updated, encoding="utf-8")
     return updated != text
 
 
-def _read_if_bench(path: Path) -> BenchResult | None:
-    """The result in a file; None for other measurements in the same folder, and for a run that is not valid."""
-    result = BenchResult.read(path)
-    return result if result.kind in KINDS and result.is_valid else None
+def _put_between(text: str, begin: str, end: str, section: str, readme: Path) -> str:
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end):
+        raise UserError(f"{readme} needs the lines {begin} and {end}: the results go between them")
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def _flat_frame(result: BenchResult) -> "pd.DataFrame":

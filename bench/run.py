@@ -40,7 +40,7 @@ def run_serving(
     name = engine.model if options.url and engine.model else str(served["id"])
     _check_lengths(requests, served.get("max_model_len"))
     load = serving.Load(options.batch_size if options.request_rate is None else None, options.request_rate, engine.seed)
-    run = _run_async(serving.measure(url, name, requests, load, api_key=options.api_key, on_progress=on_progress))
+    run = run_async(serving.measure(url, name, requests, load, api_key=options.api_key, on_progress=on_progress))
     result = BenchResult(
         kind="serving",
         model=short_name(name),
@@ -56,7 +56,7 @@ def run_serving(
 
 def served_model(url: str, options: BenchConfig) -> dict[str, Any]:
     """What the server says of its model. Raises UserError when there is no server."""
-    return dict(_run_async(serving.served_model(url, options.api_key)))
+    return dict(run_async(serving.served_model(url, options.api_key)))
 
 
 def serving_requests(engine: EngineConfig, options: BenchConfig) -> list[BenchRequest]:
@@ -172,7 +172,7 @@ def short_name(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def _run_async(coroutine: Any) -> Any:
+def run_async(coroutine: Any) -> Any:
     """uvloop halves the client's own time for each token."""
     try:
         import uvloop

@@ -5,6 +5,7 @@ those that only decoded.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,10 +28,10 @@ DEFINITIONS = {
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did."""
+    """One step that has ended: what it computed and how long it took."""
 
-    seconds: float
-    num_prompt_tokens: int
+    seconds: float  # from the end of the step before
+    num_prompt_tokens: int  # computed in it, of prompts and of sequences computed again after a preemption
     num_output_tokens: int
     num_slots_allocated: int
     num_slots_used: int
@@ -45,33 +46,44 @@ def measure(
     for index, request in enumerate(requests):
         assert isinstance(request.prompt, list), "offline prompts are token ids"
         params = SamplingParams(
-            temperature=0.0, max_tokens=request.output_len, ignore_eos=True, detokenize=False, seed=index
+            temperature=request.temperature,
+            max_tokens=request.output_len,
+            ignore_eos=True,
+            detokenize=False,
+            seed=index,
         )
         core.add(AddRequest(f"bench-{index}", request.prompt, params, arrival_time=time.monotonic()))
     steps: list[Step] = []
-    num_done, num_tokens, num_prompt_tokens = 0, 0, core.stats.prompt_tokens
+    launched: deque[int] = deque()  # tokens of the steps in flight
+    started: set[str] = set()  # requests whose prompt is done
+    num_done, num_tokens, num_steps = 0, 0, core.stats.num_steps
     while core.has_work:
-        outputs = core.step()
+        outputs, stats = core.step(), core.stats
         now = clock()
+        if stats.num_steps > num_steps:
+            launched.append(stats.batch_tokens)
+            num_steps = stats.num_steps
+        if len(launched) == len(core.scheduler.in_flight):
+            continue  # launched, and nothing waited for
+        # A decode is one token in and one out; whatever else a step computed was of prompts.
+        num_decoded = sum(len(output.token_ids) for output in outputs if output.request_id in started)
+        num_new = sum(len(output.token_ids) for output in outputs)
+        started.update(output.request_id for output in outputs)
         # From the end of the step before, whatever we did in between: a GPU works on meanwhile.
         seconds, before = now - before, now
-        stats, num_new = core.stats, sum(len(output.token_ids) for output in outputs)
-        steps.append(
-            Step(
-                seconds,
-                stats.prompt_tokens - num_prompt_tokens,
-                num_new,
-                stats.num_slots_allocated,
-                stats.num_slots_used,
-            )
-        )
-        num_prompt_tokens = stats.prompt_tokens
+        num_prompt_tokens = launched.popleft() - num_decoded
+        steps.append(Step(seconds, num_prompt_tokens, num_new, stats.num_slots_allocated, stats.num_slots_used))
         num_tokens += num_new
         num_done += sum(output.finish_reason is not None for output in outputs)
         if now - reported > PROGRESS_PERIOD_S or not core.has_work:
             reported = now
             on_progress(num_done, num_tokens)
     return steps
+
+
+def decode_steps(steps: list[Step], batch: int) -> list[Step]:
+    """The steps that decoded a full batch and computed no prompt."""
+    return [step for step in steps if not step.num_prompt_tokens and step.num_output_tokens == batch]
 
 
 def warm_up(requests: list[BenchRequest]) -> list[BenchRequest]:

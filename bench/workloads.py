@@ -25,10 +25,18 @@ class BenchRequest:
     output_len: int
     prompt: list[int] | str = ""  # token ids are sent as they are, so that the input length is exact
     messages: list[dict[str, Any]] | None = None  # instead of a prompt: goes through the chat endpoint
+    temperature: float = 0.0
 
 
 def random_requests(
-    num_prompts: int, *, input_len: int, output_len: int, vocab_size: int, seed: int, range_ratio: float = 0.0
+    num_prompts: int,
+    *,
+    input_len: int,
+    output_len: int,
+    vocab_size: int,
+    seed: int,
+    range_ratio: float = 0.0,
+    temperature: float = 0.0,
 ) -> list[BenchRequest]:
     """Uniform random token ids; lengths uniform in [len * (1 - range_ratio), len * (1 + range_ratio)]."""
     if not 0 <= range_ratio < 1:
@@ -41,9 +49,21 @@ def random_requests(
 
     input_lens, output_lens = lengths(input_len), lengths(output_len)
     return [
-        BenchRequest(output_len=num_output, prompt=rng.integers(0, vocab_size, num_input).tolist())
+        BenchRequest(num_output, rng.integers(0, vocab_size, num_input).tolist(), temperature=temperature)
         for num_input, num_output in zip(input_lens, output_lens, strict=True)
     ]
+
+
+def uniform_requests(
+    num_prompts: int, *, low: int, high: int, seed: int, temperature: float = 0.0
+) -> list[BenchRequest]:
+    """Random token ids (up to 10,000), lengths of inputs and outputs uniform in [low, high].
+
+    Drawn as nano-vllm's benchmark draws them: with low 100, high 1024 and seed 0 they are that benchmark's own lengths.
+    """
+    rng = random.Random(seed)
+    prompts = [[rng.randint(0, 10_000) for _ in range(rng.randint(low, high))] for _ in range(num_prompts)]
+    return [BenchRequest(rng.randint(low, high), prompt, temperature=temperature) for prompt in prompts]
 
 
 def file_requests(path: Path, num_prompts: int, *, output_len: int, seed: int) -> list[BenchRequest]:

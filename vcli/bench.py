@@ -6,7 +6,7 @@ import typer
 
 from bench.config import BenchConfig
 from engine.config import EngineConfig
-from vcli.flags import with_flags
+from vcli.flags import flags_of, with_flags
 
 if TYPE_CHECKING:
     from bench.result import BenchResult
@@ -42,15 +42,29 @@ def bench(engine: EngineConfig, options: BenchConfig) -> None:
 
 def _serving(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
     from bench.run import run_serving, serving_requests
-    from vcli.server_process import running_server
+    from bench.server import running_server
 
     requests = serving_requests(engine, options)
     with _Status() as status:
         if options.url:
             return run_serving(engine, options, options.url, requests, status.show_run)
         status.show("starting the server")
-        with running_server(engine, status.show_start) as url:
+        with running_server(serve_arguments(engine), status.show_start) as url:
             return run_serving(engine, options, url, requests, status.show_run)
+
+
+def serve_arguments(config: EngineConfig) -> list[str]:
+    """The command line that says what `config` says; what is as by default is left out."""
+    arguments = [config.model] if config.model else []
+    for flag in flags_of(EngineConfig):
+        value = getattr(config, flag.field)
+        if flag.field == "model" or value == flag.default:
+            continue
+        if isinstance(value, bool):
+            arguments.append(flag.name if value else f"--no-{flag.name[2:]}")
+        else:
+            arguments += [flag.name, str(value)]
+    return arguments
 
 
 def _offline(engine: EngineConfig, options: BenchConfig) -> "BenchResult":

@@ -1,12 +1,15 @@
 """The offline run: its arithmetic by hand, and a real engine with a tiny model."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench.config import BenchConfig
 from bench.run import run_offline, with_baseline
-from bench.throughput import Step, throughput_metrics
-from bench.workloads import BenchRequest
+from bench.throughput import Step, decode_steps, measure, throughput_metrics
+from bench.workloads import BenchRequest, random_requests
 from engine.config import EngineConfig
+from engine.core import EngineCore
 
 
 def test_prefill_and_decode_are_told_apart_by_step():
@@ -47,3 +50,42 @@ def test_a_tiny_model_is_measured_offline_and_against_transformers(tiny_checkpoi
     assert result.baseline["ratio"] == pytest.approx(
         figures["output_throughput"] / result.baseline["output_throughput"]
     )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_each_step_tells_prompt_tokens_from_decoded_ones_chunked_or_not(tiny_checkpoint, depth: int):
+    core = EngineCore(
+        EngineConfig(
+            model=str(tiny_checkpoint("llama")),
+            device="cpu",
+            max_num_seqs=4,
+            max_num_batched_tokens=32,
+            max_prefill_chunk=8,
+            kv_cache_memory=1 << 24,
+        )
+    )
+    core.max_in_flight = depth
+    requests = random_requests(3, input_len=20, output_len=5, vocab_size=512, seed=0)
+
+    steps = measure(core, requests)
+
+    # 32 tokens go to the first prompt and 12 of the second; then chunks of 8 beside the decodes, and decodes alone.
+    assert [step.num_prompt_tokens for step in steps][:5] == [32, 8, 8, 8, 4]
+    assert sum(step.num_prompt_tokens for step in steps) == 60
+    assert sum(step.num_output_tokens for step in steps) == 15
+    full = decode_steps(steps, 3)
+    assert full == [step for step in steps if (step.num_prompt_tokens, step.num_output_tokens) == (0, 3)]
+    assert len(full) < len(decode_steps(steps, 1) + decode_steps(steps, 2) + full) < len(steps)
+
+
+def test_requests_whose_prompts_are_cached_decode_as_a_full_batch_from_the_start(tiny_checkpoint):
+    core = EngineCore(
+        EngineConfig(model=str(tiny_checkpoint("llama")), device="cpu", max_num_seqs=4, kv_cache_memory=1 << 24)
+    )
+    requests = random_requests(4, input_len=32, output_len=9, vocab_size=512, seed=0)
+    measure(core, [replace(request, output_len=1) for request in requests])
+
+    steps = measure(core, requests)
+
+    assert len(decode_steps(steps, 4)) == 8
+    assert steps[0].num_prompt_tokens == 4 * 16

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.workloads import file_requests, random_requests, warm_up_requests
+from bench.workloads import file_requests, random_requests, uniform_requests, warm_up_requests
 from engine.errors import UserError
 
 SHAPE = {"input_len": 20, "output_len": 10, "vocab_size": 100}
@@ -104,3 +104,11 @@ def test_warm_up_does_the_same_work_with_other_prefixes():
     assert [len(request.prompt) for request in warm] == [64, 64]
     assert [request.output_len for request in warm] == [3, 3]
     assert all(a.prompt[:16] != b.prompt[:16] for a, b in zip(warm, requests, strict=False))
+
+
+def test_uniform_lengths_are_the_ones_of_published_figures():
+    requests = uniform_requests(256, low=100, high=1024, seed=0, temperature=0.6)
+
+    assert sum(len(request.prompt) for request in requests) == 142_827
+    assert sum(request.output_len for request in requests) == 133_966
+    assert {request.temperature for request in requests} == {0.6}

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from engine.config import EngineConfig
-from vcli.server_process import serve_arguments
+from vcli.bench import serve_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_RUN = ["--device", "cpu", "--max-num-seqs", "8", "--kv-cache-memory", "16MiB"]

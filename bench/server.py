@@ -18,25 +18,28 @@ from types import FrameType
 from typing import IO, Any
 
 from engine.child import die_with_parent, module_command, module_environment
-from engine.config import EngineConfig
 from engine.errors import UserError
-from vcli.flags import flags_of
 
-READY_POLL_S = 0.1
+READY_POLL_S = 0.02
 STOP_TIMEOUT_S = 20.0
 LOG_LINES = 15
 OnProgress = Callable[[str, float], None]  # stage, share done
 
 
 @contextlib.contextmanager
-def running_server(config: EngineConfig, on_progress: OnProgress) -> Iterator[str]:
-    """Start a server with this configuration and give its URL once the model is loaded.
+def running_server(
+    arguments: list[str],
+    on_progress: OnProgress = lambda stage, fraction: None,
+    environment: dict[str, str] | None = None,
+) -> Iterator[str]:
+    """Start `vcli serve` with these arguments and give its URL once the model is loaded.
 
+    `environment` is put over this process's own.
     Raises UserError with the end of its log when it does not come up, or has died by the end of the block.
     """
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    arguments = [*serve_arguments(config), "--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s"]
+    arguments = [*arguments, "--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s"]
     with tempfile.TemporaryFile("w+", prefix="vcli-serve-", errors="replace") as log, _sigterm_as_exit():
         # Its own session: Ctrl-C reaches us alone, and we stop the server in order.
         process = subprocess.Popen(
@@ -44,7 +47,7 @@ def running_server(config: EngineConfig, on_progress: OnProgress) -> Iterator[st
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=module_environment(),
+            env={**module_environment(), **(environment or {})},
             start_new_session=True,
             preexec_fn=die_with_parent,  # the last resort, should this process end without coming to its `finally`
         )
@@ -56,20 +59,6 @@ def running_server(config: EngineConfig, on_progress: OnProgress) -> Iterator[st
             _check_alive(process, log)
         finally:
             _stop(process)
-
-
-def serve_arguments(config: EngineConfig) -> list[str]:
-    """The command line that says what `config` says; what is as by default is left out."""
-    arguments = [config.model] if config.model else []
-    for flag in flags_of(EngineConfig):
-        value = getattr(config, flag.field)
-        if flag.field == "model" or value == flag.default:
-            continue
-        if isinstance(value, bool):
-            arguments.append(flag.name if value else f"--no-{flag.name[2:]}")
-        else:
-            arguments += [flag.name, str(value)]
-    return arguments
 
 
 def _is_ready(url: str, on_progress: OnProgress) -> bool:

@@ -1,0 +1,314 @@
+"""Every figure that speed is judged by, in one go: are the tokens right, and then how fast do they come?
+
+    python -m bench.speed MODEL... --trace trace.json.gz
+
+MODEL is a folder with a config.json and a tokenizer; its weights are random ones. For each model the figures of
+bench/figures.py are measured on an engine in this process and then on a server, and every one is written as soon as it
+is there, beside its floor, the peer's and the target. A second run with another --only adds its rows to the same file.
+Exit codes: 0 measured, 3 a token was wrong (nothing is measured then), 1 it could not run.
+"""
+
+import argparse
+import gc
+import json
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import figures, serving, throughput, trace
+from bench.client import LoadClient
+from bench.environment import environment
+from bench.figures import Decode, Figure, Goal, Prompt, Run, Serving
+from bench.floor import Floor, find_ceilings
+from bench.report import format_figure, markdown_table, speed_table
+from bench.run import run_async
+from bench.server import running_server
+from bench.workloads import BenchRequest, random_requests
+from engine.config import EngineConfig
+from engine.errors import UserError
+from engine.messages import AddRequest
+from engine.model_config import ModelConfig
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.core import EngineCore
+
+PROMPT_REPEATS = 5
+TRACED = Decode(64)
+TRACED_STEPS = 20
+WARM_UP_TOKENS = 8
+FIRST_REQUEST = (64, 8)  # tokens in and out of the request whose answer ends a start
+RESULTS = Path(__file__).resolve().parent / "results"
+# What is measured in one engine: the figures, and their values in the figures' units.
+Measurement = tuple[tuple[Figure, ...], Callable[["EngineCore"], list[float]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Values are in `unit`, and less is better."""
+
+    figure: str
+    model: str
+    dtype: str
+    value: float
+    unit: str
+    floor: float | None = None
+    peer: float | None = None
+    target: float | None = None
+    met: bool | None = None  # None: there is no target
+    note: str = ""
+    git_revision: str | None = None
+    date: str | None = None
+
+
+class Results:
+    """The file of the rows, written after each of them, so that a run that is cut off keeps what it has."""
+
+    def __init__(self, path: Path, environment: dict[str, Any]) -> None:
+        """Rows that the file has already stay, until they are measured again."""
+        self.path = path
+        self.values: dict[str, Any] = {"kind": "speed", "environment": environment, "rows": [], "time": {}}
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            self.values |= {name: before[name] for name in ("rows", "time")}
+
+    def add(self, row: Row) -> None:
+        """Put a row into the place of the one that was there for the same figure and model, or at the end."""
+        env, rows = self.values["environment"], self.values["rows"]
+        row = replace(row, git_revision=env["git_revision"], date=env["date"])
+        place = next((i for i, r in enumerate(rows) if (r["figure"], r["model"]) == (row.figure, row.model)), len(rows))
+        rows[place : place + 1] = [asdict(row)]
+        print(f"{row.model}: {row.figure}: {format_figure(row.value)} {row.unit}", flush=True)
+        self._write()
+
+    def add_time(self, model: str, shares: list[trace.Share]) -> None:
+        """Where the time of a model's traced steps goes."""
+        self.values["time"][model] = [asdict(share) for share in shares]
+        self._write()
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class ModelBench:
+    """One model's figures: an engine in this process, two variants of it, then a server."""
+
+    engine: EngineConfig
+    results: Results
+    only: re.Pattern[str] = re.compile("")
+    trace_path: Path | None = None
+    server_arguments: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return Path(self.engine.model).name
+
+    @property
+    def goals(self) -> dict[str, Goal]:
+        """What is measured: all of the model's figures that --only names."""
+        return {name: goal for name, goal in figures.goals_of(self.name).items() if self.only.search(name)}
+
+    def run(self) -> None:
+        """Measure, and add a row for every figure."""
+        plain: list[Measurement] = [
+            *(((decode.figure,), partial(self._decode, decode)) for decode in figures.DECODES),
+            ((figures.IDLE,), self._idle),
+            *(((prompt.first, prompt.again), partial(_prompt, prompt)) for prompt in figures.PROMPTS),
+            *(((run.figure,), partial(_run, run)) for run in figures.RUNS),
+        ]
+        self._measure(plain)
+        fp8 = figures.FP8_DECODE
+        self._measure([((fp8.figure,), partial(self._decode, fp8))], kv_cache_dtype="fp8")
+        self._measure([((figures.INVARIANT_COST,), self._invariant_cost)], batch_invariant=True)
+        self._serve()
+
+    def _measure(self, measurements: list[Measurement], **flags: Any) -> None:
+        """Start an engine with these flags, if any of the figures is asked for, and measure them."""
+        wanted = [each for each in measurements if any(figure.name in self.goals for figure in each[0])]
+        if not wanted:
+            return
+        import torch
+
+        from engine.core import EngineCore
+
+        core = EngineCore(replace(self.engine, **flags))
+        floor = self._floor(core.ready.dtype, flags.get("kv_cache_dtype", "auto"))
+        for own_figures, measure in wanted:
+            for figure, value in zip(own_figures, measure(core), strict=True):
+                self._add(figure, value, core.ready.dtype, floor)
+        del core
+        gc.collect()
+        torch.cuda.empty_cache()  # the next engine, or the server, needs the room
+
+    def _add(
+        self, figure: Figure, value: float, dtype: str, floor: Floor | None, reasons: list[str] | None = None
+    ) -> None:
+        """Add a figure's row, if it was asked for. `reasons`: why it says nothing about the engine."""
+        goal = self.goals.get(figure.name)
+        if goal is None:
+            return
+        met = None if goal.target is None else value <= goal.target and not reasons
+        note = "; ".join(reasons or [])
+        row = Row(
+            figure.name, self.name, dtype, value, figure.unit, figure.floor(floor), goal.peer, goal.target, met, note
+        )
+        self.results.add(row)
+
+    def _floor(self, dtype: str, kv_dtype: str = "auto") -> Floor | None:
+        ceilings = find_ceilings(self.results.values["environment"]["gpu"])
+        model = ModelConfig.from_path(Path(self.engine.model))
+        return Floor(model, dtype, ceilings, kv_dtype) if ceilings else None
+
+    def _decode(self, decode: Decode, core: "EngineCore") -> list[float]:
+        requests = _cached_requests(core, decode)
+        steps = throughput.decode_steps(throughput.measure(core, requests), decode.batch)
+        if len(steps) < decode.output_len:
+            raise UserError(
+                f"{decode.figure.name}: {len(steps)} of {decode.output_len} steps had a full batch: "
+                f"the KV cache ({core.ready.num_blocks:,} blocks) or --max-num-seqs is too small for it"
+            )
+        return [statistics.mean(step.seconds for step in steps) * 1e3]
+
+    def _idle(self, core: "EngineCore") -> list[float]:
+        """Trace steps in the middle of a decode: where the time goes, and how long the GPU had nothing to do."""
+        for index, request in enumerate(_cached_requests(core, TRACED)):
+            params = SamplingParams(temperature=0.0, max_tokens=request.output_len, ignore_eos=True, detokenize=False)
+            assert isinstance(request.prompt, list)
+            core.add(AddRequest(f"traced-{index}", request.prompt, params))
+        kernels = trace.record(core, TRACED_STEPS, self.trace_path)
+        while core.has_work:
+            core.step()
+        floor = self._floor(core.ready.dtype)
+        # The first steps are traced, so the contexts are little more than the prompts.
+        parts = floor.decode_parts_s(TRACED.batch, TRACED.input_len + TRACED_STEPS) if floor else {}
+        shares = trace.where_the_time_goes(kernels, TRACED_STEPS, parts)
+        self.results.add_time(self.name, shares)
+        print(time_table(shares), flush=True)
+        return [100 * trace.idle_share(kernels)]
+
+    def _invariant_cost(self, core: "EngineCore") -> list[float]:
+        """In percent of the throughput without it, which the plain engine has just measured."""
+        (seconds,) = _run(figures.MIXED, core)
+        rows = self.results.values["rows"]
+        plain = next(r for r in rows if (r["figure"], r["model"]) == (figures.MIXED.title, self.name))
+        return [100 * (1 - plain["value"] / seconds)]
+
+    def _serve(self) -> None:
+        """Start a server where nothing is compiled, start it again, and load it."""
+        starts = figures.START_FIRST, figures.START_AGAIN
+        loads = [load for load in figures.SERVINGS if any(f.name in self.goals for f in load.figures.values())]
+        if not loads and not any(figure.name in self.goals for figure in starts):
+            return
+        model = ModelConfig.from_path(Path(self.engine.model))
+        floor = self._floor(model.dtype)
+        arguments = [self.engine.model, "--load-format", "dummy", *self.server_arguments]
+        with tempfile.TemporaryDirectory() as cache:
+            for figure in starts:
+                before = time.perf_counter()
+                with running_server(arguments, environment={"XDG_CACHE_HOME": cache}) as url:
+                    name = run_async(_first_answer(url))
+                    self._add(figure, time.perf_counter() - before, model.dtype, floor)
+                    if figure is figures.START_AGAIN:
+                        for load in loads:
+                            self._load(load, url, name, model, floor)
+
+    def _load(self, load: Serving, url: str, name: str, model: ModelConfig, floor: Floor | None) -> None:
+        requests = load.make(model.vocab_size)
+        metrics = run_async(serving.measure(url, name, requests, serving.Load(load.concurrency))).metrics()
+        reasons = [*metrics["invalid_reasons"], *metrics["errors"]]
+        for key, figure in load.figures.items():
+            self._add(figure, metrics[key], model.dtype, floor, reasons)
+
+
+def _cached_requests(core: "EngineCore", decode: Decode) -> list[BenchRequest]:
+    """Requests whose prompts are in the prefix cache, so that all of them begin to decode in the same step."""
+    # The token that ends the prompt's step is not one of the decode steps.
+    lengths = {"input_len": decode.input_len, "output_len": decode.output_len + 1}
+    requests = random_requests(decode.batch, **lengths, vocab_size=core.ready.vocab_size, seed=decode.batch)
+    throughput.measure(core, [replace(request, output_len=WARM_UP_TOKENS) for request in requests])
+    return requests
+
+
+def _prompt(prompt: Prompt, core: "EngineCore") -> list[float]:
+    first, again = [], []
+    for repeat in range(PROMPT_REPEATS + 1):
+        seed = prompt.length + repeat
+        requests = random_requests(
+            1, input_len=prompt.length, output_len=1, vocab_size=core.ready.vocab_size, seed=seed
+        )
+        first.append(_duration(throughput.measure(core, requests)))
+        again.append(_duration(throughput.measure(core, requests)))
+    return [statistics.median(seconds[1:]) * 1e3 for seconds in (first, again)]  # the first round warms up
+
+
+def _run(run: Run, core: "EngineCore") -> list[float]:
+    requests = run.make(core.ready.vocab_size)
+    throughput.measure(core, throughput.warm_up(requests))
+    return [_duration(throughput.measure(core, requests))]
+
+
+def _duration(steps: list[throughput.Step]) -> float:
+    return sum(step.seconds for step in steps)
+
+
+async def _first_answer(url: str) -> str:
+    """Wait for a first answer; the served model's name."""
+    name = str((await serving.served_model(url))["id"])
+    num_input, num_output = FIRST_REQUEST
+    async with LoadClient(url, name) as client:
+        record = await client.send(BenchRequest(num_output, list(range(1, num_input + 1))))
+    if record.error:
+        raise UserError(f"the server does not answer: {record.error}")
+    return name
+
+
+def time_table(shares: list[trace.Share]) -> str:
+    """Where the time of a step goes: one line a part, and their sum."""
+    columns = ["part", "us a step", "floor", "launches", "kernels"]
+    rows = [[s.part, s.us, s.floor_us, round(s.launches), ", ".join(s.kernels)] for s in shares]
+    floors = [share.floor_us for share in shares if share.floor_us is not None]
+    total = ["all", sum(share.us for share in shares), sum(floors) if floors else None]
+    return markdown_table(columns, [*rows, [*total, round(sum(share.launches for share in shares)), ""]])
+
+
+def default_output(gpu: str) -> Path:
+    """h200-speed.json for an NVIDIA H200."""
+    words = re.findall(r"[a-z0-9]+", gpu.lower())
+    return RESULTS / f"{'-'.join(word for word in words if word != 'nvidia')}-speed.json"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folder with config.json and tokenizer")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="only figures whose name holds this pattern")
+    parser.add_argument("--output", type=Path, help="default: bench/results/GPU-speed.json")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the last model's trace: .json or .json.gz")
+    options = parser.parse_args(arguments)
+    env = environment()
+    try:
+        if env["gpu"] is None:
+            raise UserError("speed is measured on a GPU, and nvidia-smi sees none here")
+        results = Results(options.output or default_output(env["gpu"]), env)
+        for path in options.models:
+            if not (path / "config.json").is_file():
+                raise UserError(f"{path} is no model folder: it has no config.json")
+            engine = EngineConfig(model=str(path.resolve()), load_format="dummy", skip_tokenizer_init=True)
+            ModelBench(engine, results, re.compile(options.only), options.trace).run()
+    except UserError as error:
+        print(f"bench.speed: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{speed_table(results.values['rows'])}\n\n{results.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

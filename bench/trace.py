@@ -1,0 +1,145 @@
+"""A few decode steps seen from the GPU: a Chrome trace, how long the GPU was idle, and where the time went.
+
+Kernels may overlap (one starts while the one before it ends), so a kernel's time is what it added: from the end of
+everything before it, or its own start if that is later, to its end. With the idle time these add up to the whole.
+"""
+
+import gzip
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from engine.core import EngineCore
+
+WARM_UP_STEPS = 8  # the last of them are traced and thrown away: the profiler's own start-up disturbs them
+TRACED_WARM_UP_STEPS = 4
+# What a kernel does, by its name. Matrix products are told apart by what comes before and after them.
+PRODUCT = "product"
+KERNELS = (
+    ("attention", r"^(decode|combine|prefill)"),
+    ("norm", r"rms_norm"),
+    ("rotary and KV write", r"rotate"),
+    ("activation", r"gated_(silu|gelu)"),
+    ("sampling", r"argmax|ArgMax|sample|gumbel|draw"),
+    (PRODUCT, r"gemm|nvjet|cutlass|few_rows|[sS]plitK|gemv"),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch on the GPU. Times in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass
+class Share:
+    """What one part of the model takes of a step."""
+
+    part: str
+    us: float = 0.0  # a step
+    launches: float = 0.0  # a step
+    floor_us: float | None = None
+    kernels: list[str] = field(default_factory=list)
+
+
+def record(core: EngineCore, num_steps: int, path: Path | None) -> list[Kernel]:
+    """The kernels of `num_steps` steps of requests that decode. The trace is kept at `path` (.json or .json.gz)."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    for _ in range(WARM_UP_STEPS - TRACED_WARM_UP_STEPS):
+        core.step()
+    # Activities of the CPU are left out: noting them down would slow the host, which is part of what is looked at.
+    plan = schedule(wait=0, warmup=TRACED_WARM_UP_STEPS, active=num_steps, repeat=1)
+    with profile(activities=[ProfilerActivity.CUDA], schedule=plan) as profiler:
+        for _ in range(TRACED_WARM_UP_STEPS + num_steps):
+            core.step()
+            profiler.step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = path or Path(folder) / "trace.json.gz"
+        profiler.export_chrome_trace(str(path))
+        return read_kernels(path)
+
+
+def read_kernels(path: Path) -> list[Kernel]:
+    """The kernels of a Chrome trace, by their start."""
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    events: list[dict[str, Any]] = json.loads(text)["traceEvents"]
+    kernels = [
+        Kernel(_short_name(event["name"]), float(event["ts"]), float(event["ts"]) + float(event["dur"]))
+        for event in events
+        if event.get("cat") == "kernel"
+    ]
+    return sorted(kernels, key=lambda kernel: kernel.start)
+
+
+def idle_share(kernels: list[Kernel]) -> float:
+    """The share of the time from the first kernel's start to the last one's end in which none ran."""
+    span = max(kernel.end for kernel in kernels) - kernels[0].start
+    return 1 - sum(_added_us(kernels)) / span
+
+
+def where_the_time_goes(kernels: list[Kernel], num_steps: int, floor_s: dict[str, float] | None = None) -> list[Share]:
+    """The parts of a step, largest first, and at the end the idle time. `floor_s` holds the floors of parts by name."""
+    shares: dict[str, Share] = {}
+    for kernel, part, us in zip(kernels, _parts(kernels), _added_us(kernels), strict=True):
+        share = shares.setdefault(part, Share(part))
+        share.us += us / num_steps
+        share.launches += 1 / num_steps
+        if kernel.name not in share.kernels:
+            share.kernels.append(kernel.name)
+    for part, floor in (floor_s or {}).items():
+        if part in shares:
+            shares[part].floor_us = floor * 1e6
+    span = max(kernel.end for kernel in kernels) - kernels[0].start
+    idle = Share("idle", us=span / num_steps - sum(share.us for share in shares.values()))
+    return [*sorted(shares.values(), key=lambda share: -share.us), idle]
+
+
+def _added_us(kernels: list[Kernel]) -> Iterator[float]:
+    """What each kernel adds to the time in which the GPU is busy. `kernels` are sorted by their start."""
+    latest = float("-inf")
+    for kernel in kernels:
+        yield max(0.0, kernel.end - max(kernel.start, latest))
+        latest = max(latest, kernel.end)
+
+
+def _parts(kernels: list[Kernel]) -> list[str]:
+    """The part of the model that each kernel belongs to."""
+    parts = [_kind(kernel.name) for kernel in kernels]
+    others = [index for index, part in enumerate(parts) if part != PRODUCT]
+    for before, after in pairwise([-1, *others, len(parts)]):
+        if after - before > 1:
+            name = _product(parts[before] if before >= 0 else "", parts[after] if after < len(parts) else "")
+            parts[before + 1 : after] = [name] * (after - before - 1)
+    return parts
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind, pattern in KERNELS if re.search(pattern, name)), "other")
+
+
+def _product(before: str, after: str) -> str:
+    """Which matrix product stands between two other kernels."""
+    if before == "attention":
+        return "o"
+    if before == "activation":
+        return "down"
+    return {"rotary and KV write": "qkv", "activation": "gate_up"}.get(after, "logits")
+
+
+def _short_name(name: str) -> str:
+    """A kernel's name without its return type, namespaces, template arguments and parameters."""
+    name = re.sub(r"^void ", "", name)
+    if "ArgMax" in name:
+        return "argmax"
+    return re.sub(r"[<(].*", "", name).split("::")[-1]

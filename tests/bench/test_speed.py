@@ -1,0 +1,181 @@
+"""The speed script's own logic: its table, its floors by hand, its file, and a tiny model through all of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import figures, speed
+from bench.figures import GOALS, Decode, Goal, Prompt, Run
+from bench.floor import H200, Floor
+from bench.speed import ModelBench, Results, Row
+from bench.workloads import random_requests
+from engine.config import EngineConfig
+from engine.model_config import ModelConfig
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+QWEN_06B = LLAMA_8B | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+# By hand, from the parameters (7.505 and 0.596 G), the KV of a token (131,072 and 114,688 B) and the two ceilings.
+FLOORS = {
+    "decode step, batch 1": (3.21, 0.260),
+    "decode step, batch 8": (3.33, 0.367),
+    "decode step, batch 32": (3.72, 0.705),
+    "decode step, batch 64": (4.23, 1.156),
+    "decode step, batch 128": (5.26, 2.06),
+    "decode step, batch 256": (9.23, 4.01),
+    "decode step, batch 64, fp8 KV cache": (3.72, 0.705),
+    "prompt of 512 tokens": (9.6, 0.64),
+    "prompt of 2,048 tokens": (39.1, 3.0),
+    "prompt of 8,192 tokens": (175.4, 20.0),
+    "prompt of 512 tokens again": (3.21, 0.267),
+    "prompt of 2,048 tokens again": (3.26, 0.304),
+    "prompt of 8,192 tokens again": (3.43, 0.454),
+    "512 x (1,024/128)": (13.2, 2.54),
+    "256 x (100-1,024/100-1,024)": (9.8, 3.44),
+    "1,024 x (100-1,024/100-1,024)": (39.0, 14.9),
+    "serving one client: TTFT p50": (9.6, 0.64),
+    "serving one client: TPOT p50": (3.22, 0.268),
+    "serving 320 x (512/128), 64 at a time": (5.78, 0.95),
+    "serving 768 x (512/128), 256 at a time": (10.8, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+@pytest.mark.parametrize("config", [LLAMA_8B, QWEN_06B], ids=["8B", "0.6B"])
+def test_floors_are_the_ones_worked_out_by_hand(tmp_path: Path, name: str, config: dict[str, object]):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    floor = Floor(ModelConfig.from_path(tmp_path), "bfloat16", H200, "fp8" if "fp8" in name else "auto")
+    figure = next(figure for figure in figures.all_figures() if figure.name == name)
+
+    assert figure.floor(floor) == pytest.approx(FLOORS[name][config is QWEN_06B], rel=0.02)
+
+
+def test_every_figure_has_a_floor_or_none_can_be_given():
+    without = {figure.name for figure in figures.all_figures() if figure.floor_s is None}
+
+    assert without | set(FLOORS) == {figure.name for figure in figures.all_figures()}
+    assert not without & set(FLOORS)
+
+
+@pytest.mark.parametrize("model", GOALS)
+def test_every_goal_is_of_a_figure_that_is_measured(model: str):
+    assert set(GOALS[model]) <= {figure.name for figure in figures.all_figures()}
+
+
+def test_a_model_nobody_has_goals_for_is_measured_all_the_same():
+    assert set(figures.goals_of("another")) == {figure.name for figure in figures.all_figures()}
+    assert set(figures.goals_of("another").values()) == {Goal()}
+
+
+def test_rows_of_another_run_stay_and_those_measured_again_take_their_place(tmp_path: Path):
+    path = tmp_path / "new" / "h200-speed.json"
+    first = Results(path, {"gpu": "NVIDIA H200", "git_revision": "old", "date": "then"})
+    for figure, model in (("a", "big"), ("b", "big"), ("a", "small")):
+        first.add(Row(figure, model, "bfloat16", 1.0, "ms"))
+
+    second = Results(path, {"gpu": "NVIDIA H200", "git_revision": "new", "date": "now"})
+    second.add(Row("a", "big", "bfloat16", 2.0, "ms", target=1.5, met=False))
+    second.add(Row("c", "big", "bfloat16", 3.0, "ms"))
+
+    written = json.loads(path.read_text())
+    rows = [(r["figure"], r["model"], r["value"], r["git_revision"]) for r in written["rows"]]
+    assert rows == [
+        ("a", "big", 2.0, "new"),
+        ("b", "big", 1.0, "old"),
+        ("a", "small", 1.0, "old"),
+        ("c", "big", 3.0, "new"),
+    ]
+    assert written["kind"] == "speed"
+    assert written["rows"][0]["met"] is False
+    assert written["environment"]["git_revision"] == "new"
+
+
+@pytest.mark.parametrize(("gpu", "name"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3")])
+def test_the_file_is_called_after_the_gpu(gpu: str, name: str):
+    assert speed.default_output(gpu).name == f"{name}-speed.json"
+
+
+def make_bench(path: Path, output: Path, only: str = "") -> ModelBench:
+    engine = EngineConfig(
+        model=str(path),
+        load_format="dummy",
+        device="cpu",
+        skip_tokenizer_init=True,
+        max_num_seqs=8,
+        kv_cache_memory=1 << 24,
+    )
+    arguments = ["--device", "cpu", "--max-num-seqs", "8", "--kv-cache-memory", "16MiB"]
+    return ModelBench(
+        engine, Results(output, {"gpu": None, "git_revision": "r", "date": "d"}), re.compile(only), None, arguments
+    )
+
+
+def test_a_tiny_model_is_measured_on_an_engine(tiny_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tiny_checkpoint("llama", max_position_embeddings=2048)
+    monkeypatch.setattr(figures, "DECODES", (Decode(4, 24, 6), Decode(2, 16, 3)))
+    monkeypatch.setattr(figures, "PROMPTS", (Prompt(64),))
+    monkeypatch.setattr(
+        figures,
+        "RUNS",
+        (few := Run("few", lambda size: random_requests(5, input_len=20, output_len=4, vocab_size=size, seed=0)),),
+    )
+    bench = make_bench(path, tmp_path / "speed.json", "decode step, batch [24]$|^prompt|few")
+
+    bench.run()
+
+    rows = bench.results.values["rows"]
+    assert [row["figure"] for row in rows] == [
+        "decode step, batch 4",
+        "decode step, batch 2",
+        "prompt of 64 tokens",
+        "prompt of 64 tokens again",
+        few.title,
+    ]
+    assert all(row["value"] > 0 and row["dtype"] == "float32" and row["met"] is None for row in rows)
+    assert rows[3]["value"] < rows[2]["value"]
+
+
+def test_a_tiny_model_is_measured_through_a_server_that_is_started_twice(tiny_checkpoint, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(figures, "SERVINGS", (Serving(2, 1), Serving(6, 3)))
+    path = tiny_checkpoint("llama", max_position_embeddings=2048)
+    bench = make_bench(path, tmp_path / "speed.json", "serving|process start")
+
+    bench.run()
+
+    rows = {row["figure"]: row for row in bench.results.values["rows"]}
+    assert list(rows) == [
+        "process start to first answer, nothing compiled yet",
+        "process start to first answer, again",
+        "serving one client: TTFT p50",
+        "serving one client: TPOT p50",
+        "serving 6 x (512/128), 3 at a time",
+        *(f"serving 6 x (512/128), 3 at a time: {name} p{p}" for name in ("TTFT", "ITL") for p in (50, 99)),
+    ]
+    assert all(row["value"] >= 0 for row in rows.values())
+    assert rows["serving 6 x (512/128), 3 at a time"]["unit"] == "s"
