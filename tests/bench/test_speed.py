@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import figures, speed
-from bench.figures import GOALS, Decode, Goal, Prompt, Run
+from bench.figures import GOALS, Decode, Goal, Prompt, Run, Serving
 from bench.floor import H200, Floor
 from bench.speed import ModelBench, Results, Row
 from bench.workloads import random_requests
