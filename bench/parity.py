@@ -47,8 +47,13 @@ class PromptParity:
     verdict: str  # "equal", "tie" or "error"
 
 
-def compare(ours: list[int], theirs: list[int], logits: "torch.Tensor", dtype: str) -> dict[str, Any]:
-    """The parity of one prompt. `logits` [len(ours), vocab] are transformers', each row after our tokens before it."""
+def compare(
+    ours: list[int], theirs: list[int], logits: "torch.Tensor", dtype: str, max_tie_ulps: float | None = None
+) -> dict[str, Any]:
+    """The parity of one prompt. `logits` [len(ours), vocab] are transformers', each row after our tokens before it.
+
+    max_tie_ulps: in place of what rounding to `dtype` explains.
+    """
     best, _ = logits.max(dim=-1)
     gaps = (best - logits[range(len(ours)), ours]).tolist()
     ulps = [gap / ulp(top, dtype) for gap, top in zip(gaps, best.tolist(), strict=True)]
@@ -58,7 +63,7 @@ def compare(ours: list[int], theirs: list[int], logits: "torch.Tensor", dtype: s
     if first is not None:  # the tokens before it are equal, so this row is what `generate` saw too
         gap = abs(float(logits[first, theirs[first]] - logits[first, ours[first]]))
         difference = gap / ulp(float(best[first]), dtype)
-    limit = MAX_TIE_ULPS[dtype]
+    limit = max_tie_ulps or MAX_TIE_ULPS[dtype]
     is_error = ulps[worst] > limit or (difference is not None and difference > limit)
     return {
         "num_tokens": len(ours),
@@ -145,14 +150,17 @@ def transformers_tokens(
     model: "PreTrainedModel", prompt: list[int], ours: list[int]
 ) -> tuple[list[int], "torch.Tensor"]:
     """What `generate` says to the prompt, and the logits of one pass over the prompt and our tokens."""
-    import torch
-
     from bench.baseline import generate
 
-    theirs = generate(model, [prompt], len(ours))[0].tolist()
+    return generate(model, [prompt], len(ours))[0].tolist(), transformers_logits(model, prompt, ours)
+
+
+def transformers_logits(model: "PreTrainedModel", prompt: list[int], ours: list[int]) -> "torch.Tensor":
+    """The logits after the prompt and after each of our tokens but the last, in one pass.   [len(ours), vocab]"""
+    import torch
+
     input_ids = torch.tensor([prompt + ours[:-1]], device=model.device)
-    logits = model(input_ids).logits[0, len(prompt) - 1 :].float().cpu()
-    return theirs, logits
+    return model(input_ids).logits[0, len(prompt) - 1 :].float().cpu()
 
 
 def main(arguments: list[str]) -> int:

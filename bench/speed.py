@@ -10,6 +10,7 @@ Exit codes: 0 measured, 3 a token was wrong (nothing is measured then), 1 it cou
 
 import argparse
 import gc
+import importlib.util
 import json
 import re
 import statistics
@@ -45,6 +46,7 @@ TRACED = Decode(64)
 TRACED_STEPS = 20
 WARM_UP_TOKENS = 8
 FIRST_REQUEST = (64, 8)  # tokens in and out of the request whose answer ends a start
+EXIT_WRONG = 3
 RESULTS = Path(__file__).resolve().parent / "results"
 # What is measured in one engine: the figures, and their values in the figures' units.
 Measurement = tuple[tuple[Figure, ...], Callable[["EngineCore"], list[float]]]
@@ -85,7 +87,8 @@ class Results:
         row = replace(row, git_revision=env["git_revision"], date=env["date"])
         place = next((i for i, r in enumerate(rows) if (r["figure"], r["model"]) == (row.figure, row.model)), len(rows))
         rows[place : place + 1] = [asdict(row)]
-        print(f"{row.model}: {row.figure}: {format_figure(row.value)} {row.unit}", flush=True)
+        note = f" ({row.note})" if row.note else ""
+        print(f"{row.model}: {row.figure}: {format_figure(row.value)} {row.unit}{note}", flush=True)
         self._write()
 
     def add_time(self, model: str, shares: list[trace.Share]) -> None:
@@ -280,6 +283,27 @@ def time_table(shares: list[trace.Share]) -> str:
     return markdown_table(columns, [*rows, [*total, round(sum(share.launches for share in shares)), ""]])
 
 
+def check_tokens(engine: EngineConfig, results: Results) -> bool:
+    """Add a row for every mode of the engine; are all tokens right? Raises UserError where that cannot be told."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("the tokens cannot be checked without transformers: install it, or use --no-parity")
+    import torch
+
+    from bench.modes import check_modes
+    from engine.hub import resolve_model
+
+    path = resolve_model(engine.model)
+    is_right = True
+    for mode in check_modes(engine):
+        met = mode.num_wrong == 0
+        is_right = is_right and met
+        unit = f"wrong of {mode.num_answers}"
+        results.add(Row(mode.mode, path.stem, "bfloat16", mode.num_wrong, unit, target=0.0, met=met, note=mode.note))
+    gc.collect()
+    torch.cuda.empty_cache()
+    return is_right
+
+
 def default_output(gpu: str) -> Path:
     """h200-speed.json for an NVIDIA H200."""
     words = re.findall(r"[a-z0-9]+", gpu.lower())
@@ -290,6 +314,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folder with config.json and tokenizer")
     parser.add_argument("--only", default="", metavar="PATTERN", help="only figures whose name holds this pattern")
+    parser.add_argument("--no-parity", action="store_true", help="leave out the check of the tokens")
     parser.add_argument("--output", type=Path, help="default: bench/results/GPU-speed.json")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the last model's trace: .json or .json.gz")
     options = parser.parse_args(arguments)
@@ -298,6 +323,9 @@ def main(arguments: list[str]) -> int:
         if env["gpu"] is None:
             raise UserError("speed is measured on a GPU, and nvidia-smi sees none here")
         results = Results(options.output or default_output(env["gpu"]), env)
+        if not options.no_parity and not check_tokens(EngineConfig(dtype="bfloat16"), results):
+            print(f"bench.speed: tokens are wrong, nothing is measured: see {results.path}", file=sys.stderr)
+            return EXIT_WRONG
         for path in options.models:
             if not (path / "config.json").is_file():
                 raise UserError(f"{path} is no model folder: it has no config.json")

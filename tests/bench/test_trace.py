@@ -1,0 +1,70 @@
+"""Idle shares and where the time goes, from traces made by hand."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.trace import Kernel, idle_share, read_kernels, where_the_time_goes
+
+NORM, QKV, ROTATE, ATTENTION = "add_rms_norm", "nvjet_tst_64x8", "rotate_and_store", "decode"
+GATE, ARGMAX = "gated_silu", "argmax"
+
+
+def one_after_the_other(*names: str, us: float = 2.0) -> list[Kernel]:
+    return [Kernel(name, i * us, (i + 1) * us) for i, name in enumerate(names)]
+
+
+def test_gaps_are_idle():
+    assert idle_share([Kernel("a", 0, 4), Kernel("b", 5, 8), Kernel("c", 8, 10)]) == pytest.approx(0.1)
+
+
+def test_time_in_which_two_kernels_run_counts_once():
+    kernels = [Kernel("long", 0, 10), Kernel("inside", 2, 5), Kernel("after its start", 8, 12), Kernel("late", 16, 20)]
+
+    assert idle_share(kernels) == pytest.approx(0.2)
+
+
+def test_a_kernel_takes_what_it_adds_and_all_adds_up():
+    kernels = [Kernel("rms_norm", 0, 10), Kernel("gated_silu", 4, 16), Kernel("argmax", 20, 22)]
+
+    shares = {share.part: share for share in where_the_time_goes(kernels, num_steps=2)}
+
+    assert {part: share.us for part, share in shares.items()} == {
+        "norm": 5,
+        "activation": 3,
+        "sampling": 1,
+        "idle": 2,
+    }
+    assert shares["norm"].launches == 0.5
+
+
+def test_matrix_products_are_told_apart_by_their_neighbours():
+    layer = [NORM, "few_rows_8", ROTATE, ATTENTION, "gemm_64", NORM, "gemm_64", "splitKreduce_kernel", GATE, "gemm_64"]
+    step = ["embedding", *layer, *layer, NORM, "gemm_64", ARGMAX]
+    floors = {"qkv": 1e-6, "attention": 2e-6, "unknown": 9.0}
+
+    shares = {share.part: share for share in where_the_time_goes(one_after_the_other(*step * 2), 2, floors)}
+
+    launches = {part: share.launches for part, share in shares.items()}
+    assert launches == {
+        "qkv": 2, "o": 2, "gate_up": 4, "down": 2, "logits": 1, "norm": 5, "rotary and KV write": 2, "attention": 2,
+        "activation": 2, "sampling": 1, "other": 1, "idle": 0,
+    }  # fmt: skip
+    assert shares["gate_up"].kernels == ["gemm_64", "splitKreduce_kernel"]
+    assert (shares["qkv"].floor_us, shares["attention"].floor_us, shares["o"].floor_us) == (1.0, 2.0, None)
+
+
+def test_kernels_come_out_of_a_chrome_trace_in_their_order(tmp_path: Path):
+    events = [
+        {"cat": "kernel", "name": "void at::native::reduce_kernel<512, 1, ArgMaxOps<float>>(int)", "ts": 30, "dur": 5},
+        {"cat": "kernel", "name": "void cublasLt::splitKreduce_kernel<32, 16>(float*)", "ts": 10, "dur": 2.5},
+        {"cat": "gpu_memcpy", "name": "Memcpy HtoD", "ts": 0, "dur": 1},
+        {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 1, "dur": 3},
+        {"ph": "M", "name": "process_name"},
+    ]
+    path = tmp_path / "trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+
+    assert read_kernels(path) == [Kernel("splitKreduce_kernel", 10.0, 12.5), Kernel("argmax", 30.0, 35.0)]
