@@ -124,6 +124,50 @@ def test_the_readme_gets_its_table_between_the_markers_and_a_second_time_nothing
     assert "late" not in once
 
 
+def speed_row(
+    figure: str, value: float, target: float | None, met: bool | None, model: str = "big"
+) -> dict[str, object]:
+    row = {
+        "figure": figure,
+        "model": model,
+        "dtype": "bfloat16",
+        "value": value,
+        "unit": "ms",
+        "floor": 3.2,
+        "peer": 4.85,
+    }
+    return row | {"target": target, "met": met, "git_revision": "0123456789abc"}
+
+
+def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed(tmp_path: Path):
+    rows = [speed_row("a", 3.5, 3.6, True), speed_row("b", 3.71, 3.6, False), speed_row("c", 9.0, None, None, "small")]
+    env = {"gpu": "NVIDIA H200", "driver": "580", "torch": "2.11.0", "command": "python -m bench.speed big small"}
+    (tmp_path / "h200-speed.json").write_text(json.dumps({"kind": "speed", "environment": env, "rows": rows}))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n# Speed\n{report.SPEED_BEGIN}\nold\n{report.SPEED_END}\nEnd\n")
+
+    assert report.update_readme(tmp_path, readme)
+    once = readme.read_text()
+    assert not report.update_readme(tmp_path, readme)
+
+    assert "| big, bfloat16 | measured | unit | floor | vLLM 0.26 | target |  |" in once
+    assert "| a | 3.50 | ms | 3.20 | 4.85 | 3.60 | met |" in once
+    assert "| b | 3.71 | ms | 3.20 | 4.85 | 3.60 | **missed** |" in once
+    assert "| c | 9.00 | ms | 3.20 | 4.85 | - |  |" in once
+    assert once.index("| big, bfloat16") < once.index("| b |") < once.index("| small, bfloat16")
+    assert "NVIDIA H200, driver 580, torch 2.11.0; revision 012345678:" in once
+    assert "old" not in once
+    assert once.endswith(f"{report.SPEED_END}\nEnd\n")
+
+
+def test_the_readme_of_this_repository_says_what_its_results_say(tmp_path: Path):
+    root = Path(report.__file__).resolve().parents[1]
+    readme = tmp_path / "README.md"
+    readme.write_text((root / "README.md").read_text(encoding="utf-8"))
+
+    assert not report.update_readme(root / "bench" / "results", readme)
+
+
 def test_a_readme_without_markers_is_left_alone(tmp_path: Path):
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n")

@@ -69,8 +69,10 @@ def test_each_step_tells_prompt_tokens_from_decoded_ones_chunked_or_not(tiny_che
 
     steps = measure(core, requests)
 
-    # 32 tokens go to the first prompt and 12 of the second; then chunks of 8 beside the decodes, and decodes alone.
-    assert [step.num_prompt_tokens for step in steps][:5] == [32, 8, 8, 8, 4]
+    # 32 tokens go to the first prompt and 12 of the second; the rest in steps of 8 tokens, decodes among them.
+    prompt_tokens = [step.num_prompt_tokens for step in steps]
+    assert prompt_tokens[:3] == [32, 7, 7]
+    assert max(prompt_tokens[1:]) == 7
     assert sum(step.num_prompt_tokens for step in steps) == 60
     assert sum(step.num_output_tokens for step in steps) == 15
     full = decode_steps(steps, 3)
