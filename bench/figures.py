@@ -1,12 +1,12 @@
 """What speed is judged by: the workloads, the floor of each figure, the peer's value and our target.
 
-Every figure is a time or a share of which less is better. Workloads are whole or not run: nothing here is shortened.
+Every figure is a time or a share, and less is better. Workloads are whole or not run: nothing here is shortened.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.floor import Floor
+from bench.floor import H200, Floor, find_ceilings
 from bench.workloads import BenchRequest, random_requests, uniform_requests
 
 
@@ -198,6 +198,42 @@ GOALS: dict[str, dict[str, Goal]] = {
 }
 
 
+@dataclass(frozen=True)
+class Roofline:
+    """A case of bench/kernels.py that is to reach a share of a rate: of the peer's, or else of the ceiling."""
+
+    op: str
+    shape: str
+    share: float
+    counts: str  # what the rates are of: "bytes" or "flops", a second
+    floor_rate: float  # the measured ceiling
+    peer_rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.shape}"
+
+    def floor_us(self, work: float) -> float:
+        """`work`: the case's bytes or FLOPs."""
+        return work / self.floor_rate * 1e6
+
+    def goal(self, work: float) -> Goal:
+        peer = work / self.peer_rate * 1e6 if self.peer_rate else None
+        return Goal(peer, (peer or self.floor_us(work)) / self.share)
+
+
+# Copies of 8 GB on an H200, read and written, and FlashAttention-3's forward pass at this length there.
+COPY_BYTES_PER_S, FLASH_ATTENTION_FLOPS_PER_S = 4.27e12, 600e12
+ROOFLINES = (
+    Roofline("decode", "Llama-3.1-8B 64 x 1 of 4096", 0.85, "bytes", H200.bytes_per_s),
+    Roofline("prefill", "Llama-3.1-8B 1 x 8192 of 8192", 0.9, "flops", H200.flops_per_s, FLASH_ATTENTION_FLOPS_PER_S),
+    Roofline("rms_norm", "Llama-3.1-8B 8192 x 4096", 0.85, "bytes", COPY_BYTES_PER_S),
+    Roofline("add_rms_norm", "Llama-3.1-8B 8192 x 4096", 0.85, "bytes", COPY_BYTES_PER_S),
+    Roofline("gated_activation", "Llama-3.1-8B 8192 x 14336", 0.85, "bytes", COPY_BYTES_PER_S),
+    Roofline("rotate_and_store", "Llama-3.1-8B 8192 x 48 x 128", 0.85, "bytes", COPY_BYTES_PER_S),
+)
+
+
 def all_figures() -> list[Figure]:
     """Every figure there is, in the order of the table."""
     prompts = [figure for prompt in PROMPTS for figure in (prompt.first, prompt.again)]
@@ -214,9 +250,10 @@ def all_figures() -> list[Figure]:
     ]
 
 
-def goals_of(model: str) -> dict[str, Goal]:
-    """What is measured of a model; of one that is not in the table, everything, with nothing to compare it with."""
-    return GOALS.get(model) or {figure.name: Goal() for figure in all_figures()}
+def goals_of(model: str, gpu: str | None) -> dict[str, Goal]:
+    """What is measured of a model: what its table names, or everything. Only on the table's GPU can it be compared."""
+    goals = GOALS.get(model) or {figure.name: Goal() for figure in all_figures()}
+    return goals if find_ceilings(gpu) is H200 else dict.fromkeys(goals, Goal())
 
 
 def _lengths(requests: list[BenchRequest]) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from bench import figures, serving, throughput, trace
 from bench.client import LoadClient
 from bench.environment import environment
 from bench.figures import Decode, Figure, Goal, Prompt, Run, Serving
-from bench.floor import Floor, find_ceilings
+from bench.floor import H200, Floor, find_ceilings
 from bench.report import format_figure, markdown_table, speed_table
 from bench.run import run_async
 from bench.server import running_server
@@ -117,8 +117,12 @@ class ModelBench:
 
     @property
     def goals(self) -> dict[str, Goal]:
-        """What is measured: all of the model's figures that --only names."""
-        return {name: goal for name, goal in figures.goals_of(self.name).items() if self.only.search(name)}
+        """What is measured: all of the model's figures that --only names, and what they are told by."""
+        goals = figures.goals_of(self.name, self.results.values["environment"]["gpu"])
+        names = {name for name in goals if self.only.search(name)}
+        if figures.INVARIANT_COST.name in names:
+            names.add(figures.MIXED.title)
+        return {name: goal for name, goal in goals.items() if name in names}
 
     def run(self) -> None:
         """Measure, and add a row for every figure."""
@@ -143,7 +147,13 @@ class ModelBench:
 
         from engine.core import EngineCore
 
-        core = EngineCore(replace(self.engine, **flags))
+        try:
+            core = EngineCore(replace(self.engine, **flags))
+        except UserError as error:
+            if not flags:
+                raise
+            print(f"{self.name}: left out: {', '.join(figure.name for own, _ in wanted for figure in own)}: {error}")
+            return
         floor = self._floor(core.ready.dtype, flags.get("kv_cache_dtype", "auto"))
         for own_figures, measure in wanted:
             for figure, value in zip(own_figures, measure(core), strict=True):
@@ -304,6 +314,27 @@ def check_tokens(engine: EngineConfig, results: Results) -> bool:
     return is_right
 
 
+def measure_kernels(results: Results, only: re.Pattern[str]) -> None:
+    """Add a row for each kernel that is to reach a share of what the GPU can do, and that --only names."""
+    wanted = {(roofline.op, roofline.shape): roofline for roofline in figures.ROOFLINES if only.search(roofline.name)}
+    if not wanted:
+        return
+    import torch
+
+    from bench import kernels
+
+    is_known = find_ceilings(results.values["environment"]["gpu"]) is not None
+    for case in kernels.cases():
+        if roofline := wanted.get((case.op, case.shape)):
+            us = kernels.measure(case, kernels.Ceilings(figures.COPY_BYTES_PER_S, H200.flops_per_s)).us
+            work = getattr(case, roofline.counts)
+            goal = roofline.goal(work) if is_known else Goal()
+            met = us <= goal.target if goal.target else None
+            floor = roofline.floor_us(work) if is_known else None
+            results.add(Row(roofline.name, "kernels", "bfloat16", us, "us", floor, goal.peer, goal.target, met))
+            torch.cuda.empty_cache()
+
+
 def default_output(gpu: str) -> Path:
     """h200-speed.json for an NVIDIA H200."""
     words = re.findall(r"[a-z0-9]+", gpu.lower())
@@ -326,6 +357,7 @@ def main(arguments: list[str]) -> int:
         if not options.no_parity and not check_tokens(EngineConfig(dtype="bfloat16"), results):
             print(f"bench.speed: tokens are wrong, nothing is measured: see {results.path}", file=sys.stderr)
             return EXIT_WRONG
+        measure_kernels(results, re.compile(options.only))
         for path in options.models:
             if not (path / "config.json").is_file():
                 raise UserError(f"{path} is no model folder: it has no config.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import figures, speed
+from bench import figures, kernels, speed
 from bench.figures import GOALS, Decode, Goal, Prompt, Run, Serving
 from bench.floor import H200, Floor
 from bench.speed import ModelBench, Results, Row
@@ -88,9 +88,34 @@ def test_every_goal_is_of_a_figure_that_is_measured(model: str):
     assert set(GOALS[model]) <= {figure.name for figure in figures.all_figures()}
 
 
+def test_every_roofline_is_a_case_of_the_kernel_timings_with_its_target_by_hand():
+    cases = {(case.op, case.shape): case for case in kernels.cases()}
+    targets = {}
+    for roofline in figures.ROOFLINES:
+        work = getattr(cases[roofline.op, roofline.shape], roofline.counts)
+        targets[roofline.op] = roofline.floor_us(work), roofline.goal(work).target
+
+    # 64 x 4,096 tokens of 8 heads of 128 numbers, keys and values, at 4.69 TB/s, and 85 % of that.
+    assert targets["decode"] == pytest.approx((229.0, 269.4), rel=0.01)
+    # 4 x 4,096 x 8,192 ** 2 / 2 FLOPs at 752 TFLOP/s, and at 540.
+    assert targets["prefill"] == pytest.approx((731.0, 1018.0), rel=0.01)
+    # 4 x 8,192 x 4,096 numbers of 2 bytes at 4.27 TB/s.
+    assert targets["add_rms_norm"] == pytest.approx((62.9, 74.0), rel=0.01)
+
+
 def test_a_model_nobody_has_goals_for_is_measured_all_the_same():
-    assert set(figures.goals_of("another")) == {figure.name for figure in figures.all_figures()}
-    assert set(figures.goals_of("another").values()) == {Goal()}
+    goals = figures.goals_of("another", "NVIDIA H200")
+
+    assert set(goals) == {figure.name for figure in figures.all_figures()}
+    assert set(goals.values()) == {Goal()}
+
+
+def test_another_gpu_is_not_compared_with_figures_of_an_h200():
+    goals = figures.goals_of("llama-3.1-8b", "NVIDIA H100 80GB HBM3")
+
+    assert set(goals) == set(GOALS["llama-3.1-8b"])
+    assert set(goals.values()) == {Goal()}
+    assert figures.goals_of("llama-3.1-8b", "NVIDIA H200") == GOALS["llama-3.1-8b"]
 
 
 def test_rows_of_another_run_stay_and_those_measured_again_take_their_place(tmp_path: Path):
