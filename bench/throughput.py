@@ -65,10 +65,10 @@ def measure(
             num_steps = stats.num_steps
         if len(launched) == len(core.scheduler.in_flight):
             continue  # launched, and nothing waited for
-        # A decode is one token in and one out; whatever else a step computed was of prompts.
-        num_decoded = sum(len(output.token_ids) for output in outputs if output.request_id in started)
-        num_new = sum(len(output.token_ids) for output in outputs)
-        started.update(output.request_id for output in outputs)
+        num_decoded = num_new = sum(len(output.token_ids) for output in outputs)
+        if len(started) < len(requests):  # a decode is one token in and one out; whatever else was computed is prompts
+            num_decoded = sum(len(output.token_ids) for output in outputs if output.request_id in started)
+            started.update(output.request_id for output in outputs)
         # From the end of the step before, whatever we did in between: a GPU works on meanwhile.
         seconds, before = now - before, now
         num_prompt_tokens = launched.popleft() - num_decoded
