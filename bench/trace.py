@@ -25,8 +25,8 @@ KERNELS = (
     ("norm", r"rms_norm"),
     ("rotary and KV write", r"rotate"),
     ("activation", r"gated_(silu|gelu)"),
-    ("sampling", r"argmax|ArgMax|sample|gumbel|draw"),
-    (PRODUCT, r"gemm|nvjet|cutlass|few_rows|[sS]plitK|gemv"),
+    ("sampling", r"argmax|take_best|sample|gumbel|logprobs"),
+    (PRODUCT, r"few_rows|many_rows|nvjet|gemm|gemv|cutlass|splitK"),
 )
 
 
@@ -118,9 +118,8 @@ def _parts(kernels: list[Kernel]) -> list[str]:
     parts = [_kind(kernel.name) for kernel in kernels]
     others = [index for index, part in enumerate(parts) if part != PRODUCT]
     for before, after in pairwise([-1, *others, len(parts)]):
-        if after - before > 1:
-            name = _product(parts[before] if before >= 0 else "", parts[after] if after < len(parts) else "")
-            parts[before + 1 : after] = [name] * (after - before - 1)
+        neighbours = parts[before] if before >= 0 else "", parts[after] if after < len(parts) else ""
+        parts[before + 1 : after] = _products(*neighbours, after - before - 1)
     return parts
 
 
@@ -128,13 +127,15 @@ def _kind(name: str) -> str:
     return next((kind for kind, pattern in KERNELS if re.search(pattern, name)), "other")
 
 
-def _product(before: str, after: str) -> str:
-    """Which matrix product stands between two other kernels."""
+def _products(before: str, after: str, num: int) -> list[str]:
+    """Which matrix products the `num` kernels between two others are; a product may be several kernels."""
     if before == "attention":
-        return "o"
+        return ["o"] * num
     if before == "activation":
-        return "down"
-    return {"rotary and KV write": "qkv", "activation": "gate_up"}.get(after, "logits")
+        return ["down"] * num
+    if before == after == "norm":  # the activation is part of the first
+        return ["gate_up", *["down"] * (num - 1)][:num]
+    return [{"rotary and KV write": "qkv", "activation": "gate_up"}.get(after, "logits")] * num
 
 
 def _short_name(name: str) -> str:

@@ -56,6 +56,26 @@ def test_matrix_products_are_told_apart_by_their_neighbours():
     assert (shares["qkv"].floor_us, shares["attention"].floor_us, shares["o"].floor_us) == (1.0, 2.0, None)
 
 
+def test_an_activation_inside_its_product_leaves_the_mlps_two_products_apart():
+    layer = [
+        NORM,
+        "many_rows_2x1",
+        ROTATE,
+        ATTENTION,
+        "few_rows_4",
+        NORM,
+        "many_rows_2x2",
+        "many_rows_1x2",
+        "many_rows_1x2",
+    ]
+    kernels = one_after_the_other(*layer, *layer, NORM, "few_rows_8", "take_best")
+
+    launches = {share.part: share.launches for share in where_the_time_goes(kernels, 1)}
+
+    assert (launches["gate_up"], launches["down"], launches["logits"], launches["sampling"]) == (2, 4, 1, 1)
+    assert "activation" not in launches
+
+
 def test_kernels_come_out_of_a_chrome_trace_in_their_order(tmp_path: Path):
     events = [
         {"cat": "kernel", "name": "void at::native::reduce_kernel<512, 1, ArgMaxOps<float>>(int)", "ts": 30, "dur": 5},
