@@ -197,13 +197,13 @@ class ModelBench:
             params = SamplingParams(temperature=0.0, max_tokens=request.output_len, ignore_eos=True, detokenize=False)
             assert isinstance(request.prompt, list)
             core.add(AddRequest(f"traced-{index}", request.prompt, params))
-        kernels = trace.record(core, TRACED_STEPS, self.trace_path)
+        kernels, num_steps = trace.whole_steps(trace.record(core, TRACED_STEPS + 1, self.trace_path))
         while core.has_work:
             core.step()
         floor = self._floor(core.ready.dtype)
         # The first steps are traced, so the contexts are little more than the prompts.
         parts = floor.decode_parts_s(TRACED.batch, TRACED.input_len + TRACED_STEPS) if floor else {}
-        shares = trace.where_the_time_goes(kernels, TRACED_STEPS, parts)
+        shares = trace.where_the_time_goes(kernels, num_steps, parts)
         self.results.add_time(self.name, shares)
         print(time_table(shares), flush=True)
         return [100 * trace.idle_share(kernels)]

@@ -51,7 +51,7 @@ class Share:
 
 
 def record(core: EngineCore, num_steps: int, path: Path | None) -> list[Kernel]:
-    """The kernels of `num_steps` steps of requests that decode. The trace is kept at `path` (.json or .json.gz)."""
+    """The kernels of about `num_steps` steps of requests that decode. The trace is kept at `path` (.json, .json.gz)."""
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -59,7 +59,7 @@ def record(core: EngineCore, num_steps: int, path: Path | None) -> list[Kernel]:
         core.step()
     # Activities of the CPU are left out: noting them down would slow the host, which is part of what is looked at.
     plan = schedule(wait=0, warmup=TRACED_WARM_UP_STEPS, active=num_steps, repeat=1)
-    with profile(activities=[ProfilerActivity.CUDA], schedule=plan) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], schedule=plan, acc_events=True) as profiler:
         for _ in range(TRACED_WARM_UP_STEPS + num_steps):
             core.step()
             profiler.step()
@@ -82,10 +82,20 @@ def read_kernels(path: Path) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: kernel.start)
 
 
+def whole_steps(kernels: list[Kernel]) -> tuple[list[Kernel], int]:
+    """The kernels from the end of one step to the end of another, and how many steps they are.
+
+    A trace begins and ends inside of steps, and each step ends with the kernel that draws the tokens.
+    """
+    draws = [index for index, kernel in enumerate(kernels) if _kind(kernel.name) == "sampling"]
+    ends = [index for index in draws if kernels[index].name == kernels[draws[0]].name]
+    assert len(ends) > 1, f"no whole step among {len(kernels)} kernels"
+    return kernels[ends[0] + 1 : ends[-1] + 1], len(ends) - 1
+
+
 def idle_share(kernels: list[Kernel]) -> float:
     """The share of the time from the first kernel's start to the last one's end in which none ran."""
-    span = max(kernel.end for kernel in kernels) - kernels[0].start
-    return 1 - sum(_added_us(kernels)) / span
+    return 1 - sum(_added_us(kernels)) / _span_us(kernels)
 
 
 def where_the_time_goes(kernels: list[Kernel], num_steps: int, floor_s: dict[str, float] | None = None) -> list[Share]:
@@ -100,9 +110,12 @@ def where_the_time_goes(kernels: list[Kernel], num_steps: int, floor_s: dict[str
     for part, floor in (floor_s or {}).items():
         if part in shares:
             shares[part].floor_us = floor * 1e6
-    span = max(kernel.end for kernel in kernels) - kernels[0].start
-    idle = Share("idle", us=span / num_steps - sum(share.us for share in shares.values()))
+    idle = Share("idle", us=_span_us(kernels) / num_steps - sum(share.us for share in shares.values()))
     return [*sorted(shares.values(), key=lambda share: -share.us), idle]
+
+
+def _span_us(kernels: list[Kernel]) -> float:
+    return max(kernel.end for kernel in kernels) - kernels[0].start
 
 
 def _added_us(kernels: list[Kernel]) -> Iterator[float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.trace import Kernel, idle_share, read_kernels, where_the_time_goes
+from bench.trace import Kernel, idle_share, read_kernels, where_the_time_goes, whole_steps
 
 NORM, QKV, ROTATE, ATTENTION = "add_rms_norm", "nvjet_tst_64x8", "rotate_and_store", "decode"
 GATE, ARGMAX = "gated_silu", "argmax"
@@ -74,6 +74,15 @@ def test_an_activation_inside_its_product_leaves_the_mlps_two_products_apart():
 
     assert (launches["gate_up"], launches["down"], launches["logits"], launches["sampling"]) == (2, 4, 1, 1)
     assert "activation" not in launches
+
+
+def test_a_trace_is_cut_to_whole_steps():
+    kernels = one_after_the_other("gemm", ARGMAX, NORM, "gemm", ARGMAX, NORM, "gemm", ARGMAX, NORM)
+
+    cut, num_steps = whole_steps(kernels)
+
+    assert num_steps == 2
+    assert cut == kernels[2:8]
 
 
 def test_kernels_come_out_of_a_chrome_trace_in_their_order(tmp_path: Path):
