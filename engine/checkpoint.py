@@ -1,27 +1,32 @@
 """Where weights come from. Layers pull: each asks by name for the slice it owns, and it is copied straight into place.
 
-Three sources (safetensors, GGUF, random numbers) behind one face. At no time does more than one tensor exist beside
-the model itself.
+Three sources (safetensors, GGUF, random numbers) behind one face. What is asked for comes later, from many threads at
+once, and is there when the checkpoint is closed. No whole tensor exists beside the model itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import UserError
 from engine.parallel.groups import Group
+from engine.safetensors import SafetensorsFolder
 
 OnProgress = Callable[[int, int], None]  # bytes read so far, bytes in all
 Index = tuple[slice, ...]  # one slice a dimension
+Job = Callable[[], int]  # reads some of a tensor into its place; the bytes read
+
+MAX_THREADS = 8
 
 
 class Checkpoint(Protocol):
@@ -38,24 +43,31 @@ class Checkpoint(Protocol):
         dim: int | None = None,
         group: Group | None = None,
         fused: tuple[int, int] | None = None,
+        plus: float = 0.0,
     ) -> None:
-        """Fill `into` with a tensor, or with this rank's share of its dimension `dim`.
+        """Have `into` (contiguous) filled with a tensor, or with this rank's share of its dimension `dim`.
 
         fused: (first row, rows in all) where what is meant are some rows of a tensor that holds several, as the q of a
-        qkv. Raises UserError if the tensor is missing or of another shape than the config says.
+        qkv. plus: added to every number. Raises UserError if the tensor is missing or of another shape than the config
+        says.
         """
 
 
+@contextlib.contextmanager
 def open_checkpoint(
     path: Path,
     load_format: str = "auto",
     seed: int = 0,
     on_progress: OnProgress | None = None,
-) -> Checkpoint:
-    """The weights of a model folder or GGUF file; load_format "dummy": random ones. Raises UserError."""
+) -> Iterator[Checkpoint]:
+    """The weights of a model folder or GGUF file; load_format "dummy": random ones. Raises UserError.
+
+    `with open_checkpoint(path) as ckpt: model.load(ckpt)`: at the end of the block the model has its weights.
+    """
     path = Path(path)
     if load_format == "dummy":
-        return DummyCheckpoint(seed)
+        yield DummyCheckpoint(seed)
+        return
     source: Source
     if path.suffix == ".gguf":
         from engine.gguf import GGUFFile
@@ -63,15 +75,17 @@ def open_checkpoint(
         source = GGUFFile(path)
     else:
         source = SafetensorsFolder(path)
-    num_read = 0
-
-    def on_bytes(num_bytes: int) -> None:
-        nonlocal num_read
-        num_read += num_bytes
-        if on_progress is not None:
-            on_progress(num_read, source.num_bytes)
-
-    return StoredCheckpoint(source, on_bytes)
+    reads = Reads()
+    try:
+        yield StoredCheckpoint(source, reads)
+        num_read = 0
+        for num_bytes in reads.results():
+            num_read += num_bytes
+            if on_progress is not None:
+                on_progress(num_read, source.num_bytes)
+    finally:
+        reads.close()
+        source.close()
 
 
 class Source(Protocol):
@@ -83,8 +97,30 @@ class Source(Protocol):
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The whole tensor's shape, None if there is no such tensor."""
 
-    def read(self, name: str, index: Index, into: Tensor) -> int:
-        """Copies a part into place, converting its type. Returns the bytes read."""
+    def jobs(self, name: str, index: Index, into: Tensor, plus: float) -> Iterable[Job]:
+        """What together copies a part of a tensor into place, converts its type and adds `plus`, in any order."""
+
+    def close(self) -> None:
+        """Returns when all that jobs have begun has ended."""
+
+
+class Reads:
+    """Jobs at work in threads. Reading gives up the interpreter's lock, so they do run beside each other."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="reading")
+        self._futures: list[Future[int]] = []
+
+    def submit(self, jobs: Iterable[Job]) -> None:
+        self._futures += [self._pool.submit(job) for job in jobs]
+
+    def results(self) -> Iterator[int]:
+        """What each job returned, on the caller's thread. The first error of one is raised."""
+        for future in self._futures:
+            yield future.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -92,7 +128,7 @@ class StoredCheckpoint:
     """Weights in files."""
 
     source: Source
-    on_bytes: Callable[[int], None]
+    reads: Reads
     prefix: str = ""
 
     def scope(self, name: str) -> StoredCheckpoint:
@@ -108,6 +144,7 @@ class StoredCheckpoint:
         dim: int | None = None,
         group: Group | None = None,
         fused: tuple[int, int] | None = None,
+        plus: float = 0.0,
     ) -> None:
         name, group = self.prefix + name, group or Group()
         whole = _whole_shape(into, dim, group)
@@ -127,7 +164,7 @@ class StoredCheckpoint:
         if dim is not None:
             start, share = index[dim].start, group.shard(index[dim].stop - index[dim].start)
             index[dim] = slice(start + share.start, start + share.stop)
-        self.on_bytes(self.source.read(name, tuple(index), into))
+        self.reads.submit(self.source.jobs(name, tuple(index), into, plus))
 
 
 @dataclass(frozen=True)
@@ -150,10 +187,11 @@ class DummyCheckpoint:
         dim: int | None = None,
         group: Group | None = None,
         fused: tuple[int, int] | None = None,
+        plus: float = 0.0,
     ) -> None:
         group = group or Group()
         if "norm" in self.prefix + name:
-            into.fill_(1)
+            into.fill_(1 + plus)
             return
         digest = hashlib.sha256(f"{self.seed}/{self.prefix}{name}/{fused}".encode()).digest()
         generator = torch.Generator(into.device).manual_seed(int.from_bytes(digest[:6], "little"))
@@ -167,60 +205,3 @@ class DummyCheckpoint:
 
 def _whole_shape(into: Tensor, dim: int | None, group: Group) -> list[int]:
     return [length * group.size if i == dim else length for i, length in enumerate(into.shape)]
-
-
-class SafetensorsFolder:
-    """The *.safetensors of a folder: one file, or several with an index."""
-
-    DTYPES = ("F64", "F32", "F16", "BF16")
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.num_bytes = 0
-        self.files: dict[str, Any] = {}  # tensor name: the open file that holds it
-        for file in _safetensors_files(path):
-            self._open(file)
-
-    def _open(self, file: Path) -> None:
-        try:
-            opened = safe_open(file, framework="pt")
-        except (OSError, SafetensorError) as error:
-            with file.open("rb") as head:
-                if head.read(20).startswith(b"version https://git-"):
-                    raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`") from error
-            raise UserError(f"{file} is corrupt or cut short ({error}): download it again") from error
-        self.files |= dict.fromkeys(opened.keys(), opened)
-        self.num_bytes += file.stat().st_size
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        return tuple(self.files[name].get_slice(name).get_shape()) if name in self.files else None
-
-    def read(self, name: str, index: Index, into: Tensor) -> int:
-        stored = self.files[name].get_slice(name)
-        if stored.get_dtype() not in self.DTYPES:
-            raise UserError(
-                f"{self.path}: tensor {name} is stored as {stored.get_dtype()}, supported are {self.DTYPES}"
-            )
-        part = stored[index]
-        into.copy_(part)
-        return part.nbytes
-
-
-def _safetensors_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not a safetensors index ({error}): download it again") from error
-        if missing := [name for name in names if not (path / name).is_file()]:
-            raise UserError(f"{path} lacks {', '.join(missing)}, named in {index.name}: download them")
-        return [path / name for name in names]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if files := sorted(path.glob("*.safetensors")):
-        return files
-    hint = "add --load-format dummy to run with random weights"
-    if list(path.glob("*.bin")) or list(path.glob("*.pt*")):
-        hint = "its pickled weights are not read; convert them to safetensors, or " + hint
-    raise UserError(f"{path} holds no weights (*.safetensors): {hint}")

@@ -8,8 +8,9 @@ Llama, and the 1 added to Gemma's norms.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,23 +106,40 @@ class GGUFFile:
         tensor = self.tensors.get(self._stored_name(name))
         return tensor.shape if tensor else None
 
-    def read(self, name: str, index: tuple[slice, ...], into: Tensor) -> int:
+    def jobs(self, name: str, index: tuple[slice, ...], into: Tensor, plus: float) -> Iterator[Callable[[], int]]:
+        tensor = self.tensors[self._stored_name(name)]
+        stored = self._rows(name, tensor)
+        has_pairs = self.family in PERMUTED and (".q_proj." in name or ".k_proj." in name)
+        if self.family.startswith("gemma") and name.endswith("norm.weight"):
+            plus -= 1
+        if len(tensor.shape) == 1:
+            yield partial(self._read, tensor, stored, index, has_pairs, into, plus)
+            return
+        stored, cut = stored[index[0]], (slice(None), *index[1:])
+        step = max(1, CHUNK_NUMBERS // tensor.shape[-1])
+        if has_pairs:
+            step = -(-step // self._head_dim) * self._head_dim  # whole heads
+        for start in range(0, len(stored), step):
+            rows, place = stored[start : start + step], into[start : start + step]
+            yield partial(self._read, tensor, rows, cut, has_pairs, place, plus)
+
+    def close(self) -> None:
+        """Jobs leave nothing open."""
+
+    def _read(
+        self, tensor: StoredTensor, stored: np.ndarray, cut: tuple[slice, ...], has_pairs: bool, into: Tensor,
+        plus: float,
+    ) -> int:  # fmt: skip
+        """Stored rows, worked out and cut, into their place. Returns the bytes read."""
         import torch
 
-        tensor = self.tensors[self._stored_name(name)]
-        rows = self._rows(name, tensor)[index[0] if len(tensor.shape) > 1 else slice(None)]
-        step = max(1, CHUNK_NUMBERS // tensor.shape[-1])
-        for start in range(0, len(rows), step):
-            values = torch.from_numpy(self._dequantize(rows[start : start + step], tensor))
-            if len(tensor.shape) == 1:
-                into.copy_(values.flatten()[index[0]])
-            else:
-                into[start : start + step].copy_(values[:, index[1]])
-        if self.family in PERMUTED and (".q_proj." in name or ".k_proj." in name):
-            self._restore_pairs(into)
-        if self.family.startswith("gemma") and name.endswith("norm.weight"):
-            into -= 1
-        return rows.nbytes
+        values = self._dequantize(stored, tensor).reshape(-1, *tensor.shape[1:])
+        if has_pairs:
+            values = self._restore_pairs(values)
+        into.copy_(torch.from_numpy(values[cut]))
+        if plus:
+            into += plus
+        return stored.nbytes
 
     def _stored_name(self, name: str) -> str:
         """model.layers.3.mlp.up_proj.weight → blk.3.ffn_up.weight"""
@@ -154,10 +172,10 @@ class GGUFFile:
             raise UserError(f"{self.path}: type {kind.name} is not supported: use a Q8_0 or Q4_K file") from error
         return np.require(values, np.float32, "W").reshape(len(rows), -1)
 
-    def _restore_pairs(self, weight: Tensor) -> None:
+    def _restore_pairs(self, values: np.ndarray) -> np.ndarray:
         """Rows of each head from the order 0, d/2, 1, d/2 + 1, ... back to 0, 1, 2, ..."""
-        pairs = weight.unflatten(0, (-1, self._head_dim // 2, 2))
-        weight.copy_(pairs.transpose(1, 2).flatten(0, 2).clone())
+        pairs = values.reshape(-1, self._head_dim // 2, 2, *values.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(values.shape)
 
     @cached_property
     def _head_dim(self) -> int:

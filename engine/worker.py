@@ -76,7 +76,8 @@ class Worker:
         def on_bytes(done: int, total: int) -> None:
             on_progress("loading weights", done / max(total, 1))
 
-        self.model.load(open_checkpoint(path, config.load_format, config.seed, on_bytes))
+        with open_checkpoint(path, config.load_format, config.seed, on_bytes) as ckpt:
+            self.model.load(ckpt)
 
     def _run_largest_batch(self, longest: int) -> int:
         """Run a step as large as any will be; the bytes of GPU memory that it took beside weights and cache."""

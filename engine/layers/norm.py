@@ -16,8 +16,7 @@ class RMSNorm:
         self.weight = placement.empty(dim, dtype=torch.float32 if offset else None)
 
     def load(self, ckpt: Checkpoint) -> None:
-        ckpt.read(f"{self.name}.weight", self.weight)
-        self.weight += self.offset
+        ckpt.read(f"{self.name}.weight", self.weight, plus=self.offset)
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps)

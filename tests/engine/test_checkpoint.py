@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import gguf
@@ -35,9 +36,10 @@ class SoloGroup(Group):
         return x
 
 
-def load(path: Path, group: Group | None = None, ckpt: Checkpoint | None = None) -> Model:
+def load(path: Path, group: Group | None = None, opened: AbstractContextManager[Checkpoint] | None = None) -> Model:
     model = build_model(ModelConfig.from_path(path), torch.float32, CPU, group or Group())
-    model.load(ckpt or open_checkpoint(path))
+    with opened or open_checkpoint(path) as ckpt:
+        model.load(ckpt)
     return model
 
 
@@ -67,7 +69,7 @@ def test_weights_are_converted_on_the_way(tiny_checkpoint):
 def test_progress_counts_every_byte_once(tiny_checkpoint):
     path = tiny_checkpoint("llama")
     seen: list[tuple[int, int]] = []
-    load(path, ckpt=open_checkpoint(path, on_progress=lambda done, total: seen.append((done, total))))
+    load(path, opened=open_checkpoint(path, on_progress=lambda done, total: seen.append((done, total))))
     tensors = load_file(path / "model.safetensors")
     assert seen[-1][0] == sum(tensor.nbytes for tensor in tensors.values())
     assert all(done <= total for done, total in seen)
@@ -120,7 +122,7 @@ def prefill(token_ids: Tensor) -> ForwardBatch:
 
 def test_dummy_weights_depend_on_seed_and_name_only(tiny_checkpoint):
     path = tiny_checkpoint("llama")
-    first, again, other = (load(path, ckpt=open_checkpoint(path, "dummy", seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (load(path, opened=open_checkpoint(path, "dummy", seed=seed)) for seed in (1, 1, 2))
     rank = load(path, SoloGroup(1, 2), open_checkpoint(path, "dummy", seed=1))
     a, b, c = (model.layers[0].mlp.down_proj.weight for model in (first, again, other))
     assert torch.equal(a, b)
@@ -133,7 +135,7 @@ def test_dummy_weights_depend_on_seed_and_name_only(tiny_checkpoint):
 
 def test_dummy_weights_need_no_weight_files(tiny_checkpoint, tmp_path):
     shutil.copy(tiny_checkpoint("llama") / "config.json", tmp_path)
-    load(tmp_path, ckpt=open_checkpoint(tmp_path, "dummy"))
+    load(tmp_path, opened=open_checkpoint(tmp_path, "dummy"))
 
 
 # --- what can be wrong with safetensors

@@ -92,7 +92,8 @@ def test_logits_equal_those_of_transformers(case, tiny_checkpoint):
 
 def load(path: Path, max_model_len: int | None = None) -> Model:
     model = build_model(ModelConfig.from_path(path), torch.float32, CPU, max_model_len=max_model_len)
-    model.load(open_checkpoint(path))
+    with open_checkpoint(path) as ckpt:
+        model.load(ckpt)
     return model
 
 

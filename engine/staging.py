@@ -1,0 +1,54 @@
+"""Buffers between files and a device: read into one, copy from it to a tensor's place, take the next.
+
+Where the device is a GPU, its copy engine reads a buffer while the host fills others. What always holds: a buffer is
+lent to one reader at a time, and only when the copies out of it have ended.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from engine.layers.host_memory import HostMemory
+
+BUFFER_BYTES = 8 << 20
+NUM_BUFFERS = 16
+
+
+class Staging:
+    """A ring of buffers in memory of the host, pinned for a GPU. Any thread may borrow."""
+
+    def __init__(self, device: torch.device, buffer_bytes: int = BUFFER_BYTES, num_buffers: int = NUM_BUFFERS) -> None:
+        self.buffer_bytes = buffer_bytes
+        self._memory = HostMemory().empty((num_buffers, buffer_bytes), torch.uint8)
+        self._is_pinned = device.type == "cuda"
+        if self._is_pinned:
+            # By hand: torch would keep what it pins, and pins small pages, which takes longer.
+            status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0)
+            torch.cuda.check_error(status)
+        self._streams = [torch.cuda.Stream(device) if self._is_pinned else None for _ in range(num_buffers)]
+        self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Stream | None]] = SimpleQueue()
+        for lane in zip(self._memory, self._streams, strict=True):
+            self._ring.put(lane)
+
+    @contextlib.contextmanager
+    def buffer(self) -> Iterator[Tensor]:
+        """A buffer, [buffer_bytes] uint8. Copies from it that the block starts may go on after its end."""
+        buffer, stream = self._ring.get()
+        try:
+            if stream is not None:
+                stream.synchronize()
+            with torch.cuda.stream(stream):
+                yield buffer
+        finally:
+            self._ring.put((buffer, stream))
+
+    def close(self) -> None:
+        """Wait for the last copies and give the memory back. Nobody borrows any more."""
+        for stream in self._streams:
+            if stream is not None:
+                stream.synchronize()
+        if self._is_pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
