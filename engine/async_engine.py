@@ -25,6 +25,7 @@ from engine.intake import make_requests
 from engine.link import EngineLink
 from engine.outputs import OutputDelta, RequestOutput, RequestState, RequestTimings
 from engine.sampling_params import SamplingParams
+from engine.timeline import Timeline
 from engine.tokenizer import Tokenizer
 
 
@@ -35,18 +36,20 @@ class EngineDeadError(Exception):
 class AsyncEngine:
     """Owns the engine process and the requests in flight. All methods belong to the event loop's thread."""
 
-    def __init__(self, config: EngineConfig, *, command: list[str] | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, *, link: EngineLink | None = None, timeline: Timeline | None = None
+    ) -> None:
+        """link, timeline: of an engine process that was started already, and of what has happened so far."""
         self.config = config
         self.progress: tuple[str, float] = ("starting", 0.0)
-        self.stages: list[tuple[str, float]] = []  # of loading, and the time.time() at which each began
+        self.timeline = timeline or Timeline()
         self.ready: messages.Ready | None = None  # set when requests can be submitted
         self.tokenizer: Tokenizer | None = None
         self.error: str | None = None  # why the engine is dead
         self.stats = messages.EngineStats()
         self.on_step: list[Callable[[messages.EngineStats], None]] = []  # called after each step, on the link's thread
         self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
-        self._command = command
-        self._link: EngineLink | None = None
+        self._link = link
         self._engine_ready: messages.Ready | None = None  # the engine's part of being ready
         self._is_loaded = False  # this process's part
         self._failure: str | None = None  # the cause of an end that is about to be seen
@@ -57,8 +60,9 @@ class AsyncEngine:
     async def start(self) -> None:
         """Start the engine and the loading of model and tokenizer, which goes on after this returns."""
         self._loop = asyncio.get_running_loop()
-        self._on_progress("starting the engine process", 0.0)
-        self._link = EngineLink(self._on_messages, self._on_exit, self._command)
+        self._link = self._link or EngineLink()
+        self._link.open(self._on_messages, self._on_exit)
+        self.timeline.begin("api", "loading the tokenizer")
         # Not the loop's own pool of threads: a download must not keep the process from ending.
         threading.Thread(target=self._load, args=[self._link], name="loading", daemon=True).start()
 
@@ -207,23 +211,21 @@ class AsyncEngine:
             stream._deliver(gained)
         for message in controls:
             if isinstance(message, messages.Progress):
-                self._on_progress(message.stage, message.fraction)
+                self.progress = (message.stage, message.fraction)
+                self.timeline.begin("engine", message.stage, message.time)
             elif isinstance(message, messages.Ready):
                 self._engine_ready = message
                 if not self._is_loaded:
-                    self._on_progress("loading the tokenizer", 0.0)
+                    self.progress = ("loading the tokenizer", 0.0)
+                    self.timeline.begin("engine", "ready")
                 self._settle()
             elif isinstance(message, messages.Failed):
                 self._failure = message.error
 
-    def _on_progress(self, stage: str, fraction: float) -> None:
-        if not self.stages or stage != self.stages[-1][0]:
-            self.stages.append((stage, time.time()))
-        self.progress = (stage, fraction)
-
     def _on_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self._is_loaded = True
+        self.timeline.begin("api", "waiting for the engine")
         self._settle()
 
     def _settle(self) -> None:

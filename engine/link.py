@@ -1,7 +1,8 @@
 """The engine process as the API process sees it: one child, one socket, one thread that serves both.
 
-The thread alone touches the socket. `send` may be called from anywhere; what the engine says arrives in `on_messages`,
-on the link's thread, everything that is there in one call; `on_exit` comes last, once, whatever ended the process.
+The process starts with the link, the talk with `open`. The thread alone touches the socket. `send` may be called from
+anywhere; what the engine says arrives in `on_messages`, on the link's thread, everything that is there in one call;
+`on_exit` comes last, once, whatever ended the process.
 """
 
 import collections
@@ -27,14 +28,7 @@ FAREWELL_S = 5.0  # for the engine to end by itself, and again after SIGTERM
 class EngineLink:
     """Owns the engine process and the socket to it."""
 
-    def __init__(
-        self,
-        on_messages: Callable[[list[messages.FromEngine]], None],
-        on_exit: Callable[[int], None],
-        command: list[str] | None = None,
-    ) -> None:
-        self._on_messages = on_messages
-        self._on_exit = on_exit
+    def __init__(self, command: list[str] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="vcli-", dir=_short_temporary_directory())  # mode 0700
         address = f"ipc://{self._directory.name}/engine.sock"
         self._context = zmq.Context()
@@ -51,6 +45,11 @@ class EngineLink:
         self.process = subprocess.Popen(
             [*(command or module_command("engine.process")), address], env=module_environment(), start_new_session=True
         )
+        self._thread: threading.Thread | None = None
+
+    def open(self, on_messages: Callable[[list[messages.FromEngine]], None], on_exit: Callable[[int], None]) -> None:
+        """Begin to carry messages, once."""
+        self._on_messages, self._on_exit = on_messages, on_exit
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
         self._thread.start()
 
@@ -70,7 +69,8 @@ class EngineLink:
                 self.kill(signal_number)
                 wait_s = FAREWELL_S
         self.process.wait()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def kill(self, signal_number: int = signal.SIGKILL) -> None:
         """Signal the engine and whatever it started."""

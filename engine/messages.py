@@ -47,6 +47,7 @@ class Progress(Message):
 
     stage: str
     fraction: float  # 0 to 1
+    time: float  # time.time() of saying so
 
 
 class Ready(Message):

@@ -7,6 +7,7 @@ work, and sends tokens back. It ends when it is told to, when it fails, or when 
 import os
 import signal
 import sys
+import time
 import traceback
 
 import setproctitle
@@ -16,6 +17,8 @@ from engine import messages
 from engine.child import die_with_parent
 from engine.config import EngineConfig
 from engine.errors import UserError
+from engine.gpu import wake_gpu
+from engine.timeline import process_start_time
 
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 
@@ -47,9 +50,12 @@ def main(address: str) -> None:
 
 
 def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
-    def on_progress(stage: str, fraction: float) -> None:
-        socket.send(messages.encode(messages.Progress(stage, fraction)))
+    def on_progress(stage: str, fraction: float, at: float | None = None) -> None:
+        socket.send(messages.encode(messages.Progress(stage, fraction, time.time() if at is None else at)))
 
+    on_progress("starting Python", 0.0, process_start_time())
+    if config.device != "cpu":
+        wake_gpu()
     on_progress("importing torch", 0.0)
     from engine.core import EngineCore
 

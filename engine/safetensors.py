@@ -70,10 +70,12 @@ class SafetensorsFolder:
         row_bytes = prod(row_shape) * DTYPES[tensor.dtype].itemsize
         step = staging.buffer_bytes // row_bytes
         assert step, f"a row of {name} has {row_bytes:,} bytes, a buffer {staging.buffer_bytes:,}"
+        is_made = staging.now()
         for first in range(rows.start, rows.stop, step):
             num_rows = min(step, rows.stop - first)
             place = into[first - rows.start :][:num_rows]
-            yield partial(_read, staging, tensor, first * row_bytes, (num_rows, *row_shape), columns, place, plus)
+            shape = (num_rows, *row_shape)
+            yield partial(_read, staging, is_made, tensor, first * row_bytes, shape, columns, place, plus)
 
     def close(self) -> None:
         """Returns when all that was read is in its place."""
@@ -83,8 +85,8 @@ class SafetensorsFolder:
 
 
 def _read(
-    staging: Staging, tensor: StoredTensor, at: int, shape: tuple[int, ...], columns: tuple[slice, ...], into: Tensor,
-    plus: float,
+    staging: Staging, is_made: torch.cuda.Event | None, tensor: StoredTensor, at: int, shape: tuple[int, ...],
+    columns: tuple[slice, ...], into: Tensor, plus: float,
 ) -> int:  # fmt: skip
     """Rows of a tensor, `at` bytes from its start, cut as `columns` says, into their place. Returns their bytes."""
     dtype = DTYPES[tensor.dtype]
@@ -94,7 +96,7 @@ def _read(
         if plus:
             into += plus
         return into.nbytes
-    with staging.buffer() as buffer:
+    with staging.buffer(after=is_made) as buffer:
         stored = buffer[: prod(shape) * dtype.itemsize]
         _read_bytes(tensor, at, stored)
         stored = stored.view(dtype).view(shape)

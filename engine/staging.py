@@ -33,14 +33,20 @@ class Staging:
         for lane in zip(self._memory, self._streams, strict=True):
             self._ring.put(lane)
 
+    def now(self) -> torch.cuda.Event | None:
+        """The moment at which what the caller has asked of its GPU so far is done."""
+        return torch.cuda.current_stream().record_event() if self._is_pinned else None
+
     @contextlib.contextmanager
-    def buffer(self) -> Iterator[Tensor]:
-        """A buffer, [buffer_bytes] uint8. Copies from it that the block starts may go on after its end."""
+    def buffer(self, after: torch.cuda.Event | None) -> Iterator[Tensor]:
+        """A buffer, [buffer_bytes] uint8. Copies from it that the block starts wait for `after`, and may outlast it."""
         buffer, stream = self._ring.get()
         try:
             if stream is not None:
                 stream.synchronize()
             with torch.cuda.stream(stream):
+                if stream is not None and after is not None:
+                    stream.wait_event(after)
                 yield buffer
         finally:
             self._ring.put((buffer, stream))

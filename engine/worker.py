@@ -1,8 +1,7 @@
 """One device and all that lives on it: the weights, the KV cache, the running requests' rows."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import ExitStack
 
 import torch
 
@@ -27,6 +26,7 @@ class Worker:
         on_progress("finding the model", 0.0)
         path = resolve_model(config.model, config.revision)
         self.model_config = ModelConfig.from_path(path)
+        on_progress("starting the device", 0.0)
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.model_config.dtype, self.device)
         self.kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
@@ -48,36 +48,36 @@ class Worker:
             )
 
         longest = config.max_model_len or native_len
-        on_progress("loading weights", 0.0)
+        on_progress("building the model", 0.0)
         self.model = build_model(self.model_config, self.dtype, self.device, max_model_len=longest)
-        attentions = self.model.attentions
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            kernels = pool.submit(ops.warm_up, self.device, self.dtype, self.kv_dtype, self.model_config)
-            self._load(config, path, on_progress)
-            on_progress("compiling kernels", 0.0)
-            kernels.result()
 
-        on_progress("measuring memory", 0.0)
-        largest_batch_bytes = self._run_largest_batch(longest)
-        block_bytes = kv_cache.bytes_per_block(attentions, self.kv_dtype)
-        self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, largest_batch_bytes)
-        self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
-        kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
-        self.runner = ModelRunner(self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks)
-        if self.device.type == "cuda" and not config.enforce_eager:
-            on_progress("capturing CUDA graphs", 0.0)
-            self.runner.capture_graphs(self.max_num_batched_tokens)
+        def on_bytes(done: int, total: int) -> None:
+            on_progress("loading weights", done / max(total, 1))
+
+        with ExitStack() as loading:
+            ckpt = loading.enter_context(open_checkpoint(path, config.load_format, config.seed, on_bytes))
+            self.model.load(ckpt)
+            on_progress("compiling kernels", 0.0)
+            ops.warm_up(self.device, self.dtype, self.kv_dtype, self.model_config)
+            if self.device.type == "cpu":
+                loading.close()  # it has no hands free, and its memory is known when the weights are in it
+            # A GPU gets its weights meanwhile: what is measured and recorded depends on their shapes alone.
+            on_progress("measuring memory", 0.0)
+            largest_batch_bytes = self._run_largest_batch(longest)
+            attentions = self.model.attentions
+            block_bytes = kv_cache.bytes_per_block(attentions, self.kv_dtype)
+            self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, largest_batch_bytes)
+            self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
+            kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
+            self.runner = ModelRunner(self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks)
+            if self.device.type == "cuda" and not config.enforce_eager:
+                on_progress("capturing CUDA graphs", 0.0)
+                self.runner.capture_graphs(self.max_num_batched_tokens)
+            on_progress("loading weights", 0.0)
 
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step; the result is waited for when it is needed."""
         return self.runner.run(batch)
-
-    def _load(self, config: EngineConfig, path: Path, on_progress: OnProgress) -> None:
-        def on_bytes(done: int, total: int) -> None:
-            on_progress("loading weights", done / max(total, 1))
-
-        with open_checkpoint(path, config.load_format, config.seed, on_bytes) as ckpt:
-            self.model.load(ckpt)
 
     def _run_largest_batch(self, longest: int) -> int:
         """Run a step as large as any will be; the bytes of GPU memory that it took beside weights and cache."""

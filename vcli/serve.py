@@ -21,18 +21,29 @@ BACKLOG = 2048  # connections that the system holds for us: many clients may com
 def serve(engine: EngineConfig, server: ServerConfig) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
     from engine.hub import resolve_model
-    from vcli.server.lifetime import Plan, run
+    from engine.link import EngineLink
+    from engine.timeline import Timeline, process_start_time
 
+    timeline = Timeline()
+    timeline.begin("api", "starting Python", process_start_time())
     is_local = not engine.model or os.path.exists(os.path.expanduser(engine.model))
     # A model on the hub may take minutes to come: it is fetched while HTTP answers already.
     root = str(resolve_model(engine.model)) if is_local else engine.model
+    chat_template, listener = _read_template(server), listen(server.host, server.port)
+    timeline.begin("api", "starting the engine process")
+    link = EngineLink()
+    timeline.begin("api", "importing the server")
+    from vcli.server.lifetime import Plan, run  # after the engine's start: it takes a while, and needs no waiting for
+
     plan = Plan(
         engine=replace(engine, model=root),
         server=server,
         model_name=server.served_model_name or engine.model or Path(root).stem,
         model_root=root,
-        chat_template=_read_template(server),
-        listener=listen(server.host, server.port),
+        chat_template=chat_template,
+        listener=listener,
+        link=link,
+        timeline=timeline,
     )
     sys.exit(run(plan))
 

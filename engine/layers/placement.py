@@ -21,7 +21,8 @@ class Placement:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         if self.device.type == "cpu":
             return self.host_memory.empty(shape, dtype or self.dtype)
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        # Zeros, as the model runs before its weights are there (see Worker), and what it computes is to be finite.
+        return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
 
     def share(self, length: int) -> int:
         """This rank's part of a length that all ranks split evenly."""

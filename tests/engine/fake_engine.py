@@ -25,7 +25,7 @@ def main(address: str, mode: str) -> None:
         sys.exit(3)
     if mode == "fails loading":
         fail(socket, f"no such model: {start.config['model']}")
-    socket.send(messages.encode(messages.Progress("loading weights", 0.5)))
+    socket.send(messages.encode(messages.Progress("loading weights", 0.5, time.time())))
     if mode == "loads forever":
         time.sleep(60)
     ready = messages.Ready(MAX_MODEL_LEN, 10, 16, 8, VOCAB_SIZE, [1], "cpu", "float32")

@@ -14,6 +14,7 @@ import pytest
 from engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from engine.config import EngineConfig
 from engine.errors import UserError
+from engine.link import EngineLink
 from engine.outputs import OutputDelta
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ FOX = [2, 3, 4, 5, 6]  # "fox jumps over the dog"
 
 @asynccontextmanager
 async def running(folder: Path, mode: str = "serves", **options: Any) -> AsyncIterator[AsyncEngine]:
-    engine = AsyncEngine(EngineConfig(model=str(folder), **options), command=[*FAKE_ENGINE, mode])
+    engine = AsyncEngine(EngineConfig(model=str(folder), **options), link=EngineLink([*FAKE_ENGINE, mode]))
     await engine.start()
     try:
         await engine.wait_ready()
@@ -306,7 +307,7 @@ def test_a_model_without_tokenizer_ends_the_start(folder: Path):
 
 def test_submitting_before_the_model_is_loaded_is_an_error(folder: Path):
     async def story() -> None:
-        engine = AsyncEngine(EngineConfig(model=str(folder)), command=[*FAKE_ENGINE, "loads forever"])
+        engine = AsyncEngine(EngineConfig(model=str(folder)), link=EngineLink([*FAKE_ENGINE, "loads forever"]))
         await engine.start()
         with pytest.raises(RuntimeError, match="still loading"):
             engine.submit(FOX, params())

@@ -101,8 +101,10 @@ def test_what_two_ranks_compute_sums_up_to_the_whole(family, tiny_checkpoint):
     with torch.inference_mode():
         x = torch.randn(11, 64, generator=torch.Generator().manual_seed(3))
         close = {"atol": 1e-5, "rtol": 1e-4}
-        expected = whole.layers[1].attention(x, batch)
-        torch.testing.assert_close(sum(rank.layers[1].attention(x, batch) for rank in ranks), expected, **close)
+        expected, *parts = (
+            attention.o_proj(attention(x, batch)) for attention in (m.layers[1].attention for m in (whole, *ranks))
+        )
+        torch.testing.assert_close(sum(parts), expected, **close)
         torch.testing.assert_close(sum(rank.layers[1].mlp(x) for rank in ranks), whole.layers[1].mlp(x), **close)
         tokens = torch.tensor([0, 255, 256, 511], dtype=torch.int32)
         assert torch.equal(sum(rank.embedding(tokens) for rank in ranks), whole.embedding(tokens))

@@ -23,7 +23,7 @@ def main(address: str) -> None:
     parent = os.getppid()
     config = messages.decode_to_engine(socket.recv()).config
     for percent in range(0, 100, 10):
-        socket.send(messages.encode(messages.Progress("loading weights", percent / 100)))
+        socket.send(messages.encode(messages.Progress("loading weights", percent / 100, time.time())))
         time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")) / 10)
     ready = messages.Ready(
         max_model_len=config["max_model_len"] or 512,

@@ -174,9 +174,16 @@ def test_server_without_tokenizer_takes_token_ids_alone(start_server):
     assert "--skip-tokenizer-init" in refused.json()["error"]["message"]
 
 
-def test_the_startup_timeline_adds_up_to_the_wall_clock():
-    from vcli.server.lifetime import process_start_time, startup_rows
-
-    assert 0 <= time.time() - process_start_time() < 3600
-    rows = startup_rows([("a", 10.0), ("b", 10.5), ("", 12.0)])
-    assert rows == [("a", "0.00", "0.50"), ("b", "0.50", "1.50"), ("all", "0.00", "2.00")]
+def test_the_startup_timeline_of_each_process_adds_up_to_the_wall_clock(start_server):
+    started = time.time()
+    server = start_server("--explain-startup", FAKE_LOAD_S="0.5").wait_ready()
+    server.wait_until(lambda: server.log.count(" all ") == 2)
+    wall_s = time.time() - started
+    rows = [line.rsplit(maxsplit=2) for line in server.log.splitlines() if line.startswith(("api ", "engine "))]
+    for process in ("api", "engine"):
+        *stages, total = [(name, float(start), float(took)) for name, start, took in rows if name.startswith(process)]
+        assert sum(took for _, _, took in stages) == pytest.approx(total[2], abs=0.005 * len(stages))
+        assert 0.5 < total[2] <= wall_s + 0.01
+        ends = [start + took for _, start, took in stages]
+        assert ends[:-1] == pytest.approx([start for _, start, _ in stages[1:]], abs=0.011)
+    assert any(name.split(maxsplit=1)[1] == "loading weights" for name, _, _ in rows)

@@ -8,7 +8,6 @@ this process owns the engine's, and never ends before it.
 import asyncio
 import contextlib
 import logging
-import os
 import resource
 import signal
 import socket
@@ -16,10 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 
-import psutil
 import setproctitle
 import uvicorn
 import uvloop
@@ -27,7 +23,9 @@ import uvloop
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import UserError
+from engine.link import EngineLink
 from engine.messages import Ready
+from engine.timeline import Timeline, process_start_time
 from vcli.console import console, format_seconds, print_table
 from vcli.server.admission import Admission
 from vcli.server.app import make_app
@@ -50,6 +48,8 @@ class Plan:
     model_root: str
     chat_template: str | None
     listener: socket.socket
+    link: EngineLink  # to the engine's process, which starts beside this one
+    timeline: Timeline
 
 
 def run(plan: Plan) -> int:
@@ -66,7 +66,7 @@ class Lifetime:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.engine = AsyncEngine(plan.engine)
+        self.engine = AsyncEngine(plan.engine, link=plan.link, timeline=plan.timeline)
         admission = Admission(plan.server.max_queue)
         metrics = Metrics(plan.model_name, lambda: self.engine.stats, lambda: admission.rejections)
         self.engine.on_step.append(metrics.on_step)
@@ -89,12 +89,11 @@ class Lifetime:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
-        started = time.monotonic()
         await self.engine.start()
         serving = asyncio.create_task(http.serve(sockets=[self.plan.listener]))
         try:
             if await self._until_ready():
-                self._report(time.monotonic() - started)
+                self._report()
                 await self._until_end()
             await self._drain()
         finally:
@@ -146,36 +145,17 @@ class Lifetime:
         if len(self.signals) > 1:
             self._hurry.set()
 
-    def _report(self, seconds: float) -> None:
-        ready = self.engine.ready
+    def _report(self) -> None:
+        now, ready = time.time(), self.engine.ready
         assert ready is not None
         address, port, *_ = self.plan.listener.getsockname()
         url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         console.print(f"vcli {version()} serves {self.plan.model_name} on {url}", markup=False, style="bold")
         for line in capacity_report(ready):
             console.print(line, markup=False)
-        console.print(f"ready in {format_seconds(seconds)}", markup=False)
+        console.print(f"ready in {format_seconds(now - process_start_time())}", markup=False)
         if self.plan.server.explain_startup:
-            stages = [("starting the API process", process_start_time()), *self.engine.stages, ("", time.time())]
-            print_table("start-up", ["stage", "from s", "took s"], startup_rows(stages))
-
-
-def process_start_time() -> float:
-    """When this process began, as time.time() counts. psutil's answer is up to a second off on Linux."""
-    if sys.platform != "linux":
-        return psutil.Process().create_time()
-    after_name = Path("/proc/self/stat").read_text().rsplit(")", 1)[1]
-    ticks_after_boot = int(after_name.split()[19])  # field 22 of proc(5), counted from the one after the name
-    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks_after_boot / os.sysconf("SC_CLK_TCK")
-    return time.time() - age_s
-
-
-def startup_rows(stages: list[tuple[str, float]]) -> list[tuple[str, str, str]]:
-    """One row a stage: when it began and how long it took; the last one, without a name, ends the one before it."""
-    origin = stages[0][1]
-    spans = [(name, start - origin, end - start) for (name, start), (_, end) in pairwise(stages)]
-    spans.append(("all", 0.0, stages[-1][1] - origin))
-    return [(name, f"{start:.2f}", f"{took:.2f}") for name, start, took in spans]
+            print_table("start-up", ["process", "stage", "from s", "took s"], self.engine.timeline.rows(now))
 
 
 def capacity_report(ready: Ready) -> list[str]:
