@@ -109,15 +109,15 @@ class Reads:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="reading")
-        self._futures: list[Future[int]] = []
+        self._futures: list[list[Future[int]]] = []
 
     def submit(self, jobs: Iterable[Job]) -> None:
-        self._futures += [self._pool.submit(job) for job in jobs]
+        self._futures.append([self._pool.submit(job) for job in jobs])
 
     def results(self) -> Iterator[int]:
-        """What each job returned, on the caller's thread. The first error of one is raised."""
-        for future in self._futures:
-            yield future.result()
+        """The bytes that the jobs of each `submit` read, in order, when they are done. Raises what a job raised."""
+        for futures in self._futures:
+            yield sum(future.result() for future in futures)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -70,7 +70,7 @@ class Graphs:
             inputs = torch.from_numpy(idle_inputs(size)).to(device)
             body(inputs, size)  # what is set up at the first call (workspaces, kernel attributes) cannot be captured
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool):
                 results = body(inputs, size)
             graph.replay()  # the first launch also uploads the graph, which takes its time
             self._inputs[size], self._graphs[size] = inputs, (graph, results)

@@ -61,7 +61,7 @@ class Worker:
             ops.warm_up(self.device, self.dtype, self.kv_dtype, self.model_config)
             if self.device.type == "cpu":
                 loading.close()  # it has no hands free, and its memory is known when the weights are in it
-            # A GPU gets its weights meanwhile: what is measured and recorded depends on their shapes alone.
+            # A GPU gets its weights meanwhile: what is measured depends on their shapes alone.
             on_progress("measuring memory", 0.0)
             largest_batch_bytes = self._run_largest_batch(longest)
             attentions = self.model.attentions
@@ -70,10 +70,9 @@ class Worker:
             self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
             kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
             self.runner = ModelRunner(self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks)
-            if self.device.type == "cuda" and not config.enforce_eager:
-                on_progress("capturing CUDA graphs", 0.0)
-                self.runner.capture_graphs(self.max_num_batched_tokens)
-            on_progress("loading weights", 0.0)
+        if self.device.type == "cuda" and not config.enforce_eager:
+            on_progress("capturing CUDA graphs", 0.0)
+            self.runner.capture_graphs(self.max_num_batched_tokens)
 
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step; the result is waited for when it is needed."""
