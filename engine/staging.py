@@ -13,6 +13,8 @@ from torch import Tensor
 
 from engine.layers.host_memory import HostMemory
 
+# On an H200's host eight threads bring 22 GB/s to the GPU by buffers of 2 MiB, 51 by 8 and 33 by 32; with a buffer
+# each instead of two, 39.
 BUFFER_BYTES = 8 << 20
 NUM_BUFFERS = 16
 

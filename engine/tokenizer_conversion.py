@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from engine.cache import cache_folder
 from engine.child import module_command, module_environment
 from engine.errors import UserError
 
@@ -29,14 +30,10 @@ def converted_tokenizer(path: Path) -> Path:
             f"{path} has no tokenizer (tokenizer.json, tokenizer.model, ...): "
             "name another one with --tokenizer, or serve token ids with --skip-tokenizer-init"
         )
-    cached = cache_dir() / _key(sources)
+    cached = cache_folder("tokenizers") / _key(sources)
     if not (cached / "tokenizer.json").is_file():
         _make(path, cached)
     return cached
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcli" / "tokenizers"
 
 
 def _source_files(path: Path) -> list[Path]:

@@ -20,12 +20,14 @@ BACKLOG = 2048  # connections that the system holds for us: many clients may com
 @with_flags
 def serve(engine: EngineConfig, server: ServerConfig) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
+    from engine.cache import keep_bytecode
     from engine.hub import resolve_model
     from engine.link import EngineLink
     from engine.timeline import Timeline, process_start_time
 
     timeline = Timeline()
     timeline.begin("api", "starting Python", process_start_time())
+    keep_bytecode()
     is_local = not engine.model or os.path.exists(os.path.expanduser(engine.model))
     # A model on the hub may take minutes to come: it is fetched while HTTP answers already.
     root = str(resolve_model(engine.model)) if is_local else engine.model

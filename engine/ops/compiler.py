@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from engine.cache import cache_folder
 from engine.errors import UserError
 from engine.ops.sources import kernels_folder
 
@@ -46,7 +47,7 @@ def cubin(build: Build) -> bytes:
     key = hashlib.sha256()
     for text in (str(nvrtc.nvrtcVersion()), *build.options, source(build.file), *_headers().values()):
         key.update(text.encode() + b"\0")
-    path = cache_dir() / f"{Path(build.file).stem}-{build.arch}-{key.hexdigest()[:32]}.cubin"
+    path = cache_folder("kernels") / f"{Path(build.file).stem}-{build.arch}-{key.hexdigest()[:32]}.cubin"
     if path.is_file():
         return path.read_bytes()
     code, _ = compile_source(build)
@@ -115,10 +116,6 @@ def may_overlap(text: str) -> bool:
 @cache
 def source(file: str) -> str:
     return (kernels_folder() / file).read_text()
-
-
-def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcli" / "kernels"
 
 
 @cache

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from engine.cache import cache_folder
 from engine.ops.sources import kernels_folder
 
 FLAGS = [
@@ -36,7 +37,7 @@ def load_library() -> ctypes.CDLL | None:
     try:
         if not compiler:
             raise OSError("no C compiler found")
-        library = _cache_folder() / f"cpu-{_key(compiler)}.so"
+        library = cache_folder("kernels") / f"cpu-{_key(compiler)}.so"
         if not library.exists():
             _compile(compiler, library)
         return ctypes.CDLL(str(library))
@@ -46,10 +47,6 @@ def load_library() -> ctypes.CDLL | None:
         reason = str(error)
     print(f"vcli: native CPU kernels are off, torch runs instead (slower): {reason}", file=sys.stderr)
     return None
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vcli" / "kernels"
 
 
 def _sources() -> list[Path]:

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from engine.cache import cache_folder
 from engine.errors import UserError
 from engine.ops import compiler, cuda, launcher
 from engine.ops.sources import kernels_folder
@@ -82,7 +83,7 @@ def test_a_second_build_comes_from_the_cache(monkeypatch, tmp_path):
     first = compiler.cubin(build)
     monkeypatch.setattr(compiler, "compile_source", lambda build: pytest.fail("compiled again"))
     assert compiler.cubin(build) == first
-    assert [path.suffix for path in compiler.cache_dir().iterdir()] == [".cubin"]
+    assert [path.suffix for path in cache_folder("kernels").iterdir()] == [".cubin"]
 
 
 def test_a_changed_header_is_a_new_build(monkeypatch, tmp_path):
@@ -92,7 +93,7 @@ def test_a_changed_header_is_a_new_build(monkeypatch, tmp_path):
     headers = compiler._headers()
     monkeypatch.setattr(compiler, "_headers", lambda: {**headers, "types.cuh": headers["types.cuh"] + "// new\n"})
     compiler.cubin(build)
-    assert len(list(compiler.cache_dir().iterdir())) == 2
+    assert len(list(cache_folder("kernels").iterdir())) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
