@@ -25,13 +25,15 @@ class Timeline:
         What a process took adds up to the whole, from the first process's first moment to `end`.
         """
         origin = min(stages[0][1] for stages in self.stages.values())
-        spans: list[tuple[str, str, float, float]] = []
+        rows = []
         for process, stages in self.stages.items():
             before = [("not started yet", origin)] if stages[0][1] > origin else []
-            marks = [*before, *stages, ("", end)]
-            spans += [(process, stage, start, stop) for (stage, start), (_, stop) in pairwise(marks)]
-            spans.append((process, "all", origin, end))
-        return [(process, stage, f"{at - origin:.2f}", f"{stop - at:.2f}") for process, stage, at, stop in spans]
+            # Moments are rounded, not spans: so what is printed adds up, too.
+            marks = [(stage, round(at - origin, 2)) for stage, at in [*before, *stages, ("", end)]]
+            spans = [(stage, start, stop - start) for (stage, start), (_, stop) in pairwise(marks)]
+            spans.append(("all", 0.0, marks[-1][1]))
+            rows += [(process, stage, f"{start:.2f}", f"{took:.2f}") for stage, start, took in spans]
+        return rows
 
 
 def process_start_time() -> float:

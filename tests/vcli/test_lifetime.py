@@ -182,8 +182,8 @@ def test_the_startup_timeline_of_each_process_adds_up_to_the_wall_clock(start_se
     rows = [line.rsplit(maxsplit=2) for line in server.log.splitlines() if line.startswith(("api ", "engine "))]
     for process in ("api", "engine"):
         *stages, total = [(name, float(start), float(took)) for name, start, took in rows if name.startswith(process)]
-        assert sum(took for _, _, took in stages) == pytest.approx(total[2], abs=0.005 * len(stages))
-        assert 0.5 < total[2] <= wall_s + 0.01
+        assert sum(took for _, _, took in stages) == pytest.approx(total[2])
+        assert 0.5 < total[2] <= wall_s + 0.02  # the system counts in hundredths
         ends = [start + took for _, start, took in stages]
-        assert ends[:-1] == pytest.approx([start for _, start, _ in stages[1:]], abs=0.011)
+        assert ends[:-1] == pytest.approx([start for _, start, _ in stages[1:]])
     assert any(name.split(maxsplit=1)[1] == "loading weights" for name, _, _ in rows)
