@@ -48,6 +48,7 @@ class Checkpoint(Protocol):
     ) -> None:
         """Have `into` (contiguous) filled with a tensor, or with this rank's share of its dimension `dim`.
 
+        It may be filled later, but is when the block of `open_checkpoint` ends.
         fused: (first row, rows in all) where what is meant are some rows of a tensor that holds several, as the q of a
         qkv. plus: added to every number. Raises UserError if the tensor is missing or of another shape than the config
         says.

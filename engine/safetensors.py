@@ -45,7 +45,10 @@ class SafetensorsFolder:
         self._make_staging = make_staging
         with contextlib.ExitStack() as opened:
             for file in _files(path):
-                descriptor = os.open(file, os.O_RDONLY)
+                try:
+                    descriptor = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise UserError(f"{file} cannot be opened ({error.strerror}): check its permissions") from error
                 opened.callback(os.close, descriptor)
                 self.tensors |= _read_header(file, descriptor)
             self._opened = opened.pop_all()

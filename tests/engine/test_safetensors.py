@@ -118,6 +118,12 @@ def test_a_file_that_shrinks_while_it_is_read_ends_the_loading(tmp_path):
     assert str(file) in str(caught.value)
 
 
+def test_a_file_that_cannot_be_opened_is_told(tmp_path):
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"a\.safetensors cannot be opened \(No such file"):
+        read(tmp_path, "weight")
+
+
 def test_a_disk_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     def broken(*arguments: object) -> int:
         raise OSError(5, "Input/output error")
