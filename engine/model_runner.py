@@ -1,8 +1,8 @@
 """One step on the device: rows become a ForwardBatch, hidden states, logits, tokens.
 
-Each running request owns a row of two tables that stay on the device: its token ids and its block ids. A step uploads
-only plain numbers that say which part of which row it computes; a drawn token goes straight into its row, so the next
-step can be launched before the host has seen it.
+Each running request owns a row of tables that stay on the device: its token ids, block ids and sampling parameters. A
+step uploads only plain numbers that say which part of which row it computes; a drawn token goes straight into its row,
+so the next step can be launched before the host has seen it.
 """
 
 from dataclasses import dataclass, field
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import sampler
+from engine import ops, sampler
 from engine.batch import ForwardBatch, NewRow, ScheduledBatch, ScheduledRequest
 from engine.config import BLOCK_SIZE
 from engine.cuda_graphs import Graphs, decode_sizes, mixed_sizes
 from engine.messages import TokenLogprob
 from engine.models import Model
+from engine.ops import sampling_line
 from engine.sampler import Logprobs, SamplingRow
 
 MAX_GRAPH_CONTEXT = 16_384  # of a decode in a mixed graph: there its context is not split over multiprocessors
@@ -77,10 +78,11 @@ class ModelRunner:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.max_blocks = -(-max_model_len // BLOCK_SIZE)
-        # The last line of both tables belongs to the padding.
+        # The last line of all tables belongs to the padding.
         self.token_ids = torch.zeros(max_num_seqs + 1, max_model_len, dtype=torch.int32, device=device)
         self.block_table = torch.zeros(max_num_seqs + 1, self.max_blocks, dtype=torch.int32, device=device)
         self.block_table[max_num_seqs, 0] = padding_block
+        self.sampling_lines = torch.zeros(max_num_seqs + 1, sampling_line.NUM_WORDS, dtype=torch.int32, device=device)
         self.query_starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.rows: dict[int, Row] = {}
         self.decode_graphs: Graphs | None = None
@@ -150,16 +152,14 @@ class ModelRunner:
         return min(num_tokens, self.max_num_seqs)
 
     def _decode_inputs(self, requests: list[ScheduledRequest], size: int) -> np.ndarray:
-        """What `_decode` needs of each request, [7, size] int32, the rest filled up with rows that do nothing."""
+        """What `_decode` needs of each request, [6, size] int32, the rest filled up with rows that do nothing."""
         fields = [(r.start, r.row, r.block_ids[0] if r.block_ids else -1) for r in requests]
         fields += [(0, self.max_num_seqs, -1)] * (size - len(requests))
         starts, rows, new_blocks = np.array(fields, dtype=np.int32).T
-        first, width = rows * self.max_model_len, self.max_model_len
         return np.stack(
             [
                 starts,
-                first + starts,
-                first + np.minimum(starts + 1, width - 1),
+                rows * self.max_model_len + starts,
                 rows * self.max_blocks + starts // BLOCK_SIZE,
                 new_blocks,
                 starts + 1,
@@ -172,7 +172,7 @@ class ModelRunner:
 
         Made of device work alone, on tensors whose shapes depend on R only: it can be captured.
         """
-        positions, token_index, next_index, table_index, new_blocks, contexts, rows = inputs.unbind(0)
+        positions, token_index, table_index, new_blocks, contexts, rows = inputs.unbind(0)
         forward_batch = ForwardBatch(
             token_ids=self.token_ids.view(-1).index_select(0, token_index),
             positions=positions,
@@ -186,9 +186,7 @@ class ModelRunner:
             max_context_len=self.max_model_len,
         )
         logits = self.model.logits(self.model.forward(forward_batch))
-        best = logits.argmax(-1)
-        self.token_ids.view(-1).index_copy_(0, next_index.long(), best.int())
-        return logits, best
+        return logits, ops.take_best(logits, rows, contexts, self.token_ids)
 
     def _exact_inputs(
         self, requests: list[ScheduledRequest], num_wanted: int | None
@@ -270,14 +268,13 @@ class ModelRunner:
         return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
 
     def _set_row(self, new: NewRow) -> None:
-        self.rows[new.row] = Row(
-            sampler.make_row(new.params, new.num_prompt_tokens, new.stop_token_ids, self.device), len(new.token_ids)
-        )
-        token_ids, block_ids = self._upload([*new.token_ids, *new.block_ids]).split(
-            [len(new.token_ids), len(new.block_ids)]
-        )
-        self.token_ids[new.row, : len(token_ids)] = token_ids
-        self.block_table[new.row, : len(block_ids)] = block_ids
+        sampling = SamplingRow(new.params, new.num_prompt_tokens, bool(new.stop_token_ids))
+        self.rows[new.row] = Row(sampling, len(new.token_ids))
+        line = sampling_line.pack(new.params, new.num_prompt_tokens, new.stop_token_ids)
+        parts = (new.token_ids, new.block_ids, line)
+        uploaded = self._upload(np.concatenate(parts)).split([len(part) for part in parts])
+        for table, part in zip((self.token_ids, self.block_table, self.sampling_lines), uploaded, strict=True):
+            table[new.row, : len(part)] = part
 
     def _draw(
         self,
@@ -294,10 +291,9 @@ class ModelRunner:
         num_top = [row.params.logprobs for row in rows]
         wants_logprobs = any(num is not None for num in num_top)
         raw_logits = logits.clone() if wants_logprobs and any(row.changes_logits for row in rows) else logits
-        if best is not None and all(row.takes_best for row in rows):
-            token_ids = best
-        else:
-            token_ids = self._sample(sampled, rows, logits)
+        token_ids = best
+        if token_ids is None or not all(row.takes_best for row in rows):
+            token_ids = self._sample(sampled, logits)
         logprobs = None
         if wants_logprobs:
             logprobs = sampler.logprobs_of(raw_logits, token_ids, max(num or 0 for num in num_top))
@@ -310,18 +306,11 @@ class ModelRunner:
             event.record()
         return StepResult(token_ids, logprobs, num_top, prompt_logprobs, prompts, event)
 
-    def _sample(self, sampled: list[ScheduledRequest], rows: list[SamplingRow], logits: Tensor) -> Tensor:
+    def _sample(self, sampled: list[ScheduledRequest], logits: Tensor) -> Tensor:
         """Draw a token for each request, and put it into its row."""
-        if not sampled:
-            return logits.new_zeros(0, dtype=torch.int64)
-        ends = [request.start + request.num_tokens for request in sampled]
-        histories = [self.token_ids[request.row, :end] for request, end in zip(sampled, ends, strict=True)]
-        token_ids = sampler.sample(logits, rows, histories, ends)
-        width = self.token_ids.shape[1]
-        # A token drawn at the very end of the context has no place in its row, and is never read from it.
-        places = [request.row * width + min(end, width - 1) for request, end in zip(sampled, ends, strict=True)]
-        self.token_ids.view(-1).index_copy_(0, self._upload(places).long(), token_ids.int())
-        return token_ids
+        fields = [[request.row for request in sampled], [request.start + request.num_tokens for request in sampled]]
+        rows, ends = self._upload(np.array(fields, dtype=np.int32))
+        return ops.sample(logits, self.sampling_lines, rows, ends, self.token_ids)
 
     def _prompt_of(self, row: int) -> tuple[Tensor, int]:
         sampling = self.rows[row].sampling

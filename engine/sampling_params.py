@@ -40,9 +40,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must be between -2 and 2"),
             ("repetition_penalty", 0 < self.repetition_penalty <= 100, "must be in (0, 100]"),
             ("logit_bias", self._logit_bias_is_valid(), "must map token ids to values between -100 and 100"),
+            ("logit_bias", len(self.logit_bias or ()) <= MAX_LOGIT_BIAS, f"must name at most {MAX_LOGIT_BIAS} tokens"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "must fit in 64 bits"),
             ("stop", all(self.stop), "must not hold an empty string"),
             ("stop_token_ids", all(token >= 0 for token in self.stop_token_ids), "must not be negative"),
+            ("stop_token_ids", len(self.stop_token_ids) <= MAX_STOP_IDS, f"must be at most {MAX_STOP_IDS} tokens"),
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "must be at least 1"),
             ("min_tokens", self._min_tokens_is_valid(), "must lie between 0 and max_tokens"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"must be 0 to {MAX_LOGPROBS}"),
@@ -73,4 +75,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 MAX_N = 128
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_STOP_IDS = 64
 MIN_TEMPERATURE = 1e-5  # below it the division overflows bf16's range of useful logits: the draw is greedy anyway

@@ -1,11 +1,56 @@
-// Standard Gumbel noise [rows, vocab_size] that depends on nothing but (seed, position, token id): Philox 4x32-10 (Salmon
-// et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with counter (token_id / 4, 0, position, 0) and key seed;
-// word token_id % 4 becomes u in (0, 1) and the noise -log(-log(u)).
+// One token a row of logits [n, vocab_size], by the parameters in the row's line of a table; the best token of each row;
+// and the random numbers of the draws.
 //
-// A thread makes the four numbers of one counter. Bound by arithmetic (ten rounds and eight logarithms).
+// A cluster of blocks shares a row, each block reads its own part of it once for every question: what is the best logit,
+// how far behind it do top-k, top-p and min-p reach, which token is drawn. The row stays in the L2 cache between the
+// questions, nothing is sorted, and no question needs the host. How far a logit lies behind the best is counted in whole
+// steps of 2^-24, so that all sums are of integers: they do not depend on how many blocks share the row.
+//
+// Bound by reading (a row without limits is read once, with top-k and top-p four to eight times) and, where many tokens can
+// be drawn, by the arithmetic of their noise.
 #include "types.cuh"
+#include "reduce.cuh"
 
+constexpr int kThreads = 1024;
+constexpr int kBinBits = 10, kBins = 1 << kBinBits;  // one bin a thread
+constexpr int kSeen = 8192;                          // tokens whose uses are counted at a time
+constexpr float kStepsPerNat = 0x1p24f;
+constexpr u32 kOutOfReach = 1u << 30;  // 64 nats: what is further behind has no part in anything
+constexpr float kMostNoise = 16.64f;   // -log(-log(1 - 2^-24)) is less
+static_assert(kBins == kThreads && kSeen >= 4 * kBins, "histograms have a bin for each thread, two are in use");
+
+// As in engine/ops/sampling_line.py. After it: the forbidden tokens, then pairs of a token and its bias.
+struct Line {
+  float inverse_temperature;  // 0: the best token is taken
+  float top_p;
+  int top_k;  // 0: all
+  u32 max_steps;  // min-p as the steps that a token may lie behind the best
+  float repetition_penalty, presence_penalty, frequency_penalty;
+  int num_prompt_tokens, min_tokens, num_forbidden, num_biased, has_penalties;
+  u64 seed;
+};
+
+
+struct Best { float value = -kInfinity; int token = 0; };
 struct Words { u32 of[4]; };
+
+// The part of the tokens at a distance behind the best that belongs to this thread's bin, and what all bins before it hold.
+// Masses are sums of e^-distance, in units of 2^-40.
+struct Bin { u32 before, count, total; u64 mass_before, mass, total_mass; };
+struct Found { int bin; u32 before, count; u64 mass_before, mass; };
+struct Limit { u32 steps; u64 mass; };
+
+struct Shared {
+  u32 seen[kSeen];  // uses of tokens, then histograms
+  u64 best_of_warp[2][32], best[2];
+  u32 counts[32];
+  u64 masses[32];
+  Found found;
+};
+static_assert(sizeof(Shared) <= 34 << 10, "engine/ops/cuda/sampling.py gives as much");
+
+// What one block has of a row: groups [first, last) of four tokens.
+struct Part { Shared& shared; float* row; int vocab_size, first, last; };
 
 __device__ inline Words philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 key0, u32 key1) {
 #pragma unroll
@@ -22,27 +67,305 @@ __device__ inline Words philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 key0, u32 key
   return {{c0, c1, c2, c3}};
 }
 
+// The four words of a group of tokens: Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+// SC 2011) with counter (token / 4, 0, position, 0) and key seed.
+__device__ inline Words words_of(int group, int position, u64 seed) {
+  return philox(group, 0, position, 0, static_cast<u32>(seed), static_cast<u32>(seed >> 32));
+}
 // 23 bits and a half: every such number is a float32, the largest below 1.
-__device__ inline float gumbel(u32 word) {
-  const float uniform = (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f;
-  return -logf(-logf(uniform));
+__device__ inline float uniform(u32 word) { return (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f; }
+__device__ inline float gumbel(u32 word) { return -logf(-logf(uniform(word))); }
+
+__device__ inline Part part_of(uint4* shared, float* logits, int vocab_size) {
+  const int num_groups = ceil_div(vocab_size, 4), each = ceil_div(num_groups, cluster_size());
+  const int first = min(cluster_rank() * each, num_groups);
+  return {*reinterpret_cast<Shared*>(shared), logits + static_cast<i64>(blockIdx.y) * vocab_size, vocab_size, first,
+          min(first + each, num_groups)};
 }
 
-// Grid: x = rows, y = counters.
-extern "C" __global__ void gumbel_noise(float* noise, const i64* seeds, const i64* positions, int vocab_size) {
-  const i64 row = blockIdx.x;
-  const int counter = blockIdx.y * blockDim.x + threadIdx.x;
-  if (4 * counter >= vocab_size) return;
-  const u64 seed = static_cast<u64>(seeds[row]);
-  const Words words = philox(counter, 0, static_cast<u32>(positions[row]), 0, static_cast<u32>(seed),
-                             static_cast<u32>(seed >> 32));
-  float* target = noise + row * vocab_size + 4 * counter;
-  if (vocab_size % 4 == 0) {  // then every row starts at a 16-byte boundary
-    const float drawn[4] = {gumbel(words.of[0]), gumbel(words.of[1]), gumbel(words.of[2]), gumbel(words.of[3])};
-    store(target, drawn);
-    return;
+__device__ inline void load_group(const Part& part, int group, float (&logits)[4]) {
+  if (part.vocab_size % 4 == 0) return load(part.row + 4 * group, logits);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) logits[i] = 4 * group + i < part.vocab_size ? part.row[4 * group + i] : -kInfinity;
+}
+
+// Show a thread its groups, several of them on their way at a time.
+template <int kHeld, class Visit> __device__ inline void for_each_group(const Part& part, Visit visit) {
+  for (int start = part.first + threadIdx.x; start < part.last; start += kHeld * kThreads) {
+    float held[kHeld][4];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (start + i * kThreads < part.last) load_group(part, start + i * kThreads, held[i]);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i)
+      if (start + i * kThreads < part.last) visit(held[i], start + i * kThreads);
   }
+}
+
+// Tokens come in rising order: of equal ones the first stays.
+__device__ inline void consider(Best& best, float value, int token) {
+  if (value > best.value) best = {value, token};
+}
+__device__ inline void consider_group(Best& best, const float (&values)[4], int group) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) consider(best, values[i], 4 * group + i);
+}
+
+// The best of all threads of the cluster, the lowest token of equal ones. `which` (0 or 1) is different from call to call.
+__device__ inline Best cluster_best(Shared& shared, Best mine, int which) {
+  u64(&of_warp)[32] = shared.best_of_warp[which];
+  // Numbers order like their bits; negative ones the other way round. Adding 0 makes one number of -0 and 0.
+  const u32 bits = __float_as_uint(mine.value + 0.0f);
+  const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  const u64 key = warp_max(static_cast<u64>(ordered) << 32 | ~static_cast<u32>(mine.token));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = key;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const u64 all = warp_max(of_warp[threadIdx.x]);
+    if (threadIdx.x == 0) shared.best[which] = all;
+  }
+  meet_cluster();
+  u64 best = 0;
+  for (int rank = 0; rank < cluster_size(); ++rank) best = max(best, *in_block(&shared.best[which], rank));
+  const u32 found = static_cast<u32>(best >> 32);
+  return {__uint_as_float(found & 0x80000000u ? found & 0x7fffffffu : ~found), static_cast<int>(~static_cast<u32>(best))};
+}
+
+// logit_bias, min_tokens and penalties, in the logits themselves.
+__device__ inline void change_logits(const Part& part, const Line& line, const int* lists, const int* history, int end) {
+  const int first = 4 * part.first, last = min(4 * part.last, part.vocab_size);
+  const auto is_mine = [=](int token) { return first <= token && token < last; };
+  const int* biased = lists + line.num_forbidden;
+  for (int i = threadIdx.x; i < line.num_biased; i += kThreads)
+    if (const int token = biased[2 * i]; is_mine(token)) part.row[token] += __int_as_float(biased[2 * i + 1]);
+  __syncthreads();
+  if (end - line.num_prompt_tokens < line.min_tokens)
+    for (int i = threadIdx.x; i < line.num_forbidden; i += kThreads)
+      if (is_mine(lists[i])) part.row[lists[i]] = -kInfinity;
+  __syncthreads();
+  if (!line.has_penalties) return;
+  u32(&seen)[kSeen] = part.shared.seen;
+  constexpr u32 kInPrompt = 1u << 31;  // the other bits count uses in the output
+  for (int start = first; start < last; start += kSeen) {
+    const int size = min(kSeen, last - start);
+    for (int i = threadIdx.x; i < size; i += kThreads) seen[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < end; i += kThreads) {
+      const int place = history[i] - start;
+      if (place < 0 || place >= size) continue;
+      if (i < line.num_prompt_tokens) atomicOr(&seen[place], kInPrompt);
+      else atomicAdd(&seen[place], 1u);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < size; i += kThreads) {
+      if (seen[i] == 0) continue;
+      const float count = seen[i] & ~kInPrompt;
+      float x = part.row[start + i];
+      x = x > 0.0f ? x / line.repetition_penalty : __fmul_rn(x, line.repetition_penalty);
+      const float presence = count > 0.0f ? line.presence_penalty : 0.0f;
+      part.row[start + i] = __fsub_rn(x, __fadd_rn(__fmul_rn(line.frequency_penalty, count), presence));
+    }
+    __syncthreads();
+  }
+}
+
+// How far a logit lies behind the best, at most kOutOfReach.
+__device__ inline u32 steps_behind(float top, float scaled) {
+  return static_cast<u32>(fminf(__fmul_rn(__fsub_rn(top, scaled), kStepsPerNat), static_cast<float>(kOutOfReach)));
+}
+
+// Sums of this thread and those before it, and of all of them.
+__device__ inline void prefix_sums(Shared& shared, Bin& bin) {
+  u32(&counts)[32] = shared.counts;
+  u64(&masses)[32] = shared.masses;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const u32 count = warp_prefix_sum(bin.count);
+  const u64 mass = warp_prefix_sum(bin.mass);
+  if (lane == 31) counts[warp] = count, masses[warp] = mass;
+  __syncthreads();
+  const u32 warps_count = warp_prefix_sum(counts[lane]);
+  const u64 warps_mass = warp_prefix_sum(masses[lane]);
+  bin.total = __shfl_sync(kAllLanes, warps_count, 31);
+  bin.total_mass = __shfl_sync(kAllLanes, warps_mass, 31);
+  const u32 of_warps_before = __shfl_sync(kAllLanes, warps_count - counts[lane], warp);
+  const u64 mass_of_warps_before = __shfl_sync(kAllLanes, warps_mass - masses[lane], warp);
+  bin.before = of_warps_before + count - bin.count;
+  bin.mass_before = mass_of_warps_before + mass - bin.mass;
+}
+
+// A histogram of the row's tokens whose steps begin with `prefix` (and are not above `ceiling`) by the next ten bits of their
+// steps, `shift` bits from the end. Its place is not that of the one before, which other blocks may still be reading.
+__device__ inline Bin histogram(
+    const Part& part, const Line& line, float top, u32 ceiling, u32 prefix, int shift, int& place) {
+  place ^= 1;
+  u32* counts = part.shared.seen + place * 2 * kBins;
+  u32* deficits = counts + kBins;
+  counts[threadIdx.x] = deficits[threadIdx.x] = 0;
+  __syncthreads();
+  // A token's mass is that of its bin's start less a deficit of a sixteenth at most: small enough to be summed in a word.
+  const float inverse_temperature = line.inverse_temperature;
+  const float units = 4e9f / part.vocab_size / (static_cast<float>(1u << shift) / kStepsPerNat);
+  for_each_group<2>(part, [&](const float (&logits)[4], int) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 steps = steps_behind(top, __fmul_rn(logits[i], inverse_temperature));
+      if (steps > ceiling || steps >> shift >> kBinBits != prefix) continue;
+      const int bin = steps >> shift & (kBins - 1);
+      atomicAdd(&counts[bin], 1u);
+      if (shift == 0) continue;
+      const float x = (steps & ((1u << shift) - 1)) / kStepsPerNat;
+      const float deficit = x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5))));  // 1 - e^-x
+      atomicAdd(&deficits[bin], static_cast<u32>(deficit * units + 0.5f));
+    }
+  });
+  meet_cluster();
+  Bin bin{};
+  u32 deficit = 0;
+  for (int rank = 0; rank < cluster_size(); ++rank) {
+    bin.count += in_block(counts, rank)[threadIdx.x];
+    deficit += in_block(deficits, rank)[threadIdx.x];
+  }
+  const float start = static_cast<float>((prefix << kBinBits | threadIdx.x) << shift) / kStepsPerNat;
+  bin.mass = static_cast<u64>((bin.count - static_cast<double>(deficit) / units) * expf(-start) * 0x1p40);
+  prefix_sums(part.shared, bin);
+  return bin;
+}
+
+// The bin where the sum over the bins, of masses or counts, reaches the target. Sums are rounded: the last bin reaches any.
+__device__ inline Found find(Found& found, const Bin& bin, bool by_mass, u64 target) {
+  const u64 before = by_mass ? bin.mass_before : bin.before, after = before + (by_mass ? bin.mass : bin.count);
+  const bool is_last = bin.before + bin.count == bin.total;
+  __syncthreads();
+  if (bin.count > 0 && before < target && (after >= target || is_last))
+    found = {static_cast<int>(threadIdx.x), bin.before, bin.count, bin.mass_before, bin.mass};
+  __syncthreads();
+  return found;
+}
+
+// The steps within which the best tokens reach the target, ten bits at a time from the histogram of the first ten bits.
+__device__ inline Limit find_limit(
+    const Part& part, const Line& line, float top, u32 ceiling, Bin bin, bool by_mass, u64 target, int& place) {
+  u32 prefix = 0;
+  u64 mass = 0;
+  for (int shift = 2 * kBinBits;; shift -= kBinBits) {
+    const Found found = find(part.shared.found, bin, by_mass, target);
+    prefix = prefix << kBinBits | found.bin;
+    mass += found.mass_before;
+    target -= by_mass ? found.mass_before : found.before;
+    const bool takes_all = by_mass ? found.count == 1 : target == found.count;
+    if (takes_all || shift == 0) return {min(ceiling, ((prefix + 1) << shift) - 1), mass + found.mass};
+    bin = histogram(part, line, top, ceiling, prefix, shift - kBinBits, place);
+  }
+}
+
+// The steps that the drawn token may lie behind the best, by min-p, then top-k, then top-p.
+__device__ inline u32 limit_of(const Part& part, const Line& line, float top) {
+  Limit limit{line.max_steps, 0};
+  if (line.top_k == 0 && line.top_p >= 1.0f) return limit.steps;
+  int place = 0;
+  const Bin bins = histogram(part, line, top, line.max_steps, 0, 2 * kBinBits, place);
+  limit.mass = bins.total_mass;
+#pragma unroll 1
+  for (int by_mass = 0; by_mass < 2; ++by_mass) {
+    const u64 mass = ceil(static_cast<double>(line.top_p) * limit.mass);
+    const u64 target = by_mass ? max(mass, 1ull) : static_cast<u64>(line.top_k);
+    if (by_mass ? line.top_p < 1.0f : 0 < target && target < bins.total)
+      limit = find_limit(part, line, top, limit.steps, bins, by_mass, target, place);
+  }
+  return limit.steps;
+}
+
+// The best of logits and noise among a group. Most noise is too small to matter: an estimate (off by less than a thousandth
+// while the uniform number is not near 1) is enough to see that.
+__device__ inline void draw_group(
+    Best& best, const float (&scaled)[4], const bool (&is_kept)[4], int group, int position, u64 seed) {
+  float most = -kInfinity;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (4 * counter + i < vocab_size) target[i] = gumbel(words.of[i]);
+    if (is_kept[i]) most = fmaxf(most, scaled[i]);
+  if (best.value - most > kMostNoise) return;
+  const Words words = words_of(group, position, seed);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float u = uniform(words.of[i]);
+    const bool may_win = u > 0.999f || -__logf(-__logf(u)) + 1e-3f >= best.value - scaled[i];
+    if (is_kept[i] && may_win) consider(best, __fadd_rn(scaled[i], gumbel(words.of[i])), 4 * group + i);
+  }
+}
+
+__device__ inline void put(Best best, int* tokens, int* token_ids, int row, int end, int max_len) {
+  if (cluster_rank() == 0 && threadIdx.x == 0) {
+    tokens[blockIdx.y] = best.token;
+    if (end < max_len) token_ids[static_cast<i64>(row) * max_len + end] = best.token;
+  }
+  meet_cluster();  // a block that has left cannot be read
+}
+
+// Grid: x = the blocks of a cluster, y = rows of logits.
+extern "C" __global__ void __launch_bounds__(1024)
+sample(int* tokens, float* logits, const int* lines, const int* rows, const int* ends, int* token_ids, int vocab_size,
+       int line_size, int max_len) {
+  start_dependents();
+  wait_for_inputs();
+  const int row = rows[blockIdx.y], end = ends[blockIdx.y];
+  const int* words = lines + static_cast<i64>(row) * line_size;
+  const Line& line = *reinterpret_cast<const Line*>(words);
+  extern __shared__ uint4 shared[];
+  const Part part = part_of(shared, logits, vocab_size);
+  if (line.num_forbidden + line.num_biased + line.has_penalties > 0)
+    change_logits(part, line, words + sizeof(Line) / 4, token_ids + static_cast<i64>(row) * max_len, end);
+  Best best;
+  const float inverse_temperature = line.inverse_temperature;
+  if (inverse_temperature == 0.0f) {
+    for_each_group<2>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
+    return put(cluster_best(part.shared, best, 0), tokens, token_ids, row, end, max_len);
+  }
+  float top = kInfinity;
+  u32 limit = kOutOfReach;
+  if (line.top_k > 0 || line.top_p < 1.0f || line.max_steps < kOutOfReach - 1) {
+    for_each_group<2>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
+    top = __fmul_rn(cluster_best(part.shared, best, 0).value, inverse_temperature);
+    limit = limit_of(part, line, top);
+    best = Best();
+  }
+  const u64 seed = line.seed;
+  for_each_group<2>(part, [&](const float (&logits)[4], int group) {
+    float scaled[4];
+    bool is_kept[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scaled[i] = __fmul_rn(logits[i], inverse_temperature);
+      is_kept[i] = steps_behind(top, scaled[i]) <= limit;
+    }
+    draw_group(best, scaled, is_kept, group, end, seed);
+  });
+  put(cluster_best(part.shared, best, 1), tokens, token_ids, row, end, max_len);
+}
+
+// The same for rows that take the best token of the logits as they are.
+extern "C" __global__ void __launch_bounds__(1024)
+take_best(int* tokens, float* logits, const int* rows, const int* ends, int* token_ids, int vocab_size, int max_len) {
+  start_dependents();
+  wait_for_inputs();
+  extern __shared__ uint4 shared[];
+  const Part part = part_of(shared, logits, vocab_size);
+  Best best;
+  for_each_group<4>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
+  put(cluster_best(part.shared, best, 0), tokens, token_ids, rows[blockIdx.y], ends[blockIdx.y], max_len);
+}
+
+// Grid: x = rows, y = groups of four tokens.
+extern "C" __global__ void gumbel_noise(float* noise, const i64* seeds, const i64* positions, int vocab_size) {
+  start_dependents();
+  wait_for_inputs();
+  const i64 row = blockIdx.x;
+  const int group = blockIdx.y * blockDim.x + threadIdx.x;
+  if (4 * group >= vocab_size) return;
+  const Words words = words_of(group, positions[row], seeds[row]);
+  const float drawn[4] = {gumbel(words.of[0]), gumbel(words.of[1]), gumbel(words.of[2]), gumbel(words.of[3])};
+  float* target = noise + row * vocab_size + 4 * group;
+  if (vocab_size % 4 == 0) return store(target, drawn);  // then every row starts at a 16-byte boundary
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (4 * group + i < vocab_size) target[i] = drawn[i];
 }

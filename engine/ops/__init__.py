@@ -10,7 +10,7 @@ from engine.ops.dispatch import set_batch_invariant, warm_up
 from engine.ops.gemm import linear, logits
 from engine.ops.norm import add_rms_norm, rms_norm
 from engine.ops.rotary import rotate_and_store
-from engine.ops.sampling import gumbel_noise
+from engine.ops.sampling import gumbel_noise, sample, take_best
 
 __all__ = [
     "add_rms_norm",
@@ -21,6 +21,8 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate_and_store",
+    "sample",
     "set_batch_invariant",
+    "take_best",
     "warm_up",
 ]

@@ -197,6 +197,13 @@ def paged_attention(
     return out
 
 
+def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
+    return reference.sample(logits, lines, rows, ends, token_ids, noise_of=gumbel_noise)
+
+
+take_best = reference.take_best
+
+
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     if seeds.dtype != torch.int64:
         return reference.gumbel_noise(seeds, positions, vocab_size)

@@ -1,10 +1,14 @@
 """Every op in plain torch, written for clarity: the oracle of the tests and the body that runs anywhere."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import ForwardBatch
+from engine.ops import sampling_line
+from engine.ops.sampling_line import OUT_OF_REACH, STEPS_PER_NAT, Line
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -103,6 +107,92 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1).flatten(1)[:, :vocab_size]
     uniform = ((words >> 9).float() + 0.5) * 2.0**-23  # 24 bits would round up to 1, whose noise is infinite
     return -torch.log(-torch.log(uniform))
+
+
+def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
+    return _put(logits.argmax(-1).int(), rows, ends, token_ids)
+
+
+def sample(
+    logits: Tensor,
+    lines: Tensor,
+    rows: Tensor,
+    ends: Tensor,
+    token_ids: Tensor,
+    noise_of: Callable[[Tensor, Tensor, int], Tensor] = gumbel_noise,
+) -> Tensor:
+    all_lines = [sampling_line.unpack(words) for words in lines[rows.long()].cpu().numpy()]
+    for i, (line, row, end) in enumerate(zip(all_lines, rows.tolist(), ends.tolist(), strict=True)):
+        if line.changes_logits:
+            change_logits(logits[i], line, token_ids[row, :end])
+    tokens = logits.argmax(-1).int()
+    is_drawn = [bool(line.header["inverse_temperature"]) for line in all_lines]
+    if any(is_drawn):
+        drawn = torch.tensor(is_drawn, device=logits.device).nonzero().squeeze(-1)
+        drawn_lines = [line for line in all_lines if line.header["inverse_temperature"]]
+        seeds = torch.tensor([int(line.header["seed"]) for line in drawn_lines], device=logits.device)
+        noise = noise_of(seeds, ends[drawn], logits.shape[-1])
+        tokens[drawn] = (keep_best(logits[drawn], drawn_lines) + noise).argmax(-1).int()
+    return _put(tokens, rows, ends, token_ids)
+
+
+def _put(tokens: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
+    fits = ends < token_ids.shape[1]
+    token_ids[rows[fits].long(), ends[fits].long()] = tokens[fits]
+    return tokens
+
+
+def change_logits(logits: Tensor, line: Line, history: Tensor) -> None:
+    """Apply logit_bias, min_tokens and the penalties of one row, in place.   logits [vocab], history [num_tokens]"""
+    header, num_prompt_tokens = line.header, int(line.header["num_prompt_tokens"])
+    if len(line.biased):
+        biased, biases = (torch.from_numpy(part).to(logits.device) for part in (line.biased.astype(int), line.biases))
+        logits[biased] += biases
+    if len(history) - num_prompt_tokens < header["min_tokens"]:
+        logits[torch.from_numpy(line.forbidden.astype(int)).to(logits.device)] = -torch.inf
+    if header["has_penalties"]:
+        seen = history.long().unique()
+        values, repetition = logits[seen], float(header["repetition_penalty"])
+        logits[seen] = torch.where(values > 0, values / repetition, values * repetition)
+        counts = torch.bincount(history[num_prompt_tokens:].long(), minlength=len(logits)).float()
+        frequency, presence = float(header["frequency_penalty"]), float(header["presence_penalty"])
+        logits -= frequency * counts + presence * (counts > 0)
+
+
+def keep_best(logits: Tensor, lines: list[Line]) -> Tensor:
+    """logits [n, vocab] over temperature, -inf where min_p, top_k or top_p drops a token."""
+
+    def column(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([line.header[name].item() for line in lines], dtype=dtype, device=logits.device)[:, None]
+
+    scaled = logits * column("inverse_temperature", torch.float32)
+    behind = (scaled.amax(-1, keepdim=True) - scaled) * STEPS_PER_NAT
+    steps = behind.clamp_max(OUT_OF_REACH).int()
+    limit = column("max_steps", torch.int32)
+    top_k, top_p = column("top_k", torch.int64), column("top_p", torch.float64)
+    most = min(int(top_k.max()), logits.shape[-1])
+    if most:
+        best = steps.topk(most, dim=-1, largest=False).values
+        worst = best.gather(-1, top_k.clamp(1, most) - 1)
+        limit = torch.where((top_k > 0) & (top_k <= most), torch.minimum(limit, worst), limit)
+    if (top_p < 1).any():
+        limit = torch.where(top_p < 1, _limit_of_mass(steps, limit, top_p), limit)
+    return scaled.masked_fill(steps > limit, -torch.inf)
+
+
+def _limit_of_mass(steps: Tensor, limit: Tensor, top_p: Tensor) -> Tensor:
+    """The fewest steps within which lies top_p of the mass that lies within limit; all but the first [n, 1].
+
+    No sort: bisection over the steps.
+    """
+    mass = (-steps.double() / STEPS_PER_NAT).exp().masked_fill(steps > limit, 0.0)
+    target = top_p * mass.sum(-1, keepdim=True)
+    low, high = torch.full_like(limit, -1), limit  # the mass within `high` is enough, within `low` not
+    for _ in range(OUT_OF_REACH.bit_length()):
+        middle = low + (high - low) // 2
+        is_enough = mass.masked_fill(steps > middle, 0.0).sum(-1, keepdim=True) >= target
+        low, high = torch.where(is_enough, low, middle), torch.where(is_enough, middle, high)
+    return high
 
 
 def _multiply(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:

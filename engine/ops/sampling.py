@@ -1,8 +1,32 @@
-"""Random draws that depend on nothing but (seed, position)."""
+"""From logits to tokens.
+
+A token depends on its request's logits, parameters, seed and position only, never on who shares the batch: the draw is
+argmax(logits + Gumbel noise), the noise a function of (seed, position).
+"""
 
 from torch import Tensor
 
 from engine.ops.dispatch import body
+
+
+def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
+    """One token a row, which is also put into its place in token_ids, if it has one.   result [n] int32
+
+    logits [n, vocab_size] float32 (changed in place), lines [max_num_rows, NUM_WORDS] int32 as in sampling_line.py,
+    token_ids [max_num_rows, max_len] int32. Row i of the logits is that of the request whose line is lines[rows[i]],
+    and whose tokens so far are token_ids[rows[i], :ends[i]] (both int32).
+
+    In this order: logit_bias is added; min_tokens forbids the stop tokens; penalties (repetition over all tokens so
+    far, presence and frequency over those of the output); temperature. Then all but these tokens are dropped: those
+    that min_p keeps, of them the top_k best, of them the fewest best whose probabilities sum to top_p. Tokens equally
+    far behind the best (in steps of 2^-24) are kept or dropped together. Of the rest one is drawn.
+    """
+    return body(logits).sample(logits, lines, rows, ends, token_ids)
+
+
+def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
+    """The best token of each row, of equal ones the lowest; it is put into its place too, as by `sample`."""
+    return body(logits).take_best(logits, rows, ends, token_ids)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

@@ -14,6 +14,22 @@ template <int kLanes> __device__ inline float team_max(float x) {
   return x;
 }
 
+__device__ inline u64 warp_max(u64 x) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x = max(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+
+// The sum of a lane's number and those of the lanes before it.
+template <class T> __device__ inline T warp_prefix_sum(T x) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const T before = __shfl_up_sync(kAllLanes, x, distance);
+    if (threadIdx.x % 32 >= distance) x += before;
+  }
+  return x;
+}
+
 // Every thread gets the sum over a block of whole warps. One call a kernel: the scratch is not guarded for a second.
 __device__ inline float block_sum(float x) {
   __shared__ float of_warp[32];

@@ -7,16 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import ops, sampler
-from engine.sampling_params import SamplingParams
+from engine.ops import reference, sampling_line
+from engine.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
 VOCAB = 50
 
 
+def pack(num_prompt: int = 0, stop_ids: tuple[int, ...] = (3,), **params) -> np.ndarray:
+    return sampling_line.pack(SamplingParams(**params), num_prompt, list(stop_ids))
+
+
 def draw(logits: torch.Tensor, positions: list[int], history: list[int] | None = None, num_prompt: int = 0, **params):
-    row = sampler.make_row(SamplingParams(**params), num_prompt, [3], torch.device("cpu"))
-    rows = [row] * len(positions)
-    histories = [torch.tensor(history or [], dtype=torch.int32)] * len(positions)
-    return sampler.sample(logits.clone(), rows, histories, positions)
+    """The tokens that one request draws at several positions, after the same history."""
+    line = torch.from_numpy(pack(num_prompt, **params)).unsqueeze(0)
+    token_ids = torch.tensor([history or []], dtype=torch.int32)
+    rows, ends = torch.zeros(len(positions), dtype=torch.int32), torch.tensor(positions, dtype=torch.int32)
+    return ops.sample(logits.clone(), line, rows, ends, token_ids)
 
 
 def frequencies(logits: np.ndarray, num_draws: int = 10_000, **params) -> np.ndarray:
@@ -75,20 +81,49 @@ def test_draws_follow_the_distribution_that_the_parameters_describe(params: dict
 @given(st.integers(0, 2**31), st.floats(0.05, 0.99))
 def test_top_p_keeps_what_sorting_keeps(seed: int, top_p: float):
     logits = np.random.default_rng(seed).normal(size=VOCAB) * 3
-    kept = sampler._keep_top_p(torch.tensor(logits, dtype=torch.float32)[None], torch.tensor([[top_p]]))
+    line = sampling_line.unpack(pack(top_p=top_p))
+    kept = reference.keep_best(torch.tensor(logits, dtype=torch.float32)[None], [line])
     assert set(torch.isfinite(kept[0]).nonzero().flatten().tolist()) == kept_by_sorting(logits, 0, top_p, 0, 1.0)
 
 
-def test_a_row_draws_the_same_in_any_company():
+def test_equally_good_tokens_are_kept_together():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 2.0, 0.0]])
+    for params, expected in (({"top_k": 2}, [0, 2, 3, 4]), ({"top_p": 0.5}, [0, 2, 3, 4]), ({"top_p": 0.4}, [0])):
+        kept = reference.keep_best(logits, [sampling_line.unpack(pack(**params))])
+        assert torch.isfinite(kept[0]).nonzero().flatten().tolist() == expected
+
+
+def test_a_row_draws_the_same_in_any_company_and_the_token_goes_into_its_row():
     logits = torch.randn(4, VOCAB)
-    device = torch.device("cpu")
-    variants = [SamplingParams(seed=7), SamplingParams(seed=7, top_k=3), SamplingParams(temperature=0)]
     alone = draw(logits[:1], [11], temperature=0.8, top_p=0.9, seed=3)
-    rows = [sampler.make_row(p, 0, [], device) for p in variants]
-    rows.append(sampler.make_row(SamplingParams(temperature=0.8, top_p=0.9, seed=3), 0, [], device))
-    together = sampler.sample(logits[[1, 2, 3, 0]].clone(), rows, [torch.tensor([])] * 4, [4, 9, 30, 11])
+    lines = [pack(seed=7), pack(temperature=0), pack(seed=7, top_k=3), pack(temperature=0.8, top_p=0.9, seed=3)]
+    table = torch.zeros(6, sampling_line.NUM_WORDS, dtype=torch.int32)
+    for row, line in zip((5, 0, 2, 3), lines, strict=True):
+        table[row, : len(line)] = torch.from_numpy(line)
+    rows, ends = torch.tensor([5, 2, 0, 3], dtype=torch.int32), torch.tensor([4, 9, 30, 11], dtype=torch.int32)
+    token_ids = torch.full((6, 30), -1, dtype=torch.int32)
+    together = ops.sample(logits[[1, 2, 3, 0]].clone(), table, rows, ends, token_ids)
     assert together[3] == alone[0]
     assert together[2] == logits[3].argmax()
+    assert token_ids[5, 4] == together[0]
+    assert token_ids[2, 9] == together[1]
+    assert token_ids[3, 11] == together[3]
+    assert (token_ids >= 0).sum() == 3  # row 0 has no place for a 31st token
+
+
+def test_lines_say_what_they_were_told():
+    params = SamplingParams(
+        temperature=0.5, top_k=7, top_p=0.25, min_p=0.5, seed=-5, min_tokens=2, logit_bias={4: 1.5, 9: -3.0}
+    )
+    line = sampling_line.unpack(sampling_line.pack(params, 6, [1, 2]))
+    assert (line.header["inverse_temperature"], line.header["top_k"], line.header["top_p"]) == (2.0, 7, 0.25)
+    assert line.header["max_steps"] == int(np.log(2) * 2**24)
+    assert (line.header["seed"], line.header["num_prompt_tokens"]) == (-5, 6)
+    assert line.forbidden.tolist() == [1, 2]
+    assert (line.biased.tolist(), line.biases.tolist()) == ([4, 9], [1.5, -3.0])
+    fullest = SamplingParams(min_tokens=1, logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), 1.0))
+    stop_ids = list(range(sampling_line.MAX_FORBIDDEN))
+    assert len(sampling_line.pack(fullest, 0, stop_ids)) == sampling_line.NUM_WORDS
 
 
 def test_noise_depends_on_seed_and_position_and_nothing_else():
@@ -110,14 +145,9 @@ def test_noise_is_philox():
 def test_penalties_follow_their_formulas():
     logits = torch.randn(1, VOCAB)
     history, num_prompt = [1, 2, 2, 4, 4, 4, 9], 3  # output: 4 4 4 9
-    row = sampler.make_row(
-        SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.5),
-        num_prompt,
-        [],
-        logits.device,
-    )
+    line = pack(num_prompt, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=1.5)
     changed = logits.clone()
-    sampler._change_logits(changed[0], row, torch.tensor(history, dtype=torch.int32))
+    reference.change_logits(changed[0], sampling_line.unpack(line), torch.tensor(history, dtype=torch.int32))
     expected = logits[0].double().numpy().copy()
     for token in set(history):
         expected[token] = expected[token] / 1.5 if expected[token] > 0 else expected[token] * 1.5

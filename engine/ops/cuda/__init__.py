@@ -14,7 +14,7 @@ from engine.ops.cuda import attention, gemm, kernels, rows, sampling
 from engine.ops.cuda.attention import paged_attention
 from engine.ops.cuda.gemm import linear, logits
 from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
-from engine.ops.cuda.sampling import gumbel_noise
+from engine.ops.cuda.sampling import gumbel_noise, sample, take_best
 
 __all__ = [
     "add_rms_norm",
@@ -26,7 +26,9 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotate_and_store",
+    "sample",
     "set_batch_invariant",
+    "take_best",
     "warm_up",
 ]
 

@@ -1,4 +1,4 @@
-"""Random noise for the sampler."""
+"""From logits to tokens, and the random numbers of the draws."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from engine.ops.compiler import Build
+from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import define_build, kernel
+
+THREADS = 1024
+SHARED_BYTES = 34 << 10  # as in kernels/sampling.cu
 
 
 def builds(arch: str) -> Iterator[Build]:
@@ -14,7 +18,37 @@ def builds(arch: str) -> Iterator[Build]:
 
 
 def sampling_build(arch: str) -> Build:
-    return define_build(arch, "sampling.cu")
+    return define_build(arch, "sampling.cu", SHARED_BYTES)
+
+
+def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
+    _check(logits, lines, rows, ends, token_ids)
+    tokens = torch.empty_like(rows)
+    if len(rows):
+        blocks = _blocks_per_row(logits)
+        kernel(logits, "sample", sampling_build)(
+            (blocks, len(rows), 1),
+            THREADS,
+            *(tokens.data_ptr(), logits.data_ptr(), lines.data_ptr(), rows.data_ptr(), ends.data_ptr()),
+            *(token_ids.data_ptr(), logits.shape[1], lines.shape[1], token_ids.shape[1]),
+            cluster=blocks,
+        )
+    return tokens
+
+
+def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
+    _check(logits, rows, ends, token_ids)
+    tokens = torch.empty_like(rows)
+    if len(rows):
+        blocks = _blocks_per_row(logits)
+        kernel(logits, "take_best", sampling_build)(
+            (blocks, len(rows), 1),
+            THREADS,
+            *(tokens.data_ptr(), logits.data_ptr(), rows.data_ptr(), ends.data_ptr(), token_ids.data_ptr()),
+            *(logits.shape[1], token_ids.shape[1]),
+            cluster=blocks,
+        )
+    return tokens
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
@@ -27,3 +61,22 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
         grid = (len(seeds), -(-vocab_size // (4 * threads)), 1)
         run(grid, threads, noise.data_ptr(), seeds.data_ptr(), positions.data_ptr(), vocab_size)
     return noise
+
+
+def blocks_per_row(num_rows: int, num_sms: int) -> int:
+    """Blocks of threads that share a row: a cluster of up to 8, while all rows fit twice onto the GPU."""
+    return next((blocks for blocks in (8, 4, 2) if blocks * num_rows <= 2 * num_sms), 1)
+
+
+def _blocks_per_row(logits: Tensor) -> int:
+    device = logits.get_device()
+    has_clusters = kernels.arch(device).startswith(("sm_9", "sm_1"))
+    return blocks_per_row(len(logits), kernels.num_sms(device)) if has_clusters else 1
+
+
+def _check(logits: Tensor, *indices: Tensor) -> None:
+    assert logits.dtype is torch.float32, logits.dtype
+    assert logits.is_contiguous(), logits.stride()
+    for tensor in indices:
+        assert tensor.dtype is torch.int32, tensor.dtype
+        assert tensor.is_contiguous(), tensor.stride()

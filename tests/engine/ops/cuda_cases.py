@@ -9,12 +9,14 @@ write is NaN before (`poisoned`).
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE
-from engine.ops import cuda
+from engine.ops import cuda, reference, sampling_line
+from engine.sampling_params import SamplingParams
 
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 5e-5}  # ‖out - expected‖ / ‖expected‖ of a row
 
@@ -129,6 +131,110 @@ def check_attention(
         expected = _attention(q[first : first + length], k, v, scale, window, softcap)
         assert_rows_close(out[first : first + length], expected, dtype)
         first += length
+
+
+SAMPLING = (  # what a row may ask for; each also gets a seed
+    {"temperature": 0},
+    {},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 300},
+    {"top_p": 0.3},
+    {"top_p": 0.9, "temperature": 0.6},
+    {"top_p": 0.999},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"top_k": 20, "top_p": 0.8, "temperature": 1.5},
+    {"top_k": 40, "top_p": 0.95, "min_p": 0.05},
+    {"min_p": 0.001, "top_p": 0.7},
+    {"temperature": 0, "logit_bias": {3: 6.0, 7: -50.0, 8: 5.5}},
+    {"temperature": 0, "min_tokens": 1000},
+    {"repetition_penalty": 1.3, "top_p": 0.8},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+    {"repetition_penalty": 0.7, "presence_penalty": -1, "logit_bias": {1: 3.0}, "min_tokens": 3, "top_k": 10},
+)
+
+
+def check_sample(device: str, vocab_size: int, requests: list[dict], spread: float = 3.0, max_len: int = 60) -> None:
+    """requests: sampling parameters. spread: of the logits, a multiple of 0.25 where it is negative: many are equal."""
+    num_rows = len(requests) + 2
+    rows = torch.randperm(num_rows)[: len(requests)].int()
+    ends = torch.randint(1, max_len + 1, (len(requests),), dtype=torch.int32)
+    ends[0] = max_len  # no place for its token
+    token_ids = torch.randint(0, vocab_size, (num_rows, max_len), dtype=torch.int32)
+    token_ids[:, ::3] = token_ids[:, :1]  # a token that comes often
+    logits = torch.randn(len(requests), vocab_size) * spread
+    logits = (logits * 4).round() / 4 if spread < 0 else logits
+    lines = torch.full((num_rows, sampling_line.NUM_WORDS), -1, dtype=torch.int32)
+    packed = []
+    for i, request in enumerate(requests):
+        params = SamplingParams(**{"seed": int(torch.randint(-(2**63), 2**63 - 1, ())), "max_tokens": None} | request)
+        packed.append(sampling_line.pack(params, int(ends[i]) // 2, [0, vocab_size - 1, int(logits[i].argmax())]))
+        lines[rows[i], : len(packed[i])] = torch.from_numpy(packed[i])
+    placed = token_ids.to(device, copy=True)
+    with poisoned():
+        tokens = cuda.sample(
+            logits.to(device, copy=True), lines.to(device), rows.to(device), ends.to(device), placed
+        ).cpu()
+    for i, words in enumerate(packed):
+        line, row, end = sampling_line.unpack(words), int(rows[i]), int(ends[i])
+        _check_draw(logits[i].numpy(), line, token_ids[row, :end].numpy(), int(tokens[i]), (requests[i], i, row, end))
+        if end < max_len:
+            token_ids[row, end] = tokens[i]
+    assert torch.equal(placed.cpu(), token_ids), "a token is not in its place, or something else is not"
+
+
+def _check_draw(
+    logits: np.ndarray, line: sampling_line.Line, history: np.ndarray, token: int, case: tuple[object, ...]
+) -> None:
+    """By sorting, in float64 but for the distances from the best, which are defined in float32."""
+    header, wide = line.header, logits.astype(np.float64)
+    wide[line.biased] += line.biases
+    if len(history) - header["num_prompt_tokens"] < header["min_tokens"]:
+        wide[line.forbidden] = -np.inf
+    if header["has_penalties"]:
+        seen = np.unique(history)
+        factor = float(header["repetition_penalty"])
+        wide[seen] = np.where(wide[seen] > 0, wide[seen] / factor, wide[seen] * factor)
+        counts = np.bincount(history[header["num_prompt_tokens"] :], minlength=len(wide))
+        wide -= header["frequency_penalty"] * counts + header["presence_penalty"] * (counts > 0)
+    if not header["inverse_temperature"]:
+        assert wide[token] >= wide.max() - 1e-5, case
+        assert line.changes_logits or token == logits.argmax(), case
+        return
+    scaled = wide.astype(np.float32) * header["inverse_temperature"]
+    steps = np.minimum((scaled.max() - scaled) * np.float32(2**24), 2.0**30).astype(np.int64)
+    order = np.argsort(steps, kind="stable")
+    worst = float(header["max_steps"])
+    if 0 < header["top_k"] < len(order):
+        worst = min(worst, steps[order[header["top_k"] - 1]])
+    mass = np.cumsum(np.where(steps <= worst, np.exp(-steps / 2**24), 0.0)[order])
+    surely, perhaps = (  # kept, whatever the rounding of sums and of penalties
+        steps <= min(worst + slack, steps[order[np.searchsorted(mass, min(1.0, top_p) * mass[-1])]] + slack)
+        if (top_p := float(header["top_p"]) * (1 + sign * 2e-6)) < 1
+        else steps <= worst + slack
+        for sign, slack in ((-1, -100 if line.changes_logits else 0), (1, 100 if line.changes_logits else 0))
+    )
+    seed = torch.tensor([int(header["seed"])])
+    noise = reference.gumbel_noise(seed, torch.tensor([len(history)]), len(wide))[0].numpy()
+    assert perhaps[token], (*case, "was not to be drawn")
+    assert scaled[token] + noise[token] >= (scaled + noise)[surely].max(initial=-np.inf) - 1e-4, (*case, "not the best")
+
+
+def check_take_best(device: str, rows: int, vocab_size: int) -> None:
+    logits = torch.randint(-5, 5, (rows, vocab_size)).float()  # many are equal
+    logits[0] = -torch.inf
+    logits[-1, -1] = 9.0
+    places, ends = torch.randperm(rows + 3)[:rows].int(), torch.randint(0, 9, (rows,), dtype=torch.int32)
+    token_ids = torch.full((rows + 3, 8), -1, dtype=torch.int32, device=device)
+    with poisoned():
+        tokens = cuda.take_best(logits.to(device), places.to(device), ends.to(device), token_ids).cpu()
+    expected = torch.from_numpy(logits.numpy().argmax(-1)).int()  # numpy's takes the first
+    assert torch.equal(tokens, expected)
+    placed = torch.full((rows + 3, 9), -1, dtype=torch.int32)
+    placed[places.long(), ends.long()] = expected
+    assert torch.equal(token_ids.cpu(), placed[:, :8])
 
 
 def check_gumbel_noise(device: str, rows: int, vocab_size: int, position_dtype: torch.dtype) -> None:

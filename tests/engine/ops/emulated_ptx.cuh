@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -48,6 +49,10 @@ inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline u32 __float_as_uint(float x) { return bits_as<u32>(x); }
 inline u32 __umulhi(u32 a, u32 b) { return static_cast<u64>(a) * b >> 32; }
 inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
@@ -130,8 +135,8 @@ template <class T> const T* meet(const T& brought) {
   });
   return slots;
 }
-inline float __shfl_xor_sync(u32, float x, int distance) { return meet(x)[fiber->thread % 32 ^ distance]; }
-inline int __shfl_sync(u32, int x, int lane) { return meet(x)[lane]; }
+template <class T> T __shfl_xor_sync(u32, T x, int distance) { return meet(x)[fiber->thread % 32 ^ distance]; }
+template <class T> T __shfl_sync(u32, T x, int lane) { return meet(x)[lane]; }
 inline void __syncwarp() { meet(0); }
 inline u32 __ballot_sync(u32, bool mine) {
   const bool* all = meet(mine);
@@ -140,7 +145,7 @@ inline u32 __ballot_sync(u32, bool mine) {
   return word;
 }
 inline int __popc(u32 word) { return __builtin_popcount(word); }
-inline int __shfl_up_sync(u32, int x, int distance) {
+template <class T> T __shfl_up_sync(u32, T x, int distance) {
   const int lane = fiber->thread % 32;
   return meet(x)[lane < distance ? lane : lane - distance];
 }
@@ -150,7 +155,8 @@ inline int __reduce_add_sync(u32, int x) {
   for (int lane = 0; lane < 32; ++lane) sum += all[lane];
   return sum;
 }
-inline int atomicAdd(int* number, int x) { return (*number += x) - x; }
+template <class T> T atomicAdd(T* number, T x) { return (*number += x) - x; }
+inline u32 atomicOr(u32* number, u32 x) { return std::exchange(*number, *number | x); }
 inline int __ffs(u32 bits) { return __builtin_ffs(bits); }
 
 inline void fiber_main() {

@@ -159,3 +159,21 @@ def test_chunks_in_float32():
 @pytest.mark.parametrize("vocab_size", [1000, 1001])
 def test_gumbel_noise(vocab_size):
     cases.check_gumbel_noise("cpu", 3, vocab_size, torch.int32)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(("vocab_size", "spread"), [(1000, 3.0), (1001, -1.0)])
+def test_sample(monkeypatch, vocab_size, spread, blocks):
+    monkeypatch.setattr(cuda.sampling, "_blocks_per_row", lambda logits: blocks)
+    cases.check_sample("cpu", vocab_size, list(cases.SAMPLING), spread)
+
+
+def test_sample_with_more_tokens_than_are_counted_at_a_time():
+    cases.check_sample("cpu", 9001, [{"repetition_penalty": 1.5, "frequency_penalty": 0.5, "top_k": 3}])
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("vocab_size", [7, 1000, 9001])
+def test_take_best(monkeypatch, vocab_size, blocks):
+    monkeypatch.setattr(cuda.sampling, "_blocks_per_row", lambda logits: blocks)
+    cases.check_take_best("cpu", 3, vocab_size)

@@ -128,6 +128,36 @@ def test_gumbel_noise(vocab_size, position_dtype):
     cases.check_gumbel_noise("cuda", 9, vocab_size, position_dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 40, 70, 140, 300])  # 8 to 1 blocks share a row
+@pytest.mark.parametrize(("vocab_size", "spread"), [(1000, 3.0), (32_001, 2.0), (128_256, 3.0), (151_936, -2.0)])
+def test_sample(rows, vocab_size, spread):
+    requests = [random.choice(cases.SAMPLING) for _ in range(rows)] if rows < 40 else list(cases.SAMPLING)
+    padded = requests + [{"temperature": 0}] * (rows - len(requests))
+    cases.check_sample("cuda", vocab_size, padded, spread)
+
+
+def test_draws_at_the_edge_of_what_is_kept():
+    """So few tokens are kept, and so equal, that each of them is drawn in one of the rows."""
+    for params in ({"top_k": 3}, {"top_p": 0.01}, {"top_p": 0.01, "top_k": 9}, {"min_p": 0.97}):
+        cases.check_sample("cuda", 1000, [params] * 100, spread=0.3)
+
+
+def test_logits_without_a_spread():
+    cases.check_sample("cuda", 128_256, [{}, {"top_k": 50}, {"top_p": 0.9}, {"temperature": 0}], spread=0.0)
+    cases.check_sample("cuda", 128_256, [{}, {"top_k": 50}, {"top_p": 0.9}, {"temperature": 0}], spread=1000.0)
+
+
+def test_long_histories():
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.1, "top_p": 0.9}
+    cases.check_sample("cuda", 151_936, [penalties] * 3, max_len=40_000)
+
+
+@pytest.mark.parametrize("rows", [1, 64, 300])
+@pytest.mark.parametrize("vocab_size", [7, 49_152, 50_257, 151_936])
+def test_take_best(rows, vocab_size):
+    cases.check_take_best("cuda", rows, vocab_size)
+
+
 def test_ops_can_be_captured_in_a_graph():
     x, weight = torch.randn(5, 4096, device="cuda").bfloat16(), torch.randn(4096, device="cuda").bfloat16()
     cuda.rms_norm(x, weight, 1e-5)
@@ -146,3 +176,4 @@ def test_warm_up_loads_every_kernel_that_runs(monkeypatch):
     cases.check_norms("cuda", BF16, BF16, 3, 4096)
     cases.check_attention("cuda", BF16, (32, 8), 128, [(1, 600), (30, 40)])
     cases.check_gumbel_noise("cuda", 3, 1000, torch.int64)
+    cases.check_sample("cuda", 1000, [{"top_k": 5}])
