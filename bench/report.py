@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
+KERNELS_BEGIN, KERNELS_END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 EXTENSIONS = (".json", ".csv", ".md", ".html")
 LATENCIES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2EL", "e2el"))
 # Key, what the person reads, unit. A figure that a run does not have is left out.
@@ -205,6 +206,31 @@ def speed_section(path: Path) -> str:
     return f"{machine}:\n\n{speed_table(rows)}\n\n```bash\n{env['command']}\n```"
 
 
+def kernels_section(path: Path) -> str:
+    """What the README says of a file of bench/kernels.py."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    env, ceilings = values["environment"], values["ceilings"]
+    read, copied, flops = (ceilings[f"{name}_per_s"] / 1e12 for name in ("read_bytes", "copied_bytes", "flops"))
+    columns = ["op", "shape", "us", "TB/s", "TFLOP/s", "of the ceiling", "x PyTorch"]
+    rows = [
+        [
+            row["op"],
+            row["shape"],
+            row["us"],
+            row["tb_per_s"],
+            row["tflop_per_s"] or None,
+            f"{row['share']:.0%} of {row['bound']}",
+            row["ratio"],
+        ]
+        for row in values["rows"]
+    ]
+    return (
+        f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}; revision {(env['git_revision'] or '-')[:9]}. "
+        f"Ceilings: read {read:.2f} TB/s, copy {copied:.2f} TB/s, bf16 matrix product {flops:.0f} TFLOP/s.\n\n"
+        f"{markdown_table(columns, rows)}\n\n```bash\n{env['command']}\n```"
+    )
+
+
 def update_readme(results_folder: Path, readme: Path) -> bool:
     """Put the tables of all valid results between their markers. True when the file changed."""
     text = readme.read_text(encoding="utf-8")
@@ -214,6 +240,9 @@ def update_readme(results_folder: Path, readme: Path) -> bool:
     updated = _put_between(text, BEGIN, END, results_table(results) if results else "No results yet.", readme)
     if speeds:
         updated = _put_between(updated, SPEED_BEGIN, SPEED_END, "\n\n".join(speeds), readme)
+    kernels = [kernels_section(path) for path in paths if BenchResult.read(path).kind == "kernels"]
+    if kernels:
+        updated = _put_between(updated, KERNELS_BEGIN, KERNELS_END, "\n\n".join(kernels), readme)
     if updated != text:
         readme.write_text(updated, encoding="utf-8")
     return updated != text

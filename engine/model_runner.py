@@ -271,7 +271,7 @@ class ModelRunner:
         sampling = SamplingRow(new.params, new.num_prompt_tokens, bool(new.stop_token_ids))
         self.rows[new.row] = Row(sampling, len(new.token_ids))
         line = sampling_line.pack(new.params, new.num_prompt_tokens, new.stop_token_ids)
-        parts = (new.token_ids, new.block_ids, line)
+        parts = (np.array(new.token_ids, np.int32), np.array(new.block_ids, np.int32), line)
         uploaded = self._upload(np.concatenate(parts)).split([len(part) for part in parts])
         for table, part in zip((self.token_ids, self.block_table, self.sampling_lines), uploaded, strict=True):
             table[new.row, : len(part)] = part

@@ -1,14 +1,14 @@
 // y = x / sqrt(mean(x²) + eps) · weight, for each of `rows` rows of `dim` numbers; before it, perhaps, residual += x.
 //
-// One block a row. A row is read once and stays in registers between the sum and the product, so the kernel is bound by
-// bytes: x and y once each (and the residual twice).
+// One block a row. A row is read once, all of it before anything is written, and stays in registers between the sum and the
+// product: the kernel is bound by bytes, x and y once each (and the residual twice).
 // Built with SCALAR (the type of x, residual and y); the weight has the same type or is float.
 #include "types.cuh"
 #include "reduce.cuh"
 
 using Scalar = SCALAR;
 constexpr int kWidth = kVec<Scalar>;
-constexpr int kVecsPerThread = 4;  // so dim is at most 1024 · 4 · kWidth
+constexpr int kVecsPerThread = sizeof(Scalar) == 4 ? 4 : 2;  // so dim is at most 16,384
 
 template <class Weight, bool kAdds>
 __device__ inline void norm_row(Scalar* y, const Scalar* x, Scalar* residual, const Weight* weight, int dim, float eps) {
@@ -16,33 +16,42 @@ __device__ inline void norm_row(Scalar* y, const Scalar* x, Scalar* residual, co
   for (int at = threadIdx.x * kWidth; at < dim; at += blockDim.x * kWidth) prefetch(weight + at);
   wait_for_inputs();
   const i64 row = static_cast<i64>(blockIdx.x) * dim;
-  float held[kVecsPerThread][kWidth];
+  const auto place = [](int i) { return static_cast<int>(i * blockDim.x + threadIdx.x) * kWidth; };
+  uint4 held[kVecsPerThread], before[kVecsPerThread];
+#pragma unroll
+  for (int i = 0; i < kVecsPerThread; ++i) {
+    if (place(i) >= dim) continue;
+    held[i] = load_bits(x + row + place(i));
+    if constexpr (kAdds) before[i] = load_bits(residual + row + place(i));
+  }
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVecsPerThread; ++i) {
-    const int at = (i * blockDim.x + threadIdx.x) * kWidth;
-    if (at >= dim) continue;
-    load(x + row + at, held[i]);
+    if (place(i) >= dim) continue;
+    float own[kWidth];
+    unpack_vec<Scalar>(held[i], own);
     if constexpr (kAdds) {
-      float before[kWidth];
-      load(residual + row + at, before);
+      float added[kWidth];
+      unpack_vec<Scalar>(before[i], added);
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) held[i][j] = rounded<Scalar>(held[i][j] + before[j]);
-      store(residual + row + at, held[i]);
+      for (int j = 0; j < kWidth; ++j) own[j] += added[j];
+      held[i] = pack_vec<Scalar>(own);
+      store_bits(residual + row + place(i), held[i]);
+      unpack_vec<Scalar>(held[i], own);  // as rounded
     }
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum += held[i][j] * held[i][j];
+    for (int j = 0; j < kWidth; ++j) sum += own[j] * own[j];
   }
   const float factor = rsqrtf(block_sum(sum) / dim + eps);
 #pragma unroll
   for (int i = 0; i < kVecsPerThread; ++i) {
-    const int at = (i * blockDim.x + threadIdx.x) * kWidth;
-    if (at >= dim) continue;
-    float scale[kWidth];
-    load(weight + at, scale);
+    if (place(i) >= dim) continue;
+    float own[kWidth], scale[kWidth];
+    unpack_vec<Scalar>(held[i], own);
+    load(weight + place(i), scale);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) held[i][j] *= factor * scale[j];
-    store(y + row + at, held[i]);
+    for (int j = 0; j < kWidth; ++j) own[j] *= factor * scale[j];
+    store(y + row + place(i), own);
   }
 }
 

@@ -42,9 +42,19 @@ template <class T> __device__ inline void unpack_vec(uint4 bits, float (&x)[kVec
     }
   }
 }
+template <class T> __device__ inline uint4 pack_vec(const float (&x)[kVec<T>]) {
+  u32 words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) words[i] = __float_as_uint(x[i]);
+    else words[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
 template <class T> __device__ inline uint4 load_bits(const T* source) {
   return *reinterpret_cast<const uint4*>(source);
 }
+template <class T> __device__ inline void store_bits(T* target, uint4 bits) { *reinterpret_cast<uint4*>(target) = bits; }
 
 // kCount numbers (a multiple of kVec<T>) from or to a 16-byte boundary.
 template <int kCount, class T> __device__ inline void load(const T* source, float (&x)[kCount]) {
@@ -59,12 +69,9 @@ template <int kCount, class T> __device__ inline void load(const T* source, floa
 template <int kCount, class T> __device__ inline void store(T* target, const float (&x)[kCount]) {
 #pragma unroll
   for (int start = 0; start < kCount; start += kVec<T>) {
-    u32 words[4];
+    float piece[kVec<T>];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) words[i] = __float_as_uint(x[start + i]);
-      else words[i] = pack<T>(x[start + 2 * i], x[start + 2 * i + 1]);
-    }
-    *reinterpret_cast<uint4*>(target + start) = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int i = 0; i < kVec<T>; ++i) piece[i] = x[start + i];
+    store_bits(target + start, pack_vec<T>(piece));
   }
 }

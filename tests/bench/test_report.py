@@ -160,6 +160,26 @@ def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed
     assert once.endswith(f"{report.SPEED_END}\nEnd\n")
 
 
+def test_the_readme_shows_kernels_beside_the_ceilings_of_their_gpu(tmp_path: Path):
+    row = {"op": "linear", "shape": "8 x 16 to 32", "us": 12.5, "tb_per_s": 3.9, "tflop_per_s": 0.0, "ratio": None}
+    rows = [row | {"share": 0.834, "bound": "bytes"}, row | {"share": 0.5, "bound": "flops", "tflop_per_s": 376.0}]
+    ceilings = {"read_bytes_per_s": 4.69e12, "copied_bytes_per_s": 4.27e12, "flops_per_s": 752e12}
+    env = {"gpu": "NVIDIA H200", "driver": "580", "torch": "2.11.0", "command": "run", "git_revision": "0123456789abc"}
+    values = {"kind": "kernels", "ceilings": ceilings, "rows": rows, "environment": env}
+    (tmp_path / "h200-kernels.json").write_text(json.dumps(values))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n{report.KERNELS_BEGIN}\nold\n{report.KERNELS_END}\n")
+
+    assert report.update_readme(tmp_path, readme)
+    once = readme.read_text()
+    assert not report.update_readme(tmp_path, readme)
+
+    assert "| linear | 8 x 16 to 32 | 12.50 | 3.90 | - | 83% of bytes | - |" in once
+    assert "| linear | 8 x 16 to 32 | 12.50 | 3.90 | 376.0 | 50% of flops | - |" in once
+    assert "revision 012345678. Ceilings: read 4.69 TB/s, copy 4.27 TB/s, bf16 matrix product 752 TFLOP/s." in once
+    assert "old" not in once
+
+
 def test_the_readme_of_this_repository_says_what_its_results_say(tmp_path: Path):
     root = Path(report.__file__).resolve().parents[1]
     readme = tmp_path / "README.md"

@@ -1,0 +1,68 @@
+"""Every CUDA kernel once, on small shapes and against float64, for NVIDIA's checkers of memory and of races:
+
+    compute-sanitizer --tool memcheck python -m tests.engine.ops.sanitize
+    compute-sanitizer --tool racecheck python -m tests.engine.ops.sanitize
+
+Ends with exit code 1 if a kernel of kernels/*.cu has not run.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor ends where its memory ends
+
+import torch
+
+from engine.ops import cuda
+from engine.ops.compiler import Build, signatures
+from engine.ops.launcher import Kernel
+from engine.ops.sources import kernels_folder
+from tests.engine.ops import cuda_cases as cases
+
+BF16, F32 = torch.bfloat16, torch.float32
+MIXED = [(1, 1), (1, 150), (2, 2), (30, 130), (70, 90)]
+DECODES = [(1, 1), (1, 16), (1, 17), (1, 400)]
+
+
+def run_all() -> None:
+    for weight_dtype in (BF16, F32):
+        cases.check_norms("cuda", BF16, weight_dtype, rows=3, dim=576)
+    for kind in ("silu", "gelu_tanh"):
+        cases.check_gated_activation("cuda", BF16, kind, rows=3, dim=1096)
+    cases.check_rotate_and_store("cuda", BF16, (6, 2), 128, 96, BF16)
+    for rows, out in ((5, 1096), (16, 4224), (9, 6336), (1, 8448), (130, 1096)):  # tiles of all sizes
+        cases.check_linear("cuda", BF16, rows, 584, out, has_bias=True)
+    for head_dim, window, softcap in ((64, 0, 0.0), (128, 0, 0.0), (128, 50, 30.0), (256, 0, 0.0), (40, 0, 0.0)):
+        for lengths in (DECODES, MIXED):
+            cases.check_attention("cuda", BF16, (6, 2), head_dim, lengths, window, softcap)
+    cases.check_attention("cuda", F32, (6, 2), 64, [(1, 3000)])
+    cases.check_gumbel_noise("cuda", 3, 1001, torch.int64)
+    cases.check_sample("cuda", 1001, list(cases.SAMPLING))
+    cases.check_sample("cuda", 9000, [{"repetition_penalty": 1.5, "top_k": 9, "top_p": 0.9}])
+    cases.check_take_best("cuda", 3, 1001)
+
+
+def main() -> int:
+    used: set[tuple[str, str]] = set()
+    loaded = cuda.kernels.loaded
+
+    def record(device: int, arch: str, name: str, make_build: Callable[..., Build], *constants: object) -> Kernel:
+        used.add((make_build(arch, *constants).file, name))
+        return loaded(device, arch, name, make_build, *constants)
+
+    cuda.kernels.loaded = record
+    torch.manual_seed(0)
+    run_all()
+    cuda.attention.attention_files = cases.newest_attention_files
+    run_all()
+    torch.cuda.synchronize()
+    folder = kernels_folder()
+    files = {str(path.relative_to(folder)): signatures(path.read_text()) for path in folder.rglob("*.cu")}
+    missing = {(file, name) for file, names in files.items() for name in names} - used
+    print(f"{len(used)} kernels ran; not {sorted(missing)}" if missing else f"all {len(used)} kernels ran")
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
