@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from engine import ops
 from engine.sampling_params import SamplingParams
 
 
@@ -40,7 +41,4 @@ class Logprobs:
 
 def logprobs_of(logits: Tensor, token_ids: Tensor, num_top: int) -> Logprobs:
     """Log probabilities of the given tokens and of the num_top best.   logits [n, vocab] float32, token_ids [n]"""
-    logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(-1, token_ids.long().unsqueeze(-1))
-    top_values, top_ids = logprobs.topk(num_top, dim=-1)
-    return Logprobs(chosen.squeeze(-1), (logprobs > chosen).sum(-1) + 1, top_values, top_ids)
+    return Logprobs(*ops.logprobs(logits, token_ids, num_top))

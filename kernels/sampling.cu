@@ -1,5 +1,5 @@
-// One token a row of logits [n, vocab_size], by the parameters in the row's line of a table; the best token of each row;
-// and the random numbers of the draws.
+// One token a row of logits [n, vocab_size], by the parameters in the row's line of a table; the best token of each row; log
+// probabilities; and the random numbers of the draws.
 //
 // A cluster of blocks shares a row, each block reads its own part of it once for every question: what is the best logit,
 // how far behind it do top-k, top-p and min-p reach, which token is drawn. The row stays in the L2 cache between the
@@ -44,7 +44,7 @@ struct Shared {
   u32 seen[kSeen];  // uses of tokens, then histograms
   u64 best_of_warp[2][32], best[2];
   u32 counts[32];
-  u64 masses[32];
+  u64 masses[32], sums[2];
   Found found;
 };
 static_assert(sizeof(Shared) <= 34 << 10, "engine/ops/cuda/sampling.py gives as much");
@@ -111,13 +111,22 @@ __device__ inline void consider_group(Best& best, const float (&values)[4], int 
   for (int i = 0; i < 4; ++i) consider(best, values[i], 4 * group + i);
 }
 
+// Numbers order like their bits; negative ones the other way round. Adding 0 makes one number of -0 and 0. Of equal numbers
+// the one with the lowest token has the largest key.
+__device__ inline u64 key_of(Best best) {
+  const u32 bits = __float_as_uint(best.value + 0.0f);
+  const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<u64>(ordered) << 32 | ~static_cast<u32>(best.token);
+}
+__device__ inline Best best_of(u64 key) {
+  const u32 found = static_cast<u32>(key >> 32);
+  return {__uint_as_float(found & 0x80000000u ? found & 0x7fffffffu : ~found), static_cast<int>(~static_cast<u32>(key))};
+}
+
 // The best of all threads of the cluster, the lowest token of equal ones. `which` (0 or 1) is different from call to call.
 __device__ inline Best cluster_best(Shared& shared, Best mine, int which) {
   u64(&of_warp)[32] = shared.best_of_warp[which];
-  // Numbers order like their bits; negative ones the other way round. Adding 0 makes one number of -0 and 0.
-  const u32 bits = __float_as_uint(mine.value + 0.0f);
-  const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  const u64 key = warp_max(static_cast<u64>(ordered) << 32 | ~static_cast<u32>(mine.token));
+  const u64 key = warp_max(key_of(mine));
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = key;
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -127,8 +136,22 @@ __device__ inline Best cluster_best(Shared& shared, Best mine, int which) {
   meet_cluster();
   u64 best = 0;
   for (int rank = 0; rank < cluster_size(); ++rank) best = max(best, *in_block(&shared.best[which], rank));
-  const u32 found = static_cast<u32>(best >> 32);
-  return {__uint_as_float(found & 0x80000000u ? found & 0x7fffffffu : ~found), static_cast<int>(~static_cast<u32>(best))};
+  return best_of(best);
+}
+
+// The sum over all threads of the cluster. `which` as above.
+__device__ inline u64 cluster_sum(Shared& shared, u64 mine, int which) {
+  mine = warp_prefix_sum(mine);
+  if (threadIdx.x % 32 == 31) shared.masses[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const u64 all = warp_prefix_sum(shared.masses[threadIdx.x]);
+    if (threadIdx.x == 31) shared.sums[which] = all;
+  }
+  meet_cluster();
+  u64 sum = 0;
+  for (int rank = 0; rank < cluster_size(); ++rank) sum += *in_block(&shared.sums[which], rank);
+  return sum;
 }
 
 // logit_bias, min_tokens and penalties, in the logits themselves.
@@ -343,7 +366,7 @@ sample(int* tokens, float* logits, const int* lines, const int* rows, const int*
 }
 
 // The same for rows that take the best token of the logits as they are.
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(1024, 2)
 take_best(int* tokens, float* logits, const int* rows, const int* ends, int* token_ids, int vocab_size, int max_len) {
   start_dependents();
   wait_for_inputs();
@@ -352,6 +375,49 @@ take_best(int* tokens, float* logits, const int* rows, const int* ends, int* tok
   Best best;
   for_each_group<4>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
   put(cluster_best(part.shared, best, 0), tokens, token_ids, rows[blockIdx.y], ends[blockIdx.y], max_len);
+}
+
+// The best of this thread's tokens whose keys are below `bound`.
+__device__ inline Best best_below(const Part& part, u64 bound) {
+  Best best;
+  for_each_group<2>(part, [&](const float (&logits)[4], int group) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (key_of({logits[i], 4 * group + i}) < bound) consider(best, logits[i], 4 * group + i);
+  });
+  return best;
+}
+
+// Log probabilities of one token of each row, how many tokens are better (and 1), and the num_top best with theirs.
+extern "C" __global__ void __launch_bounds__(1024, 2)
+logprobs(float* chosen, int* ranks, float* top_values, int* top_tokens, float* logits, const int* tokens, int vocab_size,
+         int num_top) {
+  start_dependents();
+  wait_for_inputs();
+  extern __shared__ uint4 shared[];
+  const Part part = part_of(shared, logits, vocab_size);
+  const float own = part.row[tokens[blockIdx.y]];
+  Best mine = best_below(part, ~0ull);
+  const float top = cluster_best(part.shared, mine, 0).value;
+  u64 mass = 0;  // in units of 2^-40: the sum is the same however it is shared out
+  u64 num_better = 0;
+  for_each_group<2>(part, [&](const float (&logits)[4], int) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      mass += static_cast<u64>(expf(logits[i] - top) * 0x1p40f);
+      num_better += logits[i] > own;
+    }
+  });
+  const float log_mass = top + logf(static_cast<float>(cluster_sum(part.shared, mass, 0)) * 0x1p-40f);
+  num_better = cluster_sum(part.shared, num_better, 1);
+  const bool writes = cluster_rank() == 0 && threadIdx.x == 0;
+  if (writes) chosen[blockIdx.y] = own - log_mass, ranks[blockIdx.y] = num_better + 1;
+  for (int i = 0; i < num_top; ++i) {
+    const Best best = cluster_best(part.shared, mine, 1 - i % 2);
+    if (writes) top_values[blockIdx.y * num_top + i] = best.value - log_mass, top_tokens[blockIdx.y * num_top + i] = best.token;
+    if (key_of(best) == key_of(mine)) mine = best_below(part, key_of(mine));
+  }
+  meet_cluster();  // a block that has left cannot be read
 }
 
 // Grid: x = rows, y = groups of four tokens.

@@ -10,7 +10,7 @@ from engine.ops.dispatch import set_batch_invariant, warm_up
 from engine.ops.gemm import linear, logits
 from engine.ops.norm import add_rms_norm, rms_norm
 from engine.ops.rotary import rotate_and_store
-from engine.ops.sampling import gumbel_noise, sample, take_best
+from engine.ops.sampling import gumbel_noise, logprobs, sample, take_best
 
 __all__ = [
     "add_rms_norm",
@@ -18,6 +18,7 @@ __all__ = [
     "gumbel_noise",
     "linear",
     "logits",
+    "logprobs",
     "paged_attention",
     "rms_norm",
     "rotate_and_store",

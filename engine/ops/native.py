@@ -202,6 +202,7 @@ def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids:
 
 
 take_best = reference.take_best
+logprobs = reference.logprobs
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

@@ -136,6 +136,13 @@ def sample(
     return _put(tokens, rows, ends, token_ids)
 
 
+def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    index = token_ids.long().unsqueeze(-1)
+    wide = logits.log_softmax(-1)
+    top_values, top_ids = wide.topk(num_top, dim=-1)
+    return wide.gather(-1, index).squeeze(-1), (logits > logits.gather(-1, index)).sum(-1) + 1, top_values, top_ids
+
+
 def _put(tokens: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
     fits = ends < token_ids.shape[1]
     token_ids[rows[fits].long(), ends[fits].long()] = tokens[fits]

@@ -29,6 +29,14 @@ def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> 
     return body(logits).take_best(logits, rows, ends, token_ids)
 
 
+def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log probabilities of the given tokens [n], their ranks (1: none is better), and those of the num_top best.
+
+    logits [n, vocab_size] float32, token_ids [n]; results [n] float32, [n], [n, num_top] float32 falling, [n, num_top].
+    """
+    return body(logits).logprobs(logits, token_ids, num_top)
+
+
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise [rows, vocab_size] float32: argmax(logits + noise) draws from softmax(logits).
 

@@ -14,7 +14,7 @@ from engine.ops.cuda import attention, gemm, kernels, rows, sampling
 from engine.ops.cuda.attention import paged_attention
 from engine.ops.cuda.gemm import linear, logits
 from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
-from engine.ops.cuda.sampling import gumbel_noise, sample, take_best
+from engine.ops.cuda.sampling import gumbel_noise, logprobs, sample, take_best
 
 __all__ = [
     "add_rms_norm",
@@ -22,6 +22,7 @@ __all__ = [
     "gumbel_noise",
     "linear",
     "logits",
+    "logprobs",
     "model_builds",
     "paged_attention",
     "rms_norm",

@@ -51,6 +51,24 @@ def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> 
     return tokens
 
 
+def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows, vocab_size = logits.shape
+    token_ids = token_ids.int().contiguous()
+    _check(logits, token_ids)
+    chosen, ranks = logits.new_empty(num_rows), torch.empty_like(token_ids)
+    top_values, top_ids = logits.new_empty(num_rows, num_top), token_ids.new_empty(num_rows, num_top)
+    if num_rows:
+        blocks = _blocks_per_row(logits)
+        kernel(logits, "logprobs", sampling_build)(
+            (blocks, num_rows, 1),
+            THREADS,
+            *(chosen.data_ptr(), ranks.data_ptr(), top_values.data_ptr(), top_ids.data_ptr()),
+            *(logits.data_ptr(), token_ids.data_ptr(), vocab_size, num_top),
+            cluster=blocks,
+        )
+    return chosen, ranks, top_values, top_ids
+
+
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     noise = torch.empty(len(seeds), vocab_size, dtype=torch.float32, device=seeds.device)
     positions = positions.long()

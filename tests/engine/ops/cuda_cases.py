@@ -164,8 +164,7 @@ def check_sample(device: str, vocab_size: int, requests: list[dict], spread: flo
     ends[0] = max_len  # no place for its token
     token_ids = torch.randint(0, vocab_size, (num_rows, max_len), dtype=torch.int32)
     token_ids[:, ::3] = token_ids[:, :1]  # a token that comes often
-    logits = torch.randn(len(requests), vocab_size) * spread
-    logits = (logits * 4).round() / 4 if spread < 0 else logits
+    logits = _spread(len(requests), vocab_size, spread)
     lines = torch.full((num_rows, sampling_line.NUM_WORDS), -1, dtype=torch.int32)
     packed = []
     for i, request in enumerate(requests):
@@ -235,6 +234,26 @@ def check_take_best(device: str, rows: int, vocab_size: int) -> None:
     placed = torch.full((rows + 3, 9), -1, dtype=torch.int32)
     placed[places.long(), ends.long()] = expected
     assert torch.equal(token_ids.cpu(), placed[:, :8])
+
+
+def check_logprobs(device: str, rows: int, vocab_size: int, num_top: int, spread: float = 3.0) -> None:
+    """spread: of the logits, whole multiples of 0.25 where it is negative: many are equal."""
+    logits = _spread(rows, vocab_size, spread)
+    tokens = torch.randint(0, vocab_size, (rows,), dtype=torch.int32)
+    with poisoned():
+        chosen, ranks, values, ids = (x.cpu() for x in cuda.logprobs(logits.to(device), tokens.to(device), num_top))
+    expected = logits.double().log_softmax(-1)
+    own = tokens.long().unsqueeze(-1)
+    torch.testing.assert_close(chosen.double(), expected.gather(-1, own).squeeze(-1), rtol=1e-6, atol=3e-6)
+    assert torch.equal(ranks.long(), (logits > logits.gather(-1, own)).sum(-1) + 1)
+    best = np.argsort(-logits.numpy(), axis=-1, kind="stable")[:, :num_top]  # of equal ones the lowest
+    assert np.array_equal(ids.numpy(), best)
+    torch.testing.assert_close(values.double(), expected.gather(-1, torch.from_numpy(best)), rtol=1e-6, atol=3e-6)
+
+
+def _spread(rows: int, vocab_size: int, spread: float) -> Tensor:
+    logits = torch.randn(rows, vocab_size) * spread
+    return (logits * 4).round() / 4 if spread < 0 else logits
 
 
 def check_gumbel_noise(device: str, rows: int, vocab_size: int, position_dtype: torch.dtype) -> None:

@@ -177,3 +177,10 @@ def test_sample_with_more_tokens_than_are_counted_at_a_time():
 def test_take_best(monkeypatch, vocab_size, blocks):
     monkeypatch.setattr(cuda.sampling, "_blocks_per_row", lambda logits: blocks)
     cases.check_take_best("cpu", 3, vocab_size)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(("vocab_size", "num_top", "spread"), [(1000, 5, 3.0), (1001, 20, -0.2), (7, 0, 1.0)])
+def test_logprobs(monkeypatch, vocab_size, num_top, spread, blocks):
+    monkeypatch.setattr(cuda.sampling, "_blocks_per_row", lambda logits: blocks)
+    cases.check_logprobs("cpu", 2, vocab_size, num_top, spread)

@@ -158,6 +158,12 @@ def test_take_best(rows, vocab_size):
     cases.check_take_best("cuda", rows, vocab_size)
 
 
+@pytest.mark.parametrize("rows", [1, 64, 300])
+@pytest.mark.parametrize(("vocab_size", "spread"), [(50_257, 3.0), (151_936, -1.0), (128_256, 0.0)])
+def test_logprobs(rows, vocab_size, spread):
+    cases.check_logprobs("cuda", rows, vocab_size, 20, spread)
+
+
 def test_ops_can_be_captured_in_a_graph():
     x, weight = torch.randn(5, 4096, device="cuda").bfloat16(), torch.randn(4096, device="cuda").bfloat16()
     cuda.rms_norm(x, weight, 1e-5)
