@@ -13,11 +13,13 @@
 
 constexpr int kThreads = 1024;
 constexpr int kBinBits = 10, kBins = 1 << kBinBits;  // one bin a thread
-constexpr int kSeen = 8192;                          // tokens whose uses are counted at a time
+constexpr int kCopies = 4;                           // of a histogram, so that few lanes add to the same word
+constexpr int kSeen = 2 * kCopies * kBins;           // tokens whose uses are counted at a time
+constexpr int kMaxBlocks = 8;                        // of a cluster
 constexpr float kStepsPerNat = 0x1p24f;
 constexpr u32 kOutOfReach = 1u << 30;  // 64 nats: what is further behind has no part in anything
 constexpr float kMostNoise = 16.64f;   // -log(-log(1 - 2^-24)) is less
-static_assert(kBins == kThreads && kSeen >= 4 * kBins, "histograms have a bin for each thread, two are in use");
+static_assert(kBins == kThreads, "histograms have a bin for each thread");
 
 // As in engine/ops/sampling_line.py. After it: the forbidden tokens, then pairs of a token and its bias.
 struct Line {
@@ -41,13 +43,14 @@ struct Found { int bin; u32 before, count; u64 mass_before, mass; };
 struct Limit { u32 steps; u64 mass; };
 
 struct Shared {
-  u32 seen[kSeen];  // uses of tokens, then histograms
+  u32 seen[kSeen];       // uses of tokens, then histograms
+  u64 bins[2][kBins];    // of the block: counts in the upper half, deficits in the lower
   u64 best_of_warp[2][32], best[2];
   u32 counts[32];
   u64 masses[32], sums[2];
   Found found;
 };
-static_assert(sizeof(Shared) <= 34 << 10, "engine/ops/cuda/sampling.py gives as much");
+static_assert(sizeof(Shared) <= 50 << 10, "engine/ops/cuda/sampling.py gives as much");
 
 // What one block has of a row: groups [first, last) of four tokens.
 struct Part { Shared& shared; float* row; int vocab_size, first, last; };
@@ -83,22 +86,23 @@ __device__ inline Part part_of(uint4* shared, float* logits, int vocab_size) {
           min(first + each, num_groups)};
 }
 
+// Past the part, tokens have the logit -infinity.
 __device__ inline void load_group(const Part& part, int group, float (&logits)[4]) {
-  if (part.vocab_size % 4 == 0) return load(part.row + 4 * group, logits);
+  if (group < part.last && part.vocab_size % 4 == 0) return load(part.row + 4 * group, logits);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) logits[i] = 4 * group + i < part.vocab_size ? part.row[4 * group + i] : -kInfinity;
+  for (int i = 0; i < 4; ++i)
+    logits[i] = group < part.last && 4 * group + i < part.vocab_size ? part.row[4 * group + i] : -kInfinity;
 }
 
-// Show a thread its groups, several of them on their way at a time.
+// Show a thread its groups, several of them on their way at a time; the threads of a warp stay together.
 template <int kHeld, class Visit> __device__ inline void for_each_group(const Part& part, Visit visit) {
-  for (int start = part.first + threadIdx.x; start < part.last; start += kHeld * kThreads) {
+  for (int start = part.first; start < part.last; start += kHeld * kThreads) {
+    const int group = start + threadIdx.x;
     float held[kHeld][4];
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (start + i * kThreads < part.last) load_group(part, start + i * kThreads, held[i]);
+    for (int i = 0; i < kHeld; ++i) load_group(part, group + i * kThreads, held[i]);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-      if (start + i * kThreads < part.last) visit(held[i], start + i * kThreads);
+    for (int i = 0; i < kHeld; ++i) visit(held[i], group + i * kThreads);
   }
 }
 
@@ -111,16 +115,20 @@ __device__ inline void consider_group(Best& best, const float (&values)[4], int 
   for (int i = 0; i < 4; ++i) consider(best, values[i], 4 * group + i);
 }
 
-// Numbers order like their bits; negative ones the other way round. Adding 0 makes one number of -0 and 0. Of equal numbers
-// the one with the lowest token has the largest key.
+// Numbers as integers of the same order: that of their bits, of negative ones the other way round. Adding 0 makes one number
+// of -0 and 0.
+__device__ inline u32 ordered(float x) {
+  const u32 bits = __float_as_uint(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ inline float from_ordered(u32 x) { return __uint_as_float(x & 0x80000000u ? x & 0x7fffffffu : ~x); }
+
+// Of equal numbers the one with the lowest token has the largest key.
 __device__ inline u64 key_of(Best best) {
-  const u32 bits = __float_as_uint(best.value + 0.0f);
-  const u32 ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<u64>(ordered) << 32 | ~static_cast<u32>(best.token);
+  return static_cast<u64>(ordered(best.value)) << 32 | ~static_cast<u32>(best.token);
 }
 __device__ inline Best best_of(u64 key) {
-  const u32 found = static_cast<u32>(key >> 32);
-  return {__uint_as_float(found & 0x80000000u ? found & 0x7fffffffu : ~found), static_cast<int>(~static_cast<u32>(key))};
+  return {from_ordered(static_cast<u32>(key >> 32)), static_cast<int>(~static_cast<u32>(key))};
 }
 
 // The best of all threads of the cluster, the lowest token of equal ones. `which` (0 or 1) is different from call to call.
@@ -220,10 +228,10 @@ __device__ inline void prefix_sums(Shared& shared, Bin& bin) {
 // steps, `shift` bits from the end. Its place is not that of the one before, which other blocks may still be reading.
 __device__ inline Bin histogram(
     const Part& part, const Line& line, float top, u32 ceiling, u32 prefix, int shift, int& place) {
-  place ^= 1;
-  u32* counts = part.shared.seen + place * 2 * kBins;
-  u32* deficits = counts + kBins;
-  counts[threadIdx.x] = deficits[threadIdx.x] = 0;
+  Shared& shared = part.shared;
+  u32(*counts)[kCopies] = reinterpret_cast<u32(*)[kCopies]>(shared.seen), (*deficits)[kCopies] = counts + kBins;
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) counts[threadIdx.x][i] = deficits[threadIdx.x][i] = 0;
   __syncthreads();
   // A token's mass is that of its bin's start less a deficit of a sixteenth at most: small enough to be summed in a word.
   const float inverse_temperature = line.inverse_temperature;
@@ -233,24 +241,31 @@ __device__ inline Bin histogram(
     for (int i = 0; i < 4; ++i) {
       const u32 steps = steps_behind(top, __fmul_rn(logits[i], inverse_temperature));
       if (steps > ceiling || steps >> shift >> kBinBits != prefix) continue;
-      const int bin = steps >> shift & (kBins - 1);
-      atomicAdd(&counts[bin], 1u);
+      const int bin = steps >> shift & (kBins - 1), copy = threadIdx.x % kCopies;
+      atomicAdd(&counts[bin][copy], 1u);
       if (shift == 0) continue;
       const float x = (steps & ((1u << shift) - 1)) / kStepsPerNat;
       const float deficit = x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5))));  // 1 - e^-x
-      atomicAdd(&deficits[bin], static_cast<u32>(deficit * units + 0.5f));
+      atomicAdd(&deficits[bin][copy], static_cast<u32>(deficit * units + 0.5f));
     }
   });
+  __syncthreads();
+  u64 own = 0;
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) own += static_cast<u64>(counts[threadIdx.x][i]) << 32 | deficits[threadIdx.x][i];
+  place ^= 1;
+  shared.bins[place][threadIdx.x] = own;
   meet_cluster();
+  u64 sum = 0;
+#pragma unroll
+  for (int rank = 0; rank < kMaxBlocks; ++rank)
+    if (rank < cluster_size()) sum += *in_block(&shared.bins[place][threadIdx.x], rank);
   Bin bin{};
-  u32 deficit = 0;
-  for (int rank = 0; rank < cluster_size(); ++rank) {
-    bin.count += in_block(counts, rank)[threadIdx.x];
-    deficit += in_block(deficits, rank)[threadIdx.x];
-  }
+  bin.count = static_cast<u32>(sum >> 32);
   const float start = static_cast<float>((prefix << kBinBits | threadIdx.x) << shift) / kStepsPerNat;
-  bin.mass = static_cast<u64>((bin.count - static_cast<double>(deficit) / units) * expf(-start) * 0x1p40);
-  prefix_sums(part.shared, bin);
+  const double weight = bin.count - static_cast<double>(static_cast<u32>(sum)) / units;
+  bin.mass = static_cast<u64>(weight * expf(-start) * 0x1p40);
+  prefix_sums(shared, bin);
   return bin;
 }
 
@@ -298,22 +313,23 @@ __device__ inline u32 limit_of(const Part& part, const Line& line, float top) {
   return limit.steps;
 }
 
-// The best of logits and noise among a group. Most noise is too small to matter: an estimate (off by less than a thousandth
-// while the uniform number is not near 1) is enough to see that.
+// The best of logits and noise among a group. A token wins if its noise is more than its warp's best is ahead of it; noise of
+// more than x is made of a number u with 1 - u < -log(u) < e^-x only. So few logarithms are needed.
 __device__ inline void draw_group(
     Best& best, const float (&scaled)[4], const bool (&is_kept)[4], int group, int position, u64 seed) {
+  const float best_of_warp = from_ordered(__reduce_max_sync(kAllLanes, ordered(best.value)));
   float most = -kInfinity;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     if (is_kept[i]) most = fmaxf(most, scaled[i]);
-  if (best.value - most > kMostNoise) return;
+  const float ahead = best_of_warp - most;
+  if (!(ahead <= kMostNoise)) return;
+  const float room = __expf(-ahead) * 1.01f + 1e-6f;  // for rounding
+  const u32 least = room < 1.0f ? static_cast<u32>((1.0f - room) * 0x1p32f) : 0;
   const Words words = words_of(group, position, seed);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float u = uniform(words.of[i]);
-    const bool may_win = u > 0.999f || -__logf(-__logf(u)) + 1e-3f >= best.value - scaled[i];
-    if (is_kept[i] && may_win) consider(best, __fadd_rn(scaled[i], gumbel(words.of[i])), 4 * group + i);
-  }
+  for (int i = 0; i < 4; ++i)
+    if (is_kept[i] && words.of[i] >= least) consider(best, __fadd_rn(scaled[i], gumbel(words.of[i])), 4 * group + i);
 }
 
 __device__ inline void put(Best best, int* tokens, int* token_ids, int row, int end, int max_len) {
@@ -366,7 +382,7 @@ sample(int* tokens, float* logits, const int* lines, const int* rows, const int*
 }
 
 // The same for rows that take the best token of the logits as they are.
-extern "C" __global__ void __launch_bounds__(1024, 2)
+extern "C" __global__ void __launch_bounds__(1024)
 take_best(int* tokens, float* logits, const int* rows, const int* ends, int* token_ids, int vocab_size, int max_len) {
   start_dependents();
   wait_for_inputs();
@@ -389,7 +405,7 @@ __device__ inline Best best_below(const Part& part, u64 bound) {
 }
 
 // Log probabilities of one token of each row, how many tokens are better (and 1), and the num_top best with theirs.
-extern "C" __global__ void __launch_bounds__(1024, 2)
+extern "C" __global__ void __launch_bounds__(1024)
 logprobs(float* chosen, int* ranks, float* top_values, int* top_tokens, float* logits, const int* tokens, int vocab_size,
          int num_top) {
   start_dependents();

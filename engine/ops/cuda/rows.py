@@ -94,9 +94,12 @@ def rotate_and_store(
 
 
 def _norm_threads(x: Tensor) -> int:
-    """Threads for a row of x: one for 16 bytes up to 4 KiB, then up to as many times 16 bytes each as norm.cu holds."""
+    """Threads for a row of x: one for 16 bytes up to 8 KiB, then up to as many times 16 bytes each as norm.cu holds.
+
+    They do not depend on the number of rows, so neither does the order of a row's sum.
+    """
     vecs, held = x.shape[-1] * x.itemsize // 16, 4 if x.itemsize == 4 else 2
-    threads = -(-vecs // 32) * 32 if vecs <= 256 else max(256, -(-vecs // (32 * held)) * 32)
+    threads = -(-vecs // 32) * 32 if vecs <= 512 else max(512, -(-vecs // (32 * held)) * 32)
     assert threads <= 1024, f"rows of {x.shape[-1]} numbers are too long for the norm kernels"
     return threads
 

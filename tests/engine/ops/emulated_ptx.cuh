@@ -49,7 +49,6 @@ inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline u32 __float_as_uint(float x) { return bits_as<u32>(x); }
 inline u32 __umulhi(u32 a, u32 b) { return static_cast<u64>(a) * b >> 32; }
 inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -154,6 +153,10 @@ inline int __reduce_add_sync(u32, int x) {
   int sum = 0;
   for (int lane = 0; lane < 32; ++lane) sum += all[lane];
   return sum;
+}
+inline u32 __reduce_max_sync(u32, u32 x) {
+  const u32* all = meet(x);
+  return *std::max_element(all, all + 32);
 }
 template <class T> T atomicAdd(T* number, T x) { return (*number += x) - x; }
 inline u32 atomicOr(u32* number, u32 x) { return std::exchange(*number, *number | x); }
