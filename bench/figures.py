@@ -225,12 +225,12 @@ class Roofline:
 # Copies of 8 GB on an H200, read and written, and FlashAttention-3's forward pass at this length there.
 COPY_BYTES_PER_S, FLASH_ATTENTION_FLOPS_PER_S = 4.27e12, 600e12
 ROOFLINES = (
-    Roofline("decode", "Llama-3.1-8B 64 x 1 of 4096", 0.85, "bytes", H200.bytes_per_s),
-    Roofline("prefill", "Llama-3.1-8B 1 x 8192 of 8192", 0.9, "flops", H200.flops_per_s, FLASH_ATTENTION_FLOPS_PER_S),
-    Roofline("rms_norm", "Llama-3.1-8B 8192 x 4096", 0.85, "bytes", COPY_BYTES_PER_S),
-    Roofline("add_rms_norm", "Llama-3.1-8B 8192 x 4096", 0.85, "bytes", COPY_BYTES_PER_S),
-    Roofline("gated_activation", "Llama-3.1-8B 8192 x 14336", 0.85, "bytes", COPY_BYTES_PER_S),
-    Roofline("rotate_and_store", "Llama-3.1-8B 8192 x 48 x 128", 0.85, "bytes", COPY_BYTES_PER_S),
+    Roofline("decode", "64 x 1 of 4096", 0.85, "bytes", H200.bytes_per_s),
+    Roofline("prefill", "1 x 8192 of 8192", 0.9, "flops", H200.flops_per_s, FLASH_ATTENTION_FLOPS_PER_S),
+    Roofline("rms_norm", "8192 x 4096", 0.85, "bytes", COPY_BYTES_PER_S),
+    Roofline("add_rms_norm", "8192 x 4096", 0.85, "bytes", COPY_BYTES_PER_S),
+    Roofline("gated_activation", "8192 x 14336", 0.85, "bytes", COPY_BYTES_PER_S),
+    Roofline("rotate_and_store", "8192 x 6144", 0.85, "bytes", COPY_BYTES_PER_S),
 )
 
 

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class Case:
     flops: float
     make: Callable[[], tuple[Call, Call | None]]
 
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -63,7 +67,7 @@ class Ceilings:
     def bytes_s(self, case: Case) -> float:
         """What is written moves with as much of what is read at the speed of a copy, the rest at that of reading."""
         copied = min(case.read, case.written)
-        rest = case.read + case.written - 2 * copied
+        rest = case.bytes - 2 * copied
         return 2 * copied / self.copied_bytes_per_s + rest / self.read_bytes_per_s
 
 
@@ -130,8 +134,7 @@ def measure_ceilings() -> Ceilings:
 
 
 def measure(case: Case, ceilings: Ceilings) -> Timing:
-    moved = case.read + case.written
-    num_sets = int(min(MAX_SETS, max(2, ROTATED_BYTES // max(moved, 1) + 1)))
+    num_sets = int(min(MAX_SETS, max(2, ROTATED_BYTES // max(case.bytes, 1) + 1)))
     calls, torch_calls = zip(*(case.make() for _ in range(num_sets)), strict=True)
     us = time_calls(calls)
     torch_us = time_calls(torch_calls) if torch_calls[0] else None
@@ -142,9 +145,9 @@ def measure(case: Case, ceilings: Ceilings) -> Timing:
         us,
         _host_us(calls),
         torch_us,
-        moved,
+        case.bytes,
         case.flops,
-        tb_per_s=moved / us / 1e6,
+        tb_per_s=case.bytes / us / 1e6,
         tflop_per_s=case.flops / us / 1e6,
         bound="bytes" if bytes_s >= flops_s else "flops",
         share=max(bytes_s, flops_s) / us * 1e6,
@@ -179,9 +182,9 @@ def cases() -> Iterator[Case]:
     for num_tokens in (64, 8192):
         yield from _row_cases(num_tokens)
     for num_requests, context in DECODES:
-        yield _attention_case("decode attention", num_requests, 1, context)
+        yield _attention_case("decode", num_requests, 1, context)
     for num_requests, length, context in PREFILLS:
-        yield _attention_case("prefill attention", num_requests, length, context)
+        yield _attention_case("prefill", num_requests, length, context)
     for num_rows in (1, 64, 256):
         yield _best_case(num_rows)
         for name, params in SAMPLERS:
@@ -192,6 +195,10 @@ def _row_cases(num_tokens: int) -> Iterator[Case]:
     column = 2.0 * num_tokens  # bytes of one column of bf16
 
     def norm() -> tuple[Call, Call]:
+        x, weight = _random(num_tokens, HIDDEN), _random(HIDDEN)
+        return lambda: cuda.rms_norm(x, weight, 1e-5), lambda: F.rms_norm(x, (HIDDEN,), weight, 1e-5)
+
+    def add_norm() -> tuple[Call, Call]:
         x, residual, weight = _random(num_tokens, HIDDEN), _random(num_tokens, HIDDEN), _random(HIDDEN)
 
         def plain() -> Tensor:
@@ -213,14 +220,15 @@ def _row_cases(num_tokens: int) -> Iterator[Case]:
         cos_sin = torch.rand(8192, HEAD_DIM, device="cuda")
         return lambda: cuda.rotate_and_store(qkv, positions, slots, cos_sin, *caches, None, None, 0.0), None
 
-    table = _random(VOCAB, HIDDEN)  # larger than the cache by itself
+    table = cache(partial(_random, VOCAB, HIDDEN))  # larger than the GPU's cache by itself
 
     def embed() -> tuple[Call, None]:
         ids = torch.randint(0, VOCAB, (num_tokens,), dtype=torch.int32, device="cuda")
-        return lambda: table.index_select(0, ids), None
+        return lambda: table().index_select(0, ids), None
 
     for op, width, num_read, num_written, make in (
-        ("add_rms_norm", HIDDEN, 2, 2, norm),
+        ("rms_norm", HIDDEN, 1, 1, norm),
+        ("add_rms_norm", HIDDEN, 2, 2, add_norm),
         ("gated_activation", INNER, 2, 1, gate),
         ("rotate_and_store", QKV, 1, 1, rotate),
         ("embedding (torch)", HIDDEN, 1, 1, embed),

@@ -324,9 +324,10 @@ def measure_kernels(results: Results, only: re.Pattern[str]) -> None:
     from bench import kernels
 
     is_known = find_ceilings(results.values["environment"]["gpu"]) is not None
+    ceilings = kernels.Ceilings(H200.bytes_per_s, figures.COPY_BYTES_PER_S, H200.flops_per_s)
     for case in kernels.cases():
         if roofline := wanted.get((case.op, case.shape)):
-            us = kernels.measure(case, kernels.Ceilings(figures.COPY_BYTES_PER_S, H200.flops_per_s)).us
+            us = kernels.measure(case, ceilings).us
             work = getattr(case, roofline.counts)
             goal = roofline.goal(work) if is_known else Goal()
             met = us <= goal.target if goal.target else None
