@@ -90,24 +90,38 @@ def load(build: Build, device: int) -> dict[str, Kernel]:
 @lru_cache(maxsize=4096)
 def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:
     """For Hopper's copy engine: a matrix of 16-bit numbers, read in boxes of 64 columns, swizzled by 128 bytes."""
-    two_numbers, two_longs = ctypes.c_uint32 * 2, ctypes.c_uint64 * 2
+    return _encode_map(pointer, (row_length, num_rows), (row_length,), (64, box_rows))
+
+
+@lru_cache(maxsize=4096)
+def octets_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:
+    """The same, read in boxes of whole rows: eight rows come panel by panel of 64 columns, before the next eight."""
+    panels = row_length // 64
+    shape, strides = (64, 8, panels, num_rows // 8), (row_length, 64, 8 * row_length)
+    return _encode_map(pointer, shape, strides, (64, 8, panels, box_rows // 8))
+
+
+def _encode_map(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """Dimensions stand from the inner one out; strides are in numbers, from the second dimension on."""
+    rank = len(shape)
+    uints, longs = ctypes.c_uint32 * rank, ctypes.c_uint64 * rank
     place = ctypes.create_string_buffer(128 + 64)
     aligned = -(-ctypes.addressof(place) // 64) * 64
     status = _driver().cuTensorMapEncodeTiled(
         aligned,
         _MAP_UINT16,
-        2,  # dimensions, the inner one first
+        rank,
         pointer,
-        two_longs(row_length, num_rows),
-        two_longs(row_length * 2),  # bytes from row to row
-        two_numbers(64, box_rows),
-        two_numbers(1, 1),
+        longs(*shape),
+        longs(*(2 * stride for stride in strides)),
+        uints(*box),
+        uints(*[1] * rank),
         0,
         _MAP_SWIZZLE_128B,
         _MAP_L2_PROMOTION_256B,
         0,
     )
-    _check(status, f"tensor map of {num_rows} x {row_length}")
+    _check(status, f"tensor map of {shape}")
     return ctypes.string_at(aligned, 128)
 
 

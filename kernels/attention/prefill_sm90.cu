@@ -30,7 +30,7 @@ constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
 constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (65536 / kThreads / 8 * 8) * (kConsumers + 1));
 
-struct Tile { Scalar numbers[kPanels][kKeys][64]; };
+struct Tile { Scalar numbers[kKeys / 8][kPanels][8][64]; };
 
 struct Context {  // the keys that some rows see, [begin, end), and the tiles that hold them
   int begin, end;
@@ -45,7 +45,7 @@ struct Item {  // a block's work: kRows stacked rows of a request and KV head, f
 };
 
 struct Shared {
-  Scalar queries[kPanels][kRows][64];
+  Scalar queries[kRows / 8][kPanels][8][64];
   Tile keys[kStages], values[kStages];
   Barrier keys_came[kStages], keys_left[kStages], values_came[kStages], values_left[kStages];
 };
@@ -79,14 +79,11 @@ __device__ inline i64 offset_of(int row, const Item& item, const Batch& batch) {
 
 // One warp: lane i brings block i of each tile. Blocks that hold no visible key are not touched.
 __device__ inline void copy_tile(Tile& tile, Barrier& came, Barrier& left, u32 parity, const TensorMap& map, int num_blocks,
-                                 bool is_mine, int row) {
+                                 bool is_mine, int octet) {
   barrier_wait(left, parity ^ 1);
   if (threadIdx.x % 32 == 0) barrier_arrive_expecting(came, num_blocks * kBlockSize * kHeadDim * 2);
   __syncwarp();
-  if (!is_mine) return;
-#pragma unroll
-  for (int panel = 0; panel < kPanels; ++panel)
-    copy_box(&tile.numbers[panel][(threadIdx.x % 32) * kBlockSize], map, row, panel * 64, came);
+  if (is_mine) copy_octets(&tile.numbers[threadIdx.x % 32 * (kBlockSize / 8)], map, octet, came);
 }
 
 // The block's item. Requests stand in a list of pieces; request i begins at (rows before it + i · (kRows - 1)) / kRows: so each
@@ -122,9 +119,9 @@ __device__ inline void produce(Shared& shared, const TensorMap& k_map, const Ten
     const int end = min(ceil_div(item.context.end, kBlockSize), (tile + 1) * kBlocks);
     const int block = tile * kBlocks + threadIdx.x % 32, at = ring.stage;
     const bool is_mine = block >= first && block < end;
-    const int row = is_mine ? (table[block] * batch.num_kv_heads + item.kv_head) * kBlockSize : 0;
-    copy_tile(shared.keys[at], shared.keys_came[at], shared.keys_left[at], ring.parity, k_map, end - first, is_mine, row);
-    copy_tile(shared.values[at], shared.values_came[at], shared.values_left[at], ring.parity, v_map, end - first, is_mine, row);
+    const int octet = is_mine ? (table[block] * batch.num_kv_heads + item.kv_head) * (kBlockSize / 8) : 0;
+    copy_tile(shared.keys[at], shared.keys_came[at], shared.keys_left[at], ring.parity, k_map, end - first, is_mine, octet);
+    copy_tile(shared.values[at], shared.values_came[at], shared.values_left[at], ring.parity, v_map, end - first, is_mine, octet);
   }
 }
 
@@ -133,7 +130,7 @@ __device__ inline void load_queries(Shared& shared, const Scalar* q, const Item&
   for (int i = threadIdx.x % 32; i < 16 * kVecs; i += 32) {
     const int at = warp_row + i / kVecs, piece = i % kVecs;
     const bool exists = item.first_row + at < item.num_rows;
-    cp_async_16(&shared.queries[piece / 8][at][(piece % 8 ^ at % 8) * 8],
+    cp_async_16(&shared.queries[at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8],
                 q + offset_of(exists ? item.first_row + at : 0, item, batch) + piece * 8, exists);
   }
   cp_async_commit();
@@ -146,7 +143,7 @@ __device__ inline void clear_unseen(Tile& values, int first_key, const Context& 
   for (int i = threadIdx.x % 128; i < kKeys * kVecs; i += 128) {
     const int at = i / kVecs, piece = i % kVecs, key = first_key + at;
     if (key < context.begin || key >= context.end)
-      *reinterpret_cast<uint4*>(&values.numbers[piece / 8][at][piece % 8 * 8]) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(&values.numbers[at / 8][piece / 8][at % 8][piece % 8 * 8]) = make_uint4(0, 0, 0, 0);
   }
   publish_shared_writes();
   meet_threads(1 + warpgroup, 128);
@@ -154,24 +151,24 @@ __device__ inline void clear_unseen(Tile& values, int first_key, const Context& 
 
 // Start the scores of this warpgroup's rows.
 __device__ inline void start_scores(float (&scores)[kKeys / 2], u64 queries, const Tile& keys) {
-  const u64 tile = panel_descriptor(&keys, 16);
+  const u64 tile = octet_descriptor(&keys, kPanels);
   pin(scores);
   warpgroup_begin();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
-    multiply_keys<Scalar, kKeys>(scores, further(queries, step / 4 * kRows * 128 + step % 4 * 32),
-                                 further(tile, step / 4 * kKeys * 128 + step % 4 * 32), step > 0);
+    multiply_keys<Scalar, kKeys>(scores, further(queries, step / 4 * 1024 + step % 4 * 32),
+                                 further(tile, step / 4 * 1024 + step % 4 * 32), step > 0);
   warpgroup_commit();
 }
 
 // Start out += weights · values.
 __device__ inline void start_values(float (&out)[kHeadDim / 2], const u32 (&weights)[kKeys / 16][4], const Tile& values) {
-  const u64 tile = panel_descriptor(&values, kKeys * 128);
+  const u64 tile = octet_descriptor(&values, kPanels);
   pin(out);
   warpgroup_begin();
 #pragma unroll
   for (int step = 0; step < kKeys / 16; ++step)
-    multiply_values<Scalar, kHeadDim>(out, weights[step], further(tile, step * 16 * 128));
+    multiply_values<Scalar, kHeadDim>(out, weights[step], further(tile, step * 2 * kPanels * 1024));
   warpgroup_commit();
 }
 
@@ -233,7 +230,7 @@ __device__ inline void write_out(Scalar* out, Shared& shared, const float (&sums
     const int at = warp_row + half * 8 + lane / 4;
 #pragma unroll
     for (int n = 0; n < kVecs; ++n)
-      *reinterpret_cast<u32*>(&shared.queries[n / 8][at][(n % 8 ^ at % 8) * 8 + lane % 4 * 2]) =
+      *reinterpret_cast<u32*>(&shared.queries[at / 8][n / 8][at % 8][(n % 8 ^ at % 8) * 8 + lane % 4 * 2]) =
           pack<Scalar>(sums[n * 4 + 2 * half] * share, sums[n * 4 + 2 * half + 1] * share);
   }
   __syncwarp();
@@ -242,7 +239,7 @@ __device__ inline void write_out(Scalar* out, Shared& shared, const float (&sums
     const int at = warp_row + i / kVecs, piece = i % kVecs;
     if (item.first_row + at < item.num_rows)
       *reinterpret_cast<uint4*>(out + offset_of(item.first_row + at, item, batch) + piece * 8) =
-          load_bits(&shared.queries[piece / 8][at][(piece % 8 ^ at % 8) * 8]);
+          load_bits(&shared.queries[at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8]);
   }
 }
 
@@ -252,7 +249,7 @@ __device__ inline void consume(Shared& shared, Scalar* out, const Scalar* q, con
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
   const int own_turn = 1 + kConsumers + warpgroup, next_turn = 1 + kConsumers + (warpgroup + 1) % kConsumers;
   const bool is_first_lane = lane == 0;
-  const u64 queries = panel_descriptor(&shared.queries[0][warpgroup * 64], 16);
+  const u64 queries = octet_descriptor(&shared.queries[warpgroup * 8], kPanels);
   const float factor = softcap > 0.0f ? kLog2e : scale * kLog2e;
   load_queries(shared, q, item, warp_row, batch);
   meet_threads(1 + warpgroup, 128);

@@ -54,6 +54,12 @@ __device__ inline void copy_box(void* shared, const TensorMap& map, int row, int
                ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)) : "memory");
 }
 
+// Start the copy of one box of whole rows, from row 8 · `octet` on: they come in octets (below).
+__device__ inline void copy_octets(void* shared, const TensorMap& map, int octet, Barrier& barrier) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %2, %3}], [%4];"
+               ::"r"(shared_address(shared)), "l"(&map), "r"(0), "r"(octet), "r"(shared_address(&barrier)) : "memory");
+}
+
 // What this thread wrote to shared memory is seen by tensor cores and the copy engine (after a barrier among threads).
 __device__ inline void publish_shared_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -64,6 +70,11 @@ __device__ inline u64 panel_descriptor(const void* shared, int panel_bytes) {
   constexpr u64 kSwizzle128 = 1, kEightRows = 8 * 128 / 16;
   return (shared_address(shared) & 0x3ffff) / 16 | static_cast<u64>(panel_bytes / 16) << 16 | kEightRows << 32 |
          kSwizzle128 << 62;
+}
+// The same where eight rows of all panels lie together: panels are 1024 bytes apart, octets num_panels times as much.
+__device__ inline u64 octet_descriptor(const void* shared, int num_panels) {
+  constexpr u64 kSwizzle128 = 1, kPanel = 8 * 128 / 16;
+  return (shared_address(shared) & 0x3ffff) / 16 | kPanel << 16 | num_panels * kPanel << 32 | kSwizzle128 << 62;
 }
 // The descriptor of what lies `bytes` further.
 __device__ inline u64 further(u64 descriptor, int bytes) { return descriptor + bytes / 16; }

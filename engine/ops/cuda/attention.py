@@ -261,7 +261,7 @@ def _prefill(
 
 def _rows_map(cache: Tensor, head_dim: int) -> bytes:
     """A cache as a matrix with a row for each token and KV head, read a block at a time."""
-    return launcher.tensor_map(cache.data_ptr(), cache.numel() // head_dim, head_dim, BLOCK_SIZE)
+    return launcher.octets_map(cache.data_ptr(), cache.numel() // head_dim, head_dim, BLOCK_SIZE)
 
 
 def _batch_pointers(batch: ForwardBatch) -> tuple[int, int, int, int]:

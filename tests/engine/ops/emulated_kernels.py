@@ -58,7 +58,7 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
 
 
 def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:
-    """What engine.ops.launcher.tensor_map is on a GPU."""
+    """What engine.ops.launcher.tensor_map and octets_map are on a GPU."""
     return struct.pack("4Q96x", pointer, num_rows, row_length, box_rows)
 
 

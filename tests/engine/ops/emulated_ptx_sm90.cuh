@@ -90,10 +90,30 @@ inline void copy_box(void* shared, const TensorMap& map, int row, int column, Ba
   });
 }
 
+inline void copy_octets(void* shared, const TensorMap& map, int octet, Barrier& barrier) {
+  const auto [address, num_rows, row_length, box_rows] = std::array<u64, 4>{map.words[0], map.words[1], map.words[2], map.words[3]};
+  const u32 target = shared_address(shared);
+  if (target % 1024 != 0) fail("misaligned box");
+  if (octet < 0 || octet * 8 + box_rows > num_rows) fail("box outside the matrix");
+  const u16* source = reinterpret_cast<const u16*>(address) + octet * 8 * row_length;
+  barrier_states.at(&barrier).copies.push_back([=] {
+    u32 to = target;
+    for (u64 first = 0; first < box_rows; first += 8)
+      for (u64 panel = 0; panel < row_length; panel += 64)
+        for (u64 row = first; row < first + 8; ++row)
+          for (u64 piece = 0; piece < 8; ++piece, to += 16)
+            std::memcpy(shared_base() + swizzled(to), source + row * row_length + panel + piece * 8, 16);
+    return static_cast<int>(box_rows * row_length * 2);
+  });
+}
+
 // Products.
 
 inline u64 panel_descriptor(const void* shared, int panel_bytes) {
   return shared_address(shared) / 16 | static_cast<u64>(panel_bytes / 16) << 16 | 64ull << 32 | 1ull << 62;
+}
+inline u64 octet_descriptor(const void* shared, int num_panels) {
+  return shared_address(shared) / 16 | 64ull << 16 | num_panels * 64ull << 32 | 1ull << 62;
 }
 inline u64 further(u64 descriptor, int bytes) { return descriptor + bytes / 16; }
 

@@ -34,6 +34,7 @@ def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(cuda.kernels, "num_sms", lambda device: 8)
         patch.setattr(cuda.kernels, "arch", lambda device: "sm_80")
         patch.setattr(cuda.launcher, "tensor_map", emulated_kernels.tensor_map)
+        patch.setattr(cuda.launcher, "octets_map", emulated_kernels.tensor_map)
         patch.setattr(cuda.gemm, "few_rows_ring_bytes", lambda arch: 184 << 10)
         torch.manual_seed(0)
         yield
