@@ -1,11 +1,17 @@
 // Attention of prompt chunks over the paged KV cache on Hopper: what prefill.cu computes, at the tensor cores' full rate.
 //
-// Work: the query heads that share a KV head are stacked (num_tokens · heads_per_kv rows a request and KV head); a block of
-// threads takes kRows of them, 64 to a warpgroup, and walks back over the keys they see, kKeys at a time, from the diagonal.
-// One warp of another warpgroup brings keys and values with the copy engine, a KV block of 16 tokens at a time, kStages
-// tiles ahead. Bound by FLOPs; beside the tensor cores, exponentials take half of their time, so the two must overlap
-// (Shah et al., "FlashAttention-3", 2024): a warpgroup starts the scores of the next tile before it takes weights from those
-// it has, and the warpgroups start their products in turns, so that one is at its softmax while another multiplies.
+// Work: the query heads that share a KV head are stacked (num_tokens · heads_per_kv rows a request and KV head); an item is
+// kRows of them, 64 to a warpgroup, and the keys they see, kKeys at a time, back from the diagonal. The blocks of threads of
+// a grid that just fills the GPU take items until there are none, the longest first: the first by their index, then whoever
+// is done takes the next. One warp finds items, one brings their keys and values with the copy engine, a KV block of 16 tokens
+// at a time, and two bring their queries, all of them ahead of the warpgroups that compute. Bound by FLOPs; beside the tensor
+// cores, exponentials take half of their time, so the two must overlap (Shah et al., "FlashAttention-3", 2024): a warpgroup
+// starts the scores of the next tile before it takes weights from those it has, and the warpgroups start their products in
+// turns, so that one is at its softmax while another multiplies. Items of few rows (single tokens) are the work of one
+// warpgroup, bound by the bytes of their keys and values.
+//
+// The result of a row depends on its own query and context alone, bit for bit: tiles begin at multiples of kKeys of the
+// context, are taken one after the other, and what a row does not see adds exact zeros.
 //
 // Shared memory: tiles in panels of 64 numbers of the head, as tensor cores read them (ptx_sm90.cuh).
 // Built with SCALAR (bf16 or f16), HEAD_DIM (64 or 128), CONSUMERS (warpgroups that compute), KEYS (64 or 128), STAGES.
@@ -25,10 +31,14 @@ constexpr int kPanels = kHeadDim / 64;
 constexpr int kVecs = kHeadDim / 8;
 constexpr int kSteps = kHeadDim / 16;  // tensor core steps along the head
 constexpr int kBlocks = kKeys / kBlockSize;
+constexpr int kItems = 2;        // the one at work, and the next
+constexpr int kQueryLoaders = 2;  // warps
 // Together no more than the block had at its launch (a multiple of 8 for each thread): who asks for more waits for ever.
-constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+constexpr int kProducerRegisters = 56;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 152;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (65536 / kThreads / 8 * 8) * (kConsumers + 1));
+
+__device__ int num_taken;  // items that were taken after the first ones; zero between launches
 
 struct Tile { Scalar numbers[kKeys / 8][kPanels][8][64]; };
 
@@ -38,26 +48,33 @@ struct Context {  // the keys that some rows see, [begin, end), and the tiles th
   __device__ int last_tile() const { return (end - 1) / kKeys; }
 };
 
-struct Item {  // a block's work: kRows stacked rows of a request and KV head, from first_row on
-  int request, kv_head, first_token, first_row, num_rows;  // num_rows: of the whole request
-  int before;                                              // tokens of the context that came before this chunk
+struct Item {  // kRows stacked rows of a request and KV head, from first_row on
+  int table_row, kv_head, first_token, first_row, num_rows;  // num_rows: of the whole request; 0 after the last item
+  int before;                                                // tokens of the context that came before this chunk
   Context context;
+  __device__ int num_own_rows() const { return num_rows - first_row; }
 };
 
 struct Shared {
-  Scalar queries[kRows / 8][kPanels][8][64];
-  Tile keys[kStages], values[kStages];
-  Barrier keys_came[kStages], keys_left[kStages], values_came[kStages], values_left[kStages];
+  Scalar queries[kItems][kRows / 8][kPanels][8][64];
+  Tile tiles[kStages];  // keys, values, keys, ...
+  Barrier tile_came[kStages], tile_left[kStages], item_came[kItems], item_left[kItems], queries_came[kItems];
+  Item items[kItems];
 };
 
-struct Ring {  // which stage is next, and the parity of its phase
-  int stage = 0;
+template <int kCount> struct Ring {  // which place is next, and the parity of its phase
+  int place = 0;
   u32 parity = 0;
-  __device__ void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
+  __device__ void advance(int by) {
+    place += by;
+    if (place < kCount) return;
+    place -= kCount;
     parity ^= 1;
   }
+};
+struct Tiles {  // places of the next keys and of the next values
+  Ring<kStages> keys, values;
+  __device__ Tiles() { values.advance(1); }
 };
 
 struct Batch {
@@ -77,66 +94,135 @@ __device__ inline i64 offset_of(int row, const Item& item, const Batch& batch) {
   return (token * batch.num_heads + item.kv_head * heads_per_kv + row % heads_per_kv) * kHeadDim;
 }
 
-// One warp: lane i brings block i of each tile. Blocks that hold no visible key are not touched.
-__device__ inline void copy_tile(Tile& tile, Barrier& came, Barrier& left, u32 parity, const TensorMap& map, int num_blocks,
-                                 bool is_mine, int octet) {
-  barrier_wait(left, parity ^ 1);
-  if (threadIdx.x % 32 == 0) barrier_arrive_expecting(came, num_blocks * kBlockSize * kHeadDim * 2);
-  __syncwarp();
-  if (is_mine) copy_octets(&tile.numbers[threadIdx.x % 32 * (kBlockSize / 8)], map, octet, came);
-}
+// Finding items: one warp.
 
-// The block's item. Requests stand in a list of pieces; request i begins at (rows before it + i · (kRows - 1)) / kRows: so each
-// has room for its pieces, and no sum over the requests is needed. Blocks walk the list from its end: of a request, the pieces
-// with the longest context come first.
-__device__ inline Item find_item(const Batch& batch) {
-  const int lane = threadIdx.x % 32, heads_per_kv = batch.heads_per_kv();
-  const int* starts = batch.query_start + batch.first_request;
-  const int piece = gridDim.y - 1 - blockIdx.y;
-  const auto first_piece = [&](int i) { return ((starts[i] - starts[0]) * heads_per_kv + i * (kRows - 1)) / kRows; };
-  // Requests that begin at or before this piece; lanes look at 32 at a time, and one alone needs no look.
-  int after = batch.num_requests == 1;
-  for (int seen = 32; seen == 32 && after < batch.num_requests; after += seen) {
-    const bool begins = after + lane < batch.num_requests && first_piece(after + lane) <= piece;
-    seen = __popc(__ballot_sync(kAllLanes, begins));
+// Requests stand in a list of pieces; request i begins at (rows before it + i · (kRows - 1)) / kRows: so each has room for its
+// pieces, and no sum over the requests is needed.
+struct Pieces {
+  const int* starts;
+  int num_requests, heads_per_kv;
+  __device__ Pieces(const Batch& batch)
+      : starts(batch.query_start + batch.first_request), num_requests(0), heads_per_kv(batch.heads_per_kv()) {
+    const int end = starts[batch.num_requests];
+    for (int i = threadIdx.x % 32; i < ceil_div(batch.num_requests, 32) * 32; i += 32)  // the last ones may be empty
+      num_requests += __popc(__ballot_sync(kAllLanes, i < batch.num_requests && starts[i] < end));
   }
-  const int i = after - 1, request = batch.first_request + i;
+  __device__ int first(int request) const {
+    return ((starts[request] - starts[0]) * heads_per_kv + request * (kRows - 1)) / kRows;
+  }
+  __device__ int total() const { return first(num_requests); }
+  // The request whose room holds a piece; lanes look at 32 requests at a time.
+  __device__ int request_of(int piece) const {
+    int after = 1;
+    for (int seen = 32; seen == 32 && after < num_requests; after += seen) {
+      const int i = after + threadIdx.x % 32;
+      seen = __popc(__ballot_sync(kAllLanes, i < num_requests && first(i) <= piece));
+    }
+    return after - 1;
+  }
+};
+
+// From the end of the list: of a request, the pieces with the longest context come first. Neighbours are KV heads of one piece.
+__device__ inline Item find_item(const Pieces& pieces, int index, const Batch& batch) {
+  const int piece = pieces.total() - 1 - index / batch.num_kv_heads, i = pieces.request_of(piece);
+  const int* starts = pieces.starts;
+  const int request = batch.first_request + i, heads_per_kv = pieces.heads_per_kv;
   const int num_tokens = starts[i + 1] - starts[i], before = batch.context_lens[request] - num_tokens;
-  const int first_row = (piece - first_piece(i)) * kRows, num_rows = num_tokens * heads_per_kv;
+  const int first_row = (piece - pieces.first(i)) * kRows, num_rows = num_tokens * heads_per_kv;
   const int first_position = before + first_row / heads_per_kv;
   const int last_position = before + min(first_row + kRows - 1, num_rows - 1) / heads_per_kv;
   const Context context = {batch.window > 0 ? max(0, first_position - batch.window + 1) : 0, last_position + 1};
-  return {request, static_cast<int>(blockIdx.x), starts[i], first_row, num_rows, before, context};
+  return {batch.rows[request], index % batch.num_kv_heads, starts[i], first_row, num_rows, before, context};
 }
 
-// Bring the tiles one after the other, from the last.
-__device__ inline void produce(Shared& shared, const TensorMap& k_map, const TensorMap& v_map, const Item& item,
-                               const Batch& batch) {
-  const int* table = batch.block_table + static_cast<i64>(batch.rows[item.request]) * batch.table_width;
-  Ring ring;
-  for (int tile = item.context.last_tile(); tile >= item.context.first_tile(); --tile, ring.advance()) {
-    const int first = max(tile * kKeys, item.context.begin) / kBlockSize;
-    const int end = min(ceil_div(item.context.end, kBlockSize), (tile + 1) * kBlocks);
-    const int block = tile * kBlocks + threadIdx.x % 32, at = ring.stage;
-    const bool is_mine = block >= first && block < end;
-    const int octet = is_mine ? (table[block] * batch.num_kv_heads + item.kv_head) * (kBlockSize / 8) : 0;
-    copy_tile(shared.keys[at], shared.keys_came[at], shared.keys_left[at], ring.parity, k_map, end - first, is_mine, octet);
-    copy_tile(shared.values[at], shared.values_came[at], shared.values_left[at], ring.parity, v_map, end - first, is_mine, octet);
+__device__ inline void hand_out_items(Shared& shared, const Batch& batch) {
+  const int lane = threadIdx.x % 32;
+  const Pieces pieces(batch);
+  const int num_items = pieces.total() * batch.num_kv_heads;
+  Ring<kItems> ring;
+  const auto hand_out = [&](const Item& item) {
+    barrier_wait(shared.item_left[ring.place], ring.parity ^ 1);
+    if (lane == 0) {
+      shared.items[ring.place] = item;
+      barrier_arrive(shared.item_came[ring.place]);
+    }
+    __syncwarp();
+    ring.advance(1);
+  };
+  for (int index = blockIdx.x; index < num_items;) {
+    const Item item = find_item(pieces, index, batch);
+    if (item.num_own_rows() > 0) hand_out(item);  // else: room that was not needed
+    if (index == blockIdx.x) wait_for_inputs();   // what was read so far is older than the kernel before this one
+    if (num_items <= gridDim.x) break;
+    int taken = 0;
+    if (lane == 0) {
+      taken = atomicAdd(&num_taken, 1);
+      if (taken == num_items - 1) num_taken = 0;  // one was taken after each item: this was the last
+    }
+    index = gridDim.x + __shfl_sync(kAllLanes, taken, 0);
+  }
+  wait_for_inputs();
+  hand_out({});
+}
+
+// Items one after the other, each at its place of kItems, until there are no more.
+template <class Work> __device__ inline void for_each_item(Shared& shared, Work work) {
+  for (Ring<kItems> ring;; ring.advance(1)) {
+    barrier_wait(shared.item_came[ring.place], ring.parity);
+    if (shared.items[ring.place].num_rows == 0) return;
+    work(shared.items[ring.place], ring);
   }
 }
 
-// This warp's 16 rows of queries, to where tensor cores find them; zeros past the last.
-__device__ inline void load_queries(Shared& shared, const Scalar* q, const Item& item, int warp_row, const Batch& batch) {
-  for (int i = threadIdx.x % 32; i < 16 * kVecs; i += 32) {
-    const int at = warp_row + i / kVecs, piece = i % kVecs;
-    const bool exists = item.first_row + at < item.num_rows;
-    cp_async_16(&shared.queries[at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8],
-                q + offset_of(exists ? item.first_row + at : 0, item, batch) + piece * 8, exists);
+// Bringing keys and values: one warp. Lane i brings block i of each tile; blocks that hold no visible key are not touched.
+
+__device__ inline void copy_tile(Shared& shared, const Ring<kStages>& ring, const TensorMap& map, int num_blocks, bool is_mine,
+                                 int octet) {
+  const int lane = threadIdx.x % 32;
+  barrier_wait(shared.tile_left[ring.place], ring.parity ^ 1);
+  if (lane == 0) barrier_arrive_expecting(shared.tile_came[ring.place], num_blocks * kBlockSize * kHeadDim * 2);
+  __syncwarp();
+  if (is_mine)
+    copy_octets(&shared.tiles[ring.place].numbers[lane * (kBlockSize / 8)], map, octet, shared.tile_came[ring.place]);
+}
+
+__device__ inline void bring_tiles(Shared& shared, Tiles& tiles, const TensorMap& k_map, const TensorMap& v_map, const Item& item,
+                                   const Batch& batch) {
+  const int* table = batch.block_table + static_cast<i64>(item.table_row) * batch.table_width;
+  const int first_block = item.context.begin / kBlockSize, end_block = ceil_div(item.context.end, kBlockSize);
+  const int first_tile = item.context.first_tile(), kv_head = item.kv_head;
+  const auto block_of = [&](int tile) {  // -1: none
+    const int block = tile * kBlocks + threadIdx.x % 32;
+    return threadIdx.x % 32 < kBlocks && block >= first_block && block < end_block ? table[block] : -1;
+  };
+  int tile = item.context.last_tile();
+  for (int block = block_of(tile), next; tile >= first_tile; --tile, block = next) {
+    next = block_of(tile - 1);  // on its way while this tile waits for its place
+    const int num_blocks = min(end_block, (tile + 1) * kBlocks) - max(first_block, tile * kBlocks);
+    const int octet = (block * batch.num_kv_heads + kv_head) * (kBlockSize / 8);
+    copy_tile(shared, tiles.keys, k_map, num_blocks, block >= 0, octet);
+    copy_tile(shared, tiles.values, v_map, num_blocks, block >= 0, octet);
+    tiles.keys.advance(2);
+    tiles.values.advance(2);
+  }
+}
+
+// Bringing queries: kQueryLoaders warps. The place of rows that do not exist stays as it is: no other row depends on it.
+__device__ inline void bring_queries(Shared& shared, const Scalar* q, const Item& item, int place, const Batch& batch, int thread) {
+  const int num_rows = min(kRows, item.num_own_rows());
+  for (int i = thread; i < num_rows * kVecs; i += 32 * kQueryLoaders) {
+    const int at = i / kVecs, piece = i % kVecs;
+    cp_async_16(&shared.queries[place][at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8],
+                q + offset_of(item.first_row + at, item, batch) + piece * 8, true);
   }
   cp_async_commit();
   cp_async_wait<0>();
   publish_shared_writes();
+  __syncwarp();
+  if (thread % 32 == 0) barrier_arrive(shared.queries_came[place]);
 }
+
+// Computing: kConsumers warpgroups.
 
 // Values outside [begin, end) become zero: their weights are zero, but 0 · (what lies there) may be NaN.
 __device__ inline void clear_unseen(Tile& values, int first_key, const Context& context, int warpgroup) {
@@ -193,7 +279,7 @@ __device__ inline void add_scores(Softmax& state, float (&scores)[kKeys / 2], fl
     for (int n = 0; n < kKeys / 8; ++n) peak = fmaxf(peak, fmaxf(scores[n * 4 + 2 * half], scores[n * 4 + 2 * half + 1]));
     peak = team_max<4>(peak);
     const float base = finite_or_zero(peak) * factor;
-    state.fade[half] = exp2_fast(state.peak[half] * factor - base);
+    state.fade[half] = exp2_fast((state.peak[half] - finite_or_zero(peak)) * factor);  // 1 if the peak has not moved
     state.peak[half] = peak;
     state.sum[half] *= state.fade[half];
 #pragma unroll
@@ -220,8 +306,8 @@ __device__ inline void fade_out(float (&out)[kHeadDim / 2], const Softmax& state
 }
 
 // The 16 rows of this warp, by way of the place of its queries: so 16 bytes go to device memory at a time, rows whole.
-__device__ inline void write_out(Scalar* out, Shared& shared, const float (&sums)[kHeadDim / 2], const Softmax& state,
-                                 const Item& item, int warp_row, const Batch& batch) {
+__device__ inline void write_out(Scalar* out, Scalar (&place)[kRows / 8][kPanels][8][64], const float (&sums)[kHeadDim / 2],
+                                 const Softmax& state, const Item& item, int warp_row, const Batch& batch) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -230,31 +316,41 @@ __device__ inline void write_out(Scalar* out, Shared& shared, const float (&sums
     const int at = warp_row + half * 8 + lane / 4;
 #pragma unroll
     for (int n = 0; n < kVecs; ++n)
-      *reinterpret_cast<u32*>(&shared.queries[at / 8][n / 8][at % 8][(n % 8 ^ at % 8) * 8 + lane % 4 * 2]) =
+      *reinterpret_cast<u32*>(&place[at / 8][n / 8][at % 8][(n % 8 ^ at % 8) * 8 + lane % 4 * 2]) =
           pack<Scalar>(sums[n * 4 + 2 * half] * share, sums[n * 4 + 2 * half + 1] * share);
   }
   __syncwarp();
 #pragma unroll 4
   for (int i = lane; i < 16 * kVecs; i += 32) {
     const int at = warp_row + i / kVecs, piece = i % kVecs;
-    if (item.first_row + at < item.num_rows)
+    if (at < item.num_own_rows())
       *reinterpret_cast<uint4*>(out + offset_of(item.first_row + at, item, batch) + piece * 8) =
-          load_bits(&shared.queries[at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8]);
+          load_bits(&place[at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8]);
   }
 }
 
-// One warpgroup: its 64 rows.
-__device__ inline void consume(Shared& shared, Scalar* out, const Scalar* q, const Item& item, const Batch& batch, int warpgroup,
-                               float scale, float softcap) {
-  const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
-  const int own_turn = 1 + kConsumers + warpgroup, next_turn = 1 + kConsumers + (warpgroup + 1) % kConsumers;
-  const bool is_first_lane = lane == 0;
-  const u64 queries = octet_descriptor(&shared.queries[warpgroup * 8], kPanels);
-  const float factor = softcap > 0.0f ? kLog2e : scale * kLog2e;
-  load_queries(shared, q, item, warp_row, batch);
-  meet_threads(1 + warpgroup, 128);
+// Who has no rows of an item gives its tiles back.
+__device__ inline void skip_tiles(Shared& shared, Tiles& tiles, const Item& item) {
+  for (int tile = item.context.last_tile(); tile >= item.context.first_tile(); --tile)
+    for (Ring<kStages>* ring : {&tiles.keys, &tiles.values}) {
+      barrier_wait(shared.tile_came[ring->place], ring->parity);
+      if (threadIdx.x % 32 == 0) barrier_arrive(shared.tile_left[ring->place]);
+      ring->advance(2);
+    }
+}
 
-  const Context& context = item.context;
+// One warpgroup: its 64 rows of an item.
+__device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const Item& item, const Ring<kItems>& place,
+                               const Batch& batch, int warpgroup, float scale, float softcap) {
+  const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
+  const bool is_first_lane = lane == 0;
+  const int num_workers = min(kConsumers, ceil_div(item.num_own_rows(), 64));
+  const bool takes_turns = num_workers > 1;
+  const int own_turn = 1 + kConsumers + warpgroup, next_turn = 1 + kConsumers + (warpgroup + 1 == num_workers ? 0 : warpgroup + 1);
+  const u64 queries = octet_descriptor(&shared.queries[place.place][warpgroup * 8], kPanels);
+  const float factor = softcap > 0.0f ? kLog2e : scale * kLog2e;
+
+  const Context context = item.context;
   const int heads_per_kv = batch.heads_per_kv(), window = batch.window;
   const int first_position = item.before + item.first_row / heads_per_kv, last_position = context.end - 1;
   const int own_row = item.first_row + warp_row + lane / 4;
@@ -276,61 +372,72 @@ __device__ inline void consume(Shared& shared, Scalar* out, const Scalar* q, con
     pin(state.sum);
   };
 
-  Ring keys, values;
+  Ring<kStages>&keys = tiles.keys, &values = tiles.values;
   int tile = context.last_tile();
-  barrier_wait(shared.keys_came[keys.stage], keys.parity);
-  start_scores(scores, queries, shared.keys[keys.stage]);
+  barrier_wait(shared.queries_came[place.place], place.parity);
+  barrier_wait(shared.tile_came[keys.place], keys.parity);
+  start_scores(scores, queries, shared.tiles[keys.place]);
   warpgroup_wait<0>();
   pin(scores);
-  if (is_first_lane) barrier_arrive(shared.keys_left[keys.stage]);
-  keys.advance();
+  if (is_first_lane) barrier_arrive(shared.tile_left[keys.place]);
+  keys.advance(2);
   take_weights(tile * kKeys);
   round_weights(weights, scores);
   if (context.end % kKeys != 0) {
-    barrier_wait(shared.values_came[values.stage], values.parity);
-    clear_unseen(shared.values[values.stage], tile * kKeys, context, warpgroup);
+    barrier_wait(shared.tile_came[values.place], values.parity);
+    clear_unseen(shared.tiles[values.place], tile * kKeys, context, warpgroup);
   }
 
-  if (tile > context.first_tile()) {
-    barrier_wait(shared.keys_came[keys.stage], keys.parity);
-    if (warpgroup == kConsumers - 1) pass_threads(next_turn, 256);
-  }
+  if (tile > context.first_tile()) barrier_wait(shared.tile_came[keys.place], keys.parity);
   for (--tile; tile >= context.first_tile(); --tile) {
-    const bool is_last = tile == context.first_tile();
-    meet_threads(own_turn, 256);
-    start_scores(scores, queries, shared.keys[keys.stage]);
-    barrier_wait(shared.values_came[values.stage], values.parity);
-    start_values(sums, weights, shared.values[values.stage]);
-    if (!is_last || warpgroup != kConsumers - 1) pass_threads(next_turn, 256);
+    if (takes_turns) meet_threads(own_turn, 256);
+    start_scores(scores, queries, shared.tiles[keys.place]);
+    barrier_wait(shared.tile_came[values.place], values.parity);
+    start_values(sums, weights, shared.tiles[values.place]);
+    if (takes_turns) pass_threads(next_turn, 256);
     warpgroup_wait<1>();
     pin(scores);
-    if (is_first_lane) barrier_arrive(shared.keys_left[keys.stage]);
-    keys.advance();
+    if (is_first_lane) barrier_arrive(shared.tile_left[keys.place]);
+    keys.advance(2);
     take_weights(tile * kKeys);
     // Waiting here for the next keys, the compiler moves no part of the softmax behind the wait for the values.
-    if (!is_last) barrier_wait(shared.keys_came[keys.stage], keys.parity);
+    if (tile > context.first_tile()) barrier_wait(shared.tile_came[keys.place], keys.parity);
     warpgroup_wait<0>();
     pin(sums);
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) pin(weights[step]);
-    if (is_first_lane) barrier_arrive(shared.values_left[values.stage]);
-    values.advance();
+    if (is_first_lane) barrier_arrive(shared.tile_left[values.place]);
+    values.advance(2);
     fade_out(sums, state);
     round_weights(weights, scores);
   }
 
-  barrier_wait(shared.values_came[values.stage], values.parity);
+  barrier_wait(shared.tile_came[values.place], values.parity);
   if (context.begin % kKeys != 0)
-    clear_unseen(shared.values[values.stage], context.first_tile() * kKeys, context, warpgroup);
-  start_values(sums, weights, shared.values[values.stage]);
+    clear_unseen(shared.tiles[values.place], context.first_tile() * kKeys, context, warpgroup);
+  start_values(sums, weights, shared.tiles[values.place]);
   warpgroup_wait<0>();
   pin(sums);
+  if (is_first_lane) barrier_arrive(shared.tile_left[values.place]);
+  values.advance(2);
   meet_threads(1 + warpgroup, 128);  // tensor cores have read all queries
-  write_out(out, shared, sums, state, item, warp_row, batch);
+  write_out(out, shared.queries[place.place], sums, state, item, warp_row, batch);
 }
 
-// Grid: x = KV heads, y = room for the pieces of all requests (find_item). Blocks that run at the same time share keys through
-// the L2 cache, and short blocks fill the gaps at the end.
+__device__ inline void consume(Shared& shared, Scalar* out, const Batch& batch, int warpgroup, float scale, float softcap) {
+  const int first_turn = 1 + kConsumers;
+  if (warpgroup == kConsumers - 1) pass_threads(first_turn, 256);
+  Tiles tiles;
+  for_each_item(shared, [&](const Item& item, const Ring<kItems>& place) {
+    if (warpgroup * 64 < item.num_own_rows()) compute(shared, tiles, out, item, place, batch, warpgroup, scale, softcap);
+    else skip_tiles(shared, tiles, item);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_left[place.place]);
+  });
+  if (warpgroup == 0) meet_threads(first_turn, 256);  // after an item it is the first one's turn
+}
+
+// Grid: as many as run at once, no more than there is room for items.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, Scalar* out, const Scalar* q,
         const int* query_start, const int* context_lens, const int* rows, const int* block_table, int first_request,
@@ -339,25 +446,34 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
   Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<u64>(dynamic) + 1023) / 1024 * 1024);
   const Batch batch = {query_start, context_lens, rows, block_table, first_request, num_requests, table_width, num_heads,
                        num_kv_heads, window};
-  const Item item = find_item(batch);
-  if (item.first_row >= item.num_rows) return;  // room that was not needed
+  start_dependents();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(shared.keys_came[stage], 1);
-      barrier_init(shared.values_came[stage], 1);
-      barrier_init(shared.keys_left[stage], 4 * kConsumers);  // one for each warp
-      barrier_init(shared.values_left[stage], 4 * kConsumers);
+      barrier_init(shared.tile_came[stage], 1);
+      barrier_init(shared.tile_left[stage], 4 * kConsumers);  // one for each warp
+    }
+    for (int place = 0; place < kItems; ++place) {
+      barrier_init(shared.item_came[place], 1);
+      barrier_init(shared.item_left[place], 4 * kConsumers);
+      barrier_init(shared.queries_came[place], kQueryLoaders);
     }
     barrier_init_fence();
   }
   __syncthreads();
 
-  const int role = __shfl_sync(kAllLanes, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
-  if (role == 0) {
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);  // the same for a warp, as the compiler can see
+  if (warp < 4) {
     shrink_registers<kProducerRegisters>();
-    if (threadIdx.x < 32) produce(shared, k_map, v_map, item, batch);
+    if (warp == 0) return hand_out_items(shared, batch);
+    wait_for_inputs();
+    Tiles tiles;
+    for_each_item(shared, [&](const Item& item, const Ring<kItems>& place) {
+      if (warp == 1) bring_tiles(shared, tiles, k_map, v_map, item, batch);
+      else bring_queries(shared, q, item, place.place, batch, threadIdx.x - 64);
+    });
   } else {
     grow_registers<kConsumerRegisters>();
-    consume(shared, out, q, item, batch, role - 1, scale, softcap);
+    wait_for_inputs();
+    consume(shared, out, batch, warp / 4 - 1, scale, softcap);
   }
 }

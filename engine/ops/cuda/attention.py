@@ -147,14 +147,15 @@ def prefill_shared_bytes(head_dim: int) -> int:
 
 
 def prefill_sm90_tile(head_dim: int) -> tuple[int, int, int]:
-    """(warpgroups of 64 query rows, keys in a tile, tiles in flight) of attention/prefill_sm90.cu."""
-    return (2, 128, 3) if head_dim > 64 else (3, 128, 4)
+    """(warpgroups of 64 query rows, keys or values in a tile, tiles in flight) of attention/prefill_sm90.cu."""
+    return (2, 128, 5) if head_dim > 64 else (2, 128, 10)
 
 
 def prefill_sm90_shared_bytes(head_dim: int) -> int:
-    """Queries, tiles of keys and values, barriers, and what it takes to begin at a multiple of 1 KiB."""
+    """Queries of two items, tiles, barriers, the items, and what it takes to begin at a multiple of 1 KiB."""
     warpgroups, keys, stages = prefill_sm90_tile(head_dim)
-    return (64 * warpgroups + 2 * stages * keys) * head_dim * 2 + 4 * stages * 8 + 1024
+    barriers, items = 2 * stages + 2 * 3, 2
+    return (2 * 64 * warpgroups + stages * keys) * head_dim * 2 + barriers * 8 + items * 32 + 1024
 
 
 def _decode(
@@ -243,7 +244,7 @@ def _prefill(
         num_rows = 64 * warpgroups
         num_pieces = ((len(q) - batch.num_decodes) * heads_per_kv + num_requests * (num_rows - 1)) // num_rows
         run(
-            (num_kv_heads, num_pieces, 1),
+            (min(kernels.num_sms(q.get_device()), num_kv_heads * num_pieces), 1, 1),
             128 * (warpgroups + 1),
             *(_rows_map(cache, head_dim) for cache in (k_cache, v_cache)),
             *(out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
