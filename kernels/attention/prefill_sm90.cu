@@ -48,6 +48,9 @@ struct Context {  // the keys that some rows see, [begin, end), and the tiles th
   __device__ int last_tile() const { return (end - 1) / kKeys; }
 };
 
+// The same for a warp: as it comes from lane 0, the compiler sees it, and keeps what follows from it in uniform registers.
+__device__ inline int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+
 struct Item {  // kRows stacked rows of a request and KV head, from first_row on
   int table_row, kv_head, first_token, first_row, num_rows;  // num_rows: of the whole request; 0 after the last item
   int before;                                                // tokens of the context that came before this chunk
@@ -169,8 +172,9 @@ __device__ inline void hand_out_items(Shared& shared, const Batch& batch) {
 template <class Work> __device__ inline void for_each_item(Shared& shared, Work work) {
   for (Ring<kItems> ring;; ring.advance(1)) {
     barrier_wait(shared.item_came[ring.place], ring.parity);
-    if (shared.items[ring.place].num_rows == 0) return;
-    work(shared.items[ring.place], ring);
+    const Item& item = shared.items[ring.place];
+    if (uniform(item.num_rows) == 0) return;
+    work(item, ring);
   }
 }
 
@@ -190,12 +194,12 @@ __device__ inline void bring_tiles(Shared& shared, Tiles& tiles, const TensorMap
                                    const Batch& batch) {
   const int* table = batch.block_table + static_cast<i64>(item.table_row) * batch.table_width;
   const int first_block = item.context.begin / kBlockSize, end_block = ceil_div(item.context.end, kBlockSize);
-  const int first_tile = item.context.first_tile(), kv_head = item.kv_head;
+  const int first_tile = uniform(item.context.first_tile()), kv_head = item.kv_head;
   const auto block_of = [&](int tile) {  // -1: none
     const int block = tile * kBlocks + threadIdx.x % 32;
     return threadIdx.x % 32 < kBlocks && block >= first_block && block < end_block ? table[block] : -1;
   };
-  int tile = item.context.last_tile();
+  int tile = uniform(item.context.last_tile());
   for (int block = block_of(tile), next; tile >= first_tile; --tile, block = next) {
     next = block_of(tile - 1);  // on its way while this tile waits for its place
     const int num_blocks = min(end_block, (tile + 1) * kBlocks) - max(first_block, tile * kBlocks);
@@ -301,6 +305,8 @@ __device__ inline void round_weights(u32 (&weights)[kKeys / 16][4], const float 
 }
 
 __device__ inline void fade_out(float (&out)[kHeadDim / 2], const Softmax& state) {
+  // Peaks seldom move once many keys were seen; a product with 1 would change nothing.
+  if (__ballot_sync(kAllLanes, state.fade[0] != 1.0f || state.fade[1] != 1.0f) == 0) return;
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= state.fade[i / 2 % 2];
 }
@@ -331,7 +337,8 @@ __device__ inline void write_out(Scalar* out, Scalar (&place)[kRows / 8][kPanels
 
 // Who has no rows of an item gives its tiles back.
 __device__ inline void skip_tiles(Shared& shared, Tiles& tiles, const Item& item) {
-  for (int tile = item.context.last_tile(); tile >= item.context.first_tile(); --tile)
+  const int first_tile = uniform(item.context.first_tile());
+  for (int tile = uniform(item.context.last_tile()); tile >= first_tile; --tile)
     for (Ring<kStages>* ring : {&tiles.keys, &tiles.values}) {
       barrier_wait(shared.tile_came[ring->place], ring->parity);
       if (threadIdx.x % 32 == 0) barrier_arrive(shared.tile_left[ring->place]);
@@ -344,13 +351,13 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
                                const Batch& batch, int warpgroup, float scale, float softcap) {
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
   const bool is_first_lane = lane == 0;
-  const int num_workers = min(kConsumers, ceil_div(item.num_own_rows(), 64));
+  const int num_workers = uniform(min(kConsumers, ceil_div(item.num_own_rows(), 64)));
   const bool takes_turns = num_workers > 1;
   const int own_turn = 1 + kConsumers + warpgroup, next_turn = 1 + kConsumers + (warpgroup + 1 == num_workers ? 0 : warpgroup + 1);
   const u64 queries = octet_descriptor(&shared.queries[place.place][warpgroup * 8], kPanels);
   const float factor = softcap > 0.0f ? kLog2e : scale * kLog2e;
 
-  const Context context = item.context;
+  const Context context = {uniform(item.context.begin), uniform(item.context.end)};
   const int heads_per_kv = batch.heads_per_kv(), window = batch.window;
   const int first_position = item.before + item.first_row / heads_per_kv, last_position = context.end - 1;
   const int own_row = item.first_row + warp_row + lane / 4;
@@ -429,7 +436,7 @@ __device__ inline void consume(Shared& shared, Scalar* out, const Batch& batch, 
   if (warpgroup == kConsumers - 1) pass_threads(first_turn, 256);
   Tiles tiles;
   for_each_item(shared, [&](const Item& item, const Ring<kItems>& place) {
-    if (warpgroup * 64 < item.num_own_rows()) compute(shared, tiles, out, item, place, batch, warpgroup, scale, softcap);
+    if (warpgroup * 64 < uniform(item.num_own_rows())) compute(shared, tiles, out, item, place, batch, warpgroup, scale, softcap);
     else skip_tiles(shared, tiles, item);
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_left[place.place]);
@@ -461,7 +468,7 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
   }
   __syncthreads();
 
-  const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);  // the same for a warp, as the compiler can see
+  const int warp = uniform(threadIdx.x / 32);
   if (warp < 4) {
     shrink_registers<kProducerRegisters>();
     if (warp == 0) return hand_out_items(shared, batch);

@@ -24,7 +24,7 @@ __device__ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
 __device__ inline void barrier_wait(Barrier& barrier, u32 parity) {
   asm volatile(
       "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 10000000;\n"  // ns to sleep at most: the less is issued
       "@!done bra again; }" ::"r"(shared_address(&barrier)), "r"(parity) : "memory");
 }
 
