@@ -1,107 +1,170 @@
 // From the QKV projection to rotated queries and a filled KV cache: norm (if given) and rotate every query and key head,
 // write queries to q_out [T, num_heads, head_dim], keys and values to the slot of their token in the paged cache.
 //
-// A team of lanes owns one head of one token: it reads it with 16-byte accesses, lays it in shared memory, where each lane
-// finds the partners of its own numbers (they lie rotary_dim / 2 apart), and writes it once. Bound by bytes.
-// Built with SCALAR and HEAD_DIM.
+// A team of lanes takes heads of one token, one after the other. A lane holds pairs of pieces that turn together (they lie
+// rotary_dim / 2 apart), so a head is read and written once, 16 bytes at a time, and the token's angles stay in registers.
+// Bound by bytes.
+// Built with SCALAR, KV (the cache's type: e4m3 or SCALAR), HEAD_DIM and WIDTH (numbers in a piece: 16 bytes, or 1 number where
+// rotary_dim / 2 is no multiple of them).
 #include "types.cuh"
 #include "reduce.cuh"
 
 using Scalar = SCALAR;
+using Kv = KV;
 constexpr int kHeadDim = HEAD_DIM;
+constexpr int kWidth = WIDTH;
 constexpr int kBlockSize = 16;
 constexpr int kThreads = 256;
-constexpr int kWidth = kVec<Scalar>;
-constexpr int kVecs = kHeadDim / kWidth;
-constexpr int kLanes = kVecs >= 32 ? 32 : power_of_two_from(kVecs);
-constexpr int kPieces = ceil_div(kVecs, kLanes);  // 16-byte pieces a lane holds
+constexpr int kWidePairs = ceil_div(kHeadDim / kVec<Scalar>, 2);  // a lane for each
+constexpr int kLanes = kWidePairs >= 32 ? 32 : power_of_two_from(kWidePairs);
+constexpr int kOwnPairs = ceil_div(ceil_div(kHeadDim / kWidth, 2), kLanes);  // of a lane
 constexpr int kTeams = kThreads / kLanes;
+constexpr int kAtOnce = kOwnPairs > 1 ? 1 : 2;  // heads that a team reads at once
 
-// One float of room after every kWidth: lanes that walk their own pieces in step then meet in no bank.
-__device__ constexpr int padded(int i) { return i + i / kWidth; }
+struct Norms {
+  const void *q, *k;
+  int is_float;
+  float eps;
+};
+struct Heads {  // of a token: queries, then keys, then values
+  int num_queries, num_kv;
+  __device__ int num_all() const { return num_queries + 2 * num_kv; }
+  __device__ bool is_query(int head) const { return head < num_queries; }
+  __device__ bool is_value(int head) const { return head >= num_queries + num_kv; }
+};
+
+// kWidth numbers as they lie in memory, in one access.
+template <int kBytes> struct Bits;
+template <> struct Bits<16> { uint4 word; };
+template <> struct Bits<8> { uint2 word; };
+template <> struct Bits<4> { u32 word; };
+template <> struct Bits<2> { u16 word; };
+template <> struct Bits<1> { unsigned char word; };
+template <class T> union Piece {
+  Bits<sizeof(T) * kWidth> bits;
+  T numbers[kWidth];
+};
+
+struct Pairs {  // those that a lane holds of each head
+  int lane, num_turning;
+  __device__ int pair(int i) const { return i * kLanes + lane; }
+  __device__ bool turns(int i) const { return pair(i) < num_turning; }
+  // Behind the pairs that turn come pairs of neighbours, which stay as they are.
+  __device__ int place(int i, int side) const {
+    return (turns(i) ? pair(i) + side * num_turning : 2 * pair(i) + side) * kWidth;
+  }
+  __device__ bool exists(int i, int side) const { return place(i, side) < kHeadDim; }
+};
+
+struct Angles { float cosines[kOwnPairs][kWidth], sines[kOwnPairs][kWidth]; };
+
+__device__ inline Angles load_angles(const Pairs& pairs, const float* cos_sin, int half) {
+  Angles angles;
+#pragma unroll
+  for (int i = 0; i < kOwnPairs; ++i) {
+    if (!pairs.turns(i)) continue;
+    const float* source = cos_sin + pairs.pair(i) * kWidth;
+    if constexpr (kWidth > 1) {
+      load(source, angles.cosines[i]);
+      load(source + half, angles.sines[i]);
+    } else {
+      angles.cosines[i][0] = source[0], angles.sines[i][0] = source[half];
+    }
+  }
+  return angles;
+}
 
 __device__ inline float weight_at(const void* weight, int is_float, int i) {
   return is_float ? static_cast<const float*>(weight)[i] : to_float(static_cast<const Scalar*>(weight)[i]);
 }
 
-// x /= sqrt(mean(x²) + eps), times weight; x is spread over the lanes of a team.
-__device__ inline void norm_head(float (&x)[kPieces][kWidth], const void* weight, int is_float, float eps, int lane) {
-  float sum = 0.0f;
+template <class T> __device__ inline void write(T* target, const float (&x)[kWidth]) {
+  Piece<T> piece;
 #pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece)
+  for (int n = 0; n < kWidth; ++n) piece.numbers[n] = from_float<T>(x[n]);
+  *reinterpret_cast<Bits<sizeof(piece)>*>(target) = piece.bits;
+}
+
+// Norm and turn one head, spread over the lanes of a team, and write it to its place.
+__device__ inline void finish_head(const Piece<Scalar> (&head)[kOwnPairs][2], const Pairs& pairs, const Angles& angles, bool turns,
+                                   const void* weight, const Norms& norms, Scalar* q_target, Kv* kv_target) {
+  float x[kOwnPairs][2][kWidth], factor = 1.0f, sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += x[piece][i] * x[piece][i];
-  const float factor = rsqrtf(team_sum<kLanes>(sum) / kHeadDim + eps);
+  for (int i = 0; i < kOwnPairs; ++i)
 #pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-    const int vec = piece * kLanes + lane;
-    if (vec >= kVecs || weight == nullptr) continue;
+    for (int side = 0; side < 2; ++side)
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) x[piece][i] *= factor * weight_at(weight, is_float, vec * kWidth + i);
+      for (int n = 0; n < kWidth; ++n) {
+        x[i][side][n] = to_float(head[i][side].numbers[n]);
+        sum += x[i][side][n] * x[i][side][n];
+      }
+  if (norms.q != nullptr || norms.k != nullptr) factor = rsqrtf(team_sum<kLanes>(sum) / kHeadDim + norms.eps);
+#pragma unroll
+  for (int i = 0; i < kOwnPairs; ++i) {
+    if (weight != nullptr)
+#pragma unroll
+      for (int side = 0; side < 2; ++side)
+#pragma unroll
+        for (int n = 0; n < kWidth; ++n)
+          if (pairs.exists(i, side)) x[i][side][n] *= factor * weight_at(weight, norms.is_float, pairs.place(i, side) + n);
+    if (turns && pairs.turns(i))
+#pragma unroll
+      for (int n = 0; n < kWidth; ++n) {
+        const float first = x[i][0][n], second = x[i][1][n];
+        x[i][0][n] = first * angles.cosines[i][n] - second * angles.sines[i][n];
+        x[i][1][n] = second * angles.cosines[i][n] + first * angles.sines[i][n];
+      }
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      if (!pairs.exists(i, side)) continue;
+      if (q_target != nullptr) write(q_target + pairs.place(i, side), x[i][side]);
+      if (kv_target != nullptr) write(kv_target + pairs.place(i, side), x[i][side]);
+    }
   }
 }
 
-// Grid: x = tokens, y = their heads, kTeams at a time: num_heads queries, then num_kv_heads keys, then as many values.
+// Grid: x = teams that take heads_of_team heads of a token each, kTeams to a block. A negative slot: a token that is stored
+// nowhere.
 extern "C" __global__ void __launch_bounds__(kThreads)
-rotate_and_store(Scalar* q_out, Scalar* k_cache, Scalar* v_cache, const Scalar* qkv, const int* positions,
-                 const int* slot_mapping, const float* cos_sin, const void* q_norm, const void* k_norm, int norm_is_float,
-                 float eps, int num_heads, int num_kv_heads, int rotary_dim) {
-  __shared__ float cosines[padded(kHeadDim)], sines[padded(kHeadDim)];
-  __shared__ float heads[kTeams][padded(kHeadDim)];
+rotate_and_store(Scalar* q_out, Kv* k_cache, Kv* v_cache, const Scalar* qkv, const int* positions, const int* slot_mapping,
+                 const float* cos_sin, const void* q_norm, const void* k_norm, int norm_is_float, float eps, int num_tokens,
+                 int num_heads, int num_kv_heads, int rotary_dim, int heads_of_team) {
   start_dependents();
-  wait_for_inputs();
-  const i64 token = blockIdx.x;
-  const int team = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  const int head = blockIdx.y * kTeams + team;
-  const int num_all_heads = num_heads + 2 * num_kv_heads;
-  const bool exists = head < num_all_heads;
-  const bool is_query = head < num_heads;
-  const bool is_value = head >= num_heads + num_kv_heads;
-  const int half = rotary_dim / 2;
-
-  const float* angles = cos_sin + static_cast<i64>(positions[token]) * rotary_dim;
-  for (int i = threadIdx.x; i < half; i += kThreads) {
-    cosines[padded(i)] = angles[i];
-    sines[padded(i)] = angles[half + i];
-  }
-
-  float x[kPieces][kWidth] = {};
-#pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-    const int vec = piece * kLanes + lane;
-    if (exists && vec < kVecs) load(qkv + (token * num_all_heads + head) * kHeadDim + vec * kWidth, x[piece]);
-  }
-  const void* weight = is_value ? nullptr : is_query ? q_norm : k_norm;
-  if (q_norm != nullptr || k_norm != nullptr) norm_head(x, weight, norm_is_float, eps, lane);
-#pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-    const int vec = piece * kLanes + lane;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i)
-      if (vec < kVecs) heads[team][padded(vec * kWidth + i)] = x[piece][i];
-  }
-  __syncthreads();
-
+  const Heads heads = {num_heads, num_kv_heads};
+  const int teams_of_token = ceil_div(heads.num_all(), heads_of_team);
+  const int team = blockIdx.x * kTeams + threadIdx.x / kLanes;
+  const bool has_token = team < num_tokens * teams_of_token;  // else it comes along, without heads, as lanes of a warp meet
+  const i64 token = has_token ? team / teams_of_token : 0;
+  const int first_head = has_token ? team % teams_of_token * heads_of_team : heads.num_all();
+  const Norms norms = {q_norm, k_norm, norm_is_float, eps};
+  const Pairs pairs = {static_cast<int>(threadIdx.x) % kLanes, rotary_dim / 2 / kWidth};
+  // Not from the kernel before this one: it may still be running.
+  const Angles angles = load_angles(pairs, cos_sin + static_cast<i64>(positions[token]) * rotary_dim, rotary_dim / 2);
   const i64 slot = slot_mapping[token];
-  if (!exists || (!is_query && slot < 0)) return;  // a negative slot: a token that is stored nowhere
-  const int kv_head = is_value ? head - num_heads - num_kv_heads : head - num_heads;
-  Scalar* target = is_query ? q_out + (token * num_heads + head) * kHeadDim
-                            : (is_value ? v_cache : k_cache) +
-                                  ((slot / kBlockSize * num_kv_heads + kv_head) * kBlockSize + slot % kBlockSize) * kHeadDim;
+  wait_for_inputs();
+  for (int begin = 0; begin < heads_of_team; begin += kAtOnce) {
+    Piece<Scalar> pieces[kAtOnce][kOwnPairs][2] = {};
+    const auto exists = [&](int at) { return begin + at < heads_of_team && first_head + begin + at < heads.num_all(); };
 #pragma unroll
-  for (int piece = 0; piece < kPieces; ++piece) {
-    const int vec = piece * kLanes + lane;
-    if (vec >= kVecs) continue;
+    for (int at = 0; at < kAtOnce; ++at)
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const int at = vec * kWidth + i;
-      if (is_value || at >= 2 * half) continue;
-      const bool is_first = at < half;
-      const int angle = padded(is_first ? at : at - half);
-      const float partner = heads[team][padded(is_first ? at + half : at - half)];
-      const float sine = is_first ? -sines[angle] : sines[angle];
-      x[piece][i] = x[piece][i] * cosines[angle] + partner * sine;
+      for (int i = 0; i < kOwnPairs; ++i)
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const Scalar* source = qkv + (token * heads.num_all() + first_head + begin + at) * kHeadDim + pairs.place(i, side);
+          if (exists(at) && pairs.exists(i, side))
+            pieces[at][i][side].bits = *reinterpret_cast<const Bits<sizeof(Scalar) * kWidth>*>(source);
+        }
+#pragma unroll
+    for (int at = 0; at < kAtOnce; ++at) {
+      const int head = first_head + begin + at;
+      const bool is_query = heads.is_query(head), is_value = heads.is_value(head);
+      const int kv_head = head - heads.num_queries - (is_value ? heads.num_kv : 0);
+      const i64 place = ((slot / kBlockSize * heads.num_kv + kv_head) * kBlockSize + slot % kBlockSize) * kHeadDim;
+      Scalar* q_target = exists(at) && is_query ? q_out + (token * heads.num_queries + head) * kHeadDim : nullptr;
+      Kv* kv_target = exists(at) && !is_query && slot >= 0 ? (is_value ? v_cache : k_cache) + place : nullptr;
+      const void* weight = is_value ? nullptr : is_query ? norms.q : norms.k;
+      finish_head(pieces[at], pairs, angles, !is_value, weight, norms, q_target, kv_target);
     }
-    store(target + vec * kWidth, x[piece]);
   }
 }

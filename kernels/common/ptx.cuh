@@ -9,6 +9,7 @@ using i64 = long long;
 
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
+struct e4m3 { unsigned char bits; };  // fp8: of KV caches
 
 // Two 16-bit numbers in a word, the first in the low half.
 template <class T> __device__ inline float2 unpack(u32 word);
@@ -31,6 +32,44 @@ template <> __device__ inline u32 pack<f16>(float low, float high) {
   u32 word;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+}
+
+// Two numbers to e4m3, the first in the low byte; what is beyond ±448 becomes ±448.
+__device__ inline u16 pack_e4m3(float low, float high) {
+  u16 pair;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+#else
+  const auto narrow = [](float x) {
+    const u32 sign = __float_as_uint(x) >> 24 & 0x80;
+    const float size = fminf(fabsf(x), 448.0f);
+    if (size < 0.015625f) return sign | __float2uint_rn(size * 512.0f);  // below 2^-6 steps are 2^-9
+    const u32 bits = __float_as_uint(size);
+    return sign | ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (127 - 7) * 8;
+  };
+  pair = static_cast<u16>(narrow(low) | narrow(high) << 8);
+#endif
+  return pair;
+}
+
+// Four e4m3 of a word, the first in the lowest byte, to two words of T. NaN becomes 480.
+template <class T> __device__ inline uint2 widen(u32 word);
+template <> __device__ inline uint2 widen<bf16>(u32 word) {
+  // Exponent and fraction where bf16 has them, then 2^120 for the other bias; numbers below the normal ones come out right too.
+  const auto pair = [](u32 bytes) {  // in the high bytes of two halves
+    u32 small = (bytes & 0x80008000u) | (bytes >> 4 & 0x07f007f0u), wide;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(wide) : "r"(small), "r"(0x7b807b80u), "r"(0x80008000u));
+    return wide;
+  };
+  return make_uint2(pair(__byte_perm(word, 0, 0x1404)), pair(__byte_perm(word, 0, 0x3424)));
+}
+template <> __device__ inline uint2 widen<f16>(u32 word) {
+  const auto pair = [](u32 bytes) {
+    u32 small = (bytes & 0x80008000u) | (bytes >> 1 & 0x3f803f80u), wide;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(wide) : "r"(small), "r"(0x5c005c00u));  // 2^8
+    return wide;
+  };
+  return make_uint2(pair(__byte_perm(word, 0, 0x1404)), pair(__byte_perm(word, 0, 0x3424)));
 }
 
 // 2^x; 0 for -infinity.

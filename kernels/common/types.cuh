@@ -22,6 +22,7 @@ __device__ inline float to_float(f16 x) { return unpack<f16>(x.bits).x; }
 
 template <class T> __device__ inline T from_float(float x) {
   if constexpr (sizeof(T) == 4) return x;
+  else if constexpr (sizeof(T) == 1) return T{static_cast<unsigned char>(pack_e4m3(x, 0.0f))};
   else return T{static_cast<u16>(pack<T>(x, 0.0f))};
 }
 

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from engine.ops.compiler import Build
+from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
 
 
 def builds(arch: str, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype) -> Iterator[Build]:
     yield norm_build(arch, dtype)
     yield activation_build(arch, dtype)
-    yield rotary_build(arch, dtype, head_dim)
+    for width in (16 // dtype.itemsize, 1):
+        yield rotary_build(arch, dtype, head_dim, kv_dtype, width)
 
 
 def norm_build(arch: str, dtype: torch.dtype) -> Build:
@@ -23,8 +25,8 @@ def activation_build(arch: str, dtype: torch.dtype) -> Build:
     return define_build(arch, "activation.cu", scalar=dtype)
 
 
-def rotary_build(arch: str, dtype: torch.dtype, head_dim: int) -> Build:
-    return define_build(arch, "rotary.cu", scalar=dtype, head_dim=head_dim)
+def rotary_build(arch: str, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype, width: int) -> Build:
+    return define_build(arch, "rotary.cu", scalar=dtype, kv=kv_dtype, head_dim=head_dim, width=width)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -74,23 +76,39 @@ def rotate_and_store(
     num_tokens, num_kv_heads, head_dim = len(qkv), k_cache.shape[1], k_cache.shape[3]
     num_all_heads = qkv.shape[1] // head_dim
     num_heads = num_all_heads - 2 * num_kv_heads
-    check_rows(qkv, k_cache, v_cache)
+    check_rows(qkv)
+    assert k_cache.is_contiguous(), k_cache.stride()
+    assert v_cache.is_contiguous(), v_cache.stride()
+    assert k_cache.dtype is v_cache.dtype, (k_cache.dtype, v_cache.dtype)
     assert cos_sin.dtype is torch.float32, cos_sin.dtype
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
     norm_is_float = bool(norms) and _weight_suffix(norms[0], qkv) != ""
     assert len({norm.dtype for norm in norms}) <= 1, norms
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     if num_tokens:
+        rotary_dim = cos_sin.shape[1]
+        width = 16 // qkv.itemsize
+        lanes = min(32, 1 << (-(-head_dim // (2 * width)) - 1).bit_length())  # of a team, as in rotary.cu
+        heads_of_team = rotary_heads_of_team(num_tokens * num_all_heads * lanes, kernels.num_sms(qkv.get_device()))
+        num_teams = num_tokens * -(-num_all_heads // heads_of_team)
+        if rotary_dim // 2 % width:
+            width = 1
+        run = kernel(qkv, "rotate_and_store", rotary_build, qkv.dtype, head_dim, k_cache.dtype, width)
         threads = 256
-        lanes_per_head = min(32, 1 << (head_dim * qkv.itemsize // 16 - 1).bit_length())  # as in rotary.cu
-        kernel(qkv, "rotate_and_store", rotary_build, qkv.dtype, head_dim)(
-            (num_tokens, -(-num_all_heads * lanes_per_head // threads), 1),
+        run(
+            (-(-num_teams * lanes // threads), 1, 1),
             threads,
             *(q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), qkv.data_ptr()),
             *(positions.data_ptr(), slot_mapping.data_ptr(), cos_sin.data_ptr(), pointer(q_norm), pointer(k_norm)),
-            *(norm_is_float, eps, num_heads, num_kv_heads, cos_sin.shape[1]),
+            *(norm_is_float, eps, num_tokens, num_heads, num_kv_heads, rotary_dim, heads_of_team),
         )
     return q
+
+
+def rotary_heads_of_team(num_threads: int, num_sms: int) -> int:
+    """Heads that a team of lanes of rotary.cu takes one after the other, where one each would take num_threads: more of
+    them read the angles less often, once the GPU is full."""
+    return next(heads for heads in (8, 4, 2, 1) if heads == 1 or num_threads >= heads * 1024 * num_sms)
 
 
 def _norm_threads(x: Tensor) -> int:

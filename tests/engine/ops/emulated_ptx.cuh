@@ -31,10 +31,12 @@ using std::max;
 using std::min;
 
 struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(8) uint2 { u32 x, y; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct Dim { int x, y, z; };
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -214,6 +216,7 @@ inline void run_grid(const int* grid, int num_threads, int shared_bytes, int clu
 
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
+struct e4m3 { unsigned char bits; };
 
 template <class T> float2 unpack(u32 word);
 template <> inline float2 unpack<bf16>(u32 word) { return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)}; }
@@ -229,6 +232,29 @@ template <class T> u32 pack(float low, float high);
 template <> inline u32 pack<bf16>(float low, float high) { return to_bf16(low) | static_cast<u32>(to_bf16(high)) << 16; }
 template <> inline u32 pack<f16>(float low, float high) {
   return bits_as<u16>(static_cast<_Float16>(low)) | static_cast<u32>(bits_as<u16>(static_cast<_Float16>(high))) << 16;
+}
+
+// Sign, four bits of exponent, three of fraction; the last code is no number.
+inline float e4m3_value(u32 bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(8 + fraction, exponent - 10);
+  return (bits & 127) == 127 ? NAN : bits & 128 ? -size : size;
+}
+// The nearest number, of two the even one, by trying all.
+inline u32 to_e4m3(float x) {
+  if (std::isnan(x)) return 127;
+  u32 best = 0;
+  const float size = std::fabs(x);
+  for (u32 bits = 1; bits < 127; ++bits) {
+    const float distance = std::fabs(e4m3_value(bits) - size), least = std::fabs(e4m3_value(best) - size);
+    if (distance < least || (distance == least && bits % 2 == 0)) best = bits;
+  }
+  return best | (std::signbit(x) ? 128 : 0);
+}
+inline u16 pack_e4m3(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
+template <class T> uint2 widen(u32 word) {
+  const auto number = [&](int i) { return e4m3_value(word >> 8 * i & 255); };
+  return make_uint2(pack<T>(number(0), number(1)), pack<T>(number(2), number(3)));
 }
 
 // The instructions of common/ptx.cuh.

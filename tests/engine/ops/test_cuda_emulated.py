@@ -82,10 +82,17 @@ def test_linear_of_few_rows(dtype, rows, inputs, out, has_bias):
         (F16, (4, 1), 80, 20, F32),
         (BF16, (24, 8), 128, 96, BF16),
         (F32, (2, 1), 256, 256, F32),
+        (BF16, (3, 1), 40, 40, F32),  # a head of an odd number of pieces
     ],
 )
-def test_rotate_and_store(dtype, heads, head_dim, rotary_dim, norm):
-    cases.check_rotate_and_store("cpu", dtype, heads, head_dim, rotary_dim, norm)
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
+def test_rotate_and_store(dtype, heads, head_dim, rotary_dim, norm, kv_dtype):
+    cases.check_rotate_and_store("cpu", dtype, heads, head_dim, rotary_dim, norm, kv_dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 300])
+def test_rotate_and_store_of_few_and_many_tokens(num_tokens):
+    cases.check_rotate_and_store("cpu", BF16, (6, 2), 64, 64, BF16, num_tokens=num_tokens)
 
 
 @pytest.mark.usefixtures("kernels")
