@@ -7,8 +7,7 @@
 //
 // Built with SCALAR (bf16 or f16), HEAD_DIM (a multiple of 16), WARPS and KEYS (keys in a stage).
 #include "types.cuh"
-#include "reduce.cuh"
-#include "attention.cuh"
+#include "prefill.cuh"
 
 using Scalar = SCALAR;
 constexpr int kHeadDim = HEAD_DIM;
@@ -27,11 +26,6 @@ struct Stage { Tile keys, values; };
 struct Softmax {  // of this lane's rows, lane / 4 and lane / 4 + 8; sums are over the lane's own columns until the end
   float peak[2], sum[2], out[kHeadDim / 8][4];
 };
-
-struct Row {  // one stacked row: a query head of a token
-  int token, head;
-};
-__device__ inline Row row_of(int row, int heads_per_kv) { return {row / heads_per_kv, row % heads_per_kv}; }
 
 struct Context {  // where the keys and values of one request and KV head lie, and which of them the block sees
   const Scalar *k_cache, *v_cache;
@@ -53,14 +47,12 @@ __device__ inline void load_stage(Stage& stage, const Context& context, int firs
   cp_async_commit();
 }
 
-__device__ inline void load_queries(Scalar* queries, const Scalar* q, i64 first_token, int first_row, int num_rows, int kv_head,
-                                    int num_heads, int heads_per_kv) {
+__device__ inline void load_queries(Scalar* queries, const Scalar* q, const Item& item, const Batch& batch) {
   for (int i = threadIdx.x; i < kRows * kVecs; i += kThreads) {
     const int at = i % kVecs * 8;
-    const bool exists = first_row + i / kVecs < num_rows;
-    const Row row = row_of(exists ? first_row + i / kVecs : 0, heads_per_kv);
-    const i64 source = ((first_token + row.token) * num_heads + kv_head * heads_per_kv + row.head) * kHeadDim + at;
-    cp_async_16(&queries[i / kVecs * kStride + at], q + source, exists);
+    const bool exists = i / kVecs < item.num_own_rows();
+    const i64 head = item.head_of(exists ? item.first_row + i / kVecs : 0, batch);
+    cp_async_16(&queries[i / kVecs * kStride + at], q + head * kHeadDim + at, exists);
   }
   cp_async_commit();
 }
@@ -92,7 +84,7 @@ __device__ inline void add_scores(Softmax& state, float (&scores)[kKeys / 8][4],
     for (int n = 0; n < kKeys / 8; ++n) peak = fmaxf(peak, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
     peak = team_max<4>(peak);
     const float base = finite_or_zero(peak) * factor;
-    const float fade = exp2_fast(state.peak[half] * factor - base);
+    const float fade = exp2_fast((state.peak[half] - finite_or_zero(peak)) * factor);  // 1 if the peak has not moved
     state.peak[half] = peak;
     state.sum[half] *= fade;
 #pragma unroll
@@ -130,35 +122,31 @@ __device__ inline void add_values(Softmax& state, const float (&weights)[kKeys /
   }
 }
 
-// Grid: x = pieces of kRows stacked rows (the last, with the longest context, first), y = KV heads, z = requests.
+// Grid: x = room for the items of all requests (prefill.cuh); what of it is not needed leaves at once.
 extern "C" __global__ void __launch_bounds__(kThreads)
-prefill(Scalar* out, const Scalar* q, const Scalar* k_cache, const Scalar* v_cache, const int* query_start,
-        const int* context_lens, const int* rows, const int* block_table, int first_request, int table_width, int num_heads,
-        int num_kv_heads, float scale, int window, float softcap) {
+prefill(const Scalar* k_cache, const Scalar* v_cache, Scalar* out, const Scalar* q, const int* query_start,
+        const int* context_lens, const int* rows, const int* block_table, int first_request, int num_requests, int table_width,
+        int num_heads, int num_kv_heads, float scale, int window, float softcap) {
   static_assert(kIsWide || kRows <= 2 * kKeys, "queries fit in a stage");
   extern __shared__ uint4 shared[];
   Stage* stages = reinterpret_cast<Stage*>(shared);
   // Queries go to registers and leave their place to the second stage, or stay in a place of their own.
   Scalar* queries = reinterpret_cast<Scalar*>(stages + (kIsWide ? 2 : 1));
 
-  const int request = first_request + blockIdx.z, kv_head = blockIdx.y;
-  const int heads_per_kv = num_heads / num_kv_heads;
-  const int first_token = query_start[request], num_tokens = query_start[request + 1] - first_token;
-  const int num_rows = num_tokens * heads_per_kv;
-  const int first_row = (gridDim.x - 1 - blockIdx.x) * kRows;
-  if (first_row >= num_rows) return;
+  const Batch batch = {query_start, context_lens, rows, block_table, first_request, num_requests, table_width, num_heads,
+                       num_kv_heads, window};
+  const Pieces<kRows> pieces(batch);
+  if (blockIdx.x >= pieces.total() * num_kv_heads) return;
+  const Item item = find_item(pieces, blockIdx.x, batch);
+  if (item.num_own_rows() <= 0) return;
 
-  const int before = context_lens[request] - num_tokens;  // tokens of the context that came before this chunk
-  const int first_position = before + first_row / heads_per_kv;
-  const int last_position = before + min(first_row + kRows - 1, num_rows - 1) / heads_per_kv;
-  const i64 head_offset = static_cast<i64>(kv_head) * kBlockSize * kHeadDim;
+  const i64 head_offset = static_cast<i64>(item.kv_head) * kBlockSize * kHeadDim;
   const Context context = {k_cache + head_offset, v_cache + head_offset,
-                           block_table + static_cast<i64>(rows[request]) * table_width,
-                           static_cast<i64>(num_kv_heads) * kBlockSize * kHeadDim,
-                           window > 0 ? max(0, first_position - window + 1) : 0, last_position + 1};
-  const int first_key = context.begin / kKeys * kKeys;
+                           block_table + static_cast<i64>(item.table_row) * table_width,
+                           static_cast<i64>(num_kv_heads) * kBlockSize * kHeadDim, item.begin, item.end};
+  const int first_key = item.begin / kKeys * kKeys, first_position = item.position_of(item.first_row, batch);
 
-  load_queries(queries, q, first_token, first_row, num_rows, kv_head, num_heads, heads_per_kv);
+  load_queries(queries, q, item, batch);
   load_stage(stages[0], context, first_key);
   u32 query[kIsWide ? 1 : kSteps][4];
   if constexpr (!kIsWide) {
@@ -172,7 +160,7 @@ prefill(Scalar* out, const Scalar* q, const Scalar* k_cache, const Scalar* v_cac
   int positions[2];  // of this lane's rows
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    positions[half] = before + row_of(first_row + warp * 16 + half * 8 + lane / 4, heads_per_kv).token;
+    positions[half] = item.position_of(item.first_row + warp * 16 + half * 8 + lane / 4, batch);
 
   Softmax state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}, {}};
   int now = 0;
@@ -192,7 +180,7 @@ prefill(Scalar* out, const Scalar* q, const Scalar* k_cache, const Scalar* v_cac
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[n][i] = capped(scores[n][i] * scale, softcap);
-    const bool all_visible = first + kKeys - 1 <= first_position && (window == 0 || last_position - first < window);
+    const bool all_visible = first + kKeys - 1 <= first_position && (window == 0 || context.end - 1 - first < window);
     if (!all_visible)
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
@@ -209,10 +197,9 @@ prefill(Scalar* out, const Scalar* q, const Scalar* k_cache, const Scalar* v_cac
   for (int half = 0; half < 2; ++half) {
     const float sum = team_sum<4>(state.sum[half]);
     const float share = sum > 0.0f ? 1.0f / sum : 0.0f;
-    const int at = first_row + warp * 16 + half * 8 + lane / 4;
-    if (at >= num_rows) continue;
-    const Row row = row_of(at, heads_per_kv);
-    Scalar* target = out + ((static_cast<i64>(first_token) + row.token) * num_heads + kv_head * heads_per_kv + row.head) * kHeadDim;
+    const int at = warp * 16 + half * 8 + lane / 4;
+    if (at >= item.num_own_rows()) continue;
+    Scalar* target = out + item.head_of(item.first_row + at, batch) * kHeadDim;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n)
       *reinterpret_cast<u32*>(target + n * 8 + lane % 4 * 2) =

@@ -16,8 +16,7 @@
 // Shared memory: tiles in panels of 64 numbers of the head, as tensor cores read them (ptx_sm90.cuh).
 // Built with SCALAR (bf16 or f16), HEAD_DIM (64 or 128), CONSUMERS (warpgroups that compute), KEYS (64 or 128), STAGES.
 #include "types.cuh"
-#include "reduce.cuh"
-#include "attention.cuh"
+#include "prefill.cuh"
 #include "ptx_sm90.cuh"
 
 using Scalar = SCALAR;
@@ -42,27 +41,17 @@ __device__ int num_taken;  // items that were taken after the first ones; zero b
 
 struct Tile { Scalar numbers[kKeys / 8][kPanels][8][64]; };
 
-struct Context {  // the keys that some rows see, [begin, end), and the tiles that hold them
-  int begin, end;
-  __device__ int first_tile() const { return begin / kKeys; }
-  __device__ int last_tile() const { return (end - 1) / kKeys; }
-};
-
 // The same for a warp: as it comes from lane 0, the compiler sees it, and keeps what follows from it in uniform registers.
 __device__ inline int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 
-struct Item {  // kRows stacked rows of a request and KV head, from first_row on
-  int table_row, kv_head, first_token, first_row, num_rows;  // num_rows: of the whole request; 0 after the last item
-  int before;                                                // tokens of the context that came before this chunk
-  Context context;
-  __device__ int num_own_rows() const { return num_rows - first_row; }
-};
+__device__ inline int first_tile(const Item& item) { return uniform(item.begin / kKeys); }
+__device__ inline int last_tile(const Item& item) { return uniform((item.end - 1) / kKeys); }
 
 struct Shared {
   Scalar queries[kItems][kRows / 8][kPanels][8][64];
   Tile tiles[kStages];  // keys, values, keys, ...
   Barrier tile_came[kStages], tile_left[kStages], item_came[kItems], item_left[kItems], queries_came[kItems];
-  Item items[kItems];
+  Item items[kItems];  // without rows after the last one
 };
 
 template <int kCount> struct Ring {  // which place is next, and the parity of its phase
@@ -80,67 +69,15 @@ struct Tiles {  // places of the next keys and of the next values
   __device__ Tiles() { values.advance(1); }
 };
 
-struct Batch {
-  const int *query_start, *context_lens, *rows, *block_table;
-  int first_request, num_requests, table_width, num_heads, num_kv_heads, window;
-  __device__ int heads_per_kv() const { return num_heads / num_kv_heads; }
-};
-
 struct Softmax {  // of this lane's rows, lane / 4 and lane / 4 + 8 of its warp; sums are over the lane's own columns until the end
   float peak[2], sum[2], fade[2];
 };
 
-// Where a stacked row, a query head of a token, lies in q and out.
-__device__ inline i64 offset_of(int row, const Item& item, const Batch& batch) {
-  const int heads_per_kv = batch.heads_per_kv();
-  const i64 token = item.first_token + row / heads_per_kv;
-  return (token * batch.num_heads + item.kv_head * heads_per_kv + row % heads_per_kv) * kHeadDim;
-}
-
 // Finding items: one warp.
-
-// Requests stand in a list of pieces; request i begins at (rows before it + i · (kRows - 1)) / kRows: so each has room for its
-// pieces, and no sum over the requests is needed.
-struct Pieces {
-  const int* starts;
-  int num_requests, heads_per_kv;
-  __device__ Pieces(const Batch& batch)
-      : starts(batch.query_start + batch.first_request), num_requests(0), heads_per_kv(batch.heads_per_kv()) {
-    const int end = starts[batch.num_requests];
-    for (int i = threadIdx.x % 32; i < ceil_div(batch.num_requests, 32) * 32; i += 32)  // the last ones may be empty
-      num_requests += __popc(__ballot_sync(kAllLanes, i < batch.num_requests && starts[i] < end));
-  }
-  __device__ int first(int request) const {
-    return ((starts[request] - starts[0]) * heads_per_kv + request * (kRows - 1)) / kRows;
-  }
-  __device__ int total() const { return first(num_requests); }
-  // The request whose room holds a piece; lanes look at 32 requests at a time.
-  __device__ int request_of(int piece) const {
-    int after = 1;
-    for (int seen = 32; seen == 32 && after < num_requests; after += seen) {
-      const int i = after + threadIdx.x % 32;
-      seen = __popc(__ballot_sync(kAllLanes, i < num_requests && first(i) <= piece));
-    }
-    return after - 1;
-  }
-};
-
-// From the end of the list: of a request, the pieces with the longest context come first. Neighbours are KV heads of one piece.
-__device__ inline Item find_item(const Pieces& pieces, int index, const Batch& batch) {
-  const int piece = pieces.total() - 1 - index / batch.num_kv_heads, i = pieces.request_of(piece);
-  const int* starts = pieces.starts;
-  const int request = batch.first_request + i, heads_per_kv = pieces.heads_per_kv;
-  const int num_tokens = starts[i + 1] - starts[i], before = batch.context_lens[request] - num_tokens;
-  const int first_row = (piece - pieces.first(i)) * kRows, num_rows = num_tokens * heads_per_kv;
-  const int first_position = before + first_row / heads_per_kv;
-  const int last_position = before + min(first_row + kRows - 1, num_rows - 1) / heads_per_kv;
-  const Context context = {batch.window > 0 ? max(0, first_position - batch.window + 1) : 0, last_position + 1};
-  return {batch.rows[request], index % batch.num_kv_heads, starts[i], first_row, num_rows, before, context};
-}
 
 __device__ inline void hand_out_items(Shared& shared, const Batch& batch) {
   const int lane = threadIdx.x % 32;
-  const Pieces pieces(batch);
+  const Pieces<kRows> pieces(batch);
   const int num_items = pieces.total() * batch.num_kv_heads;
   Ring<kItems> ring;
   const auto hand_out = [&](const Item& item) {
@@ -193,14 +130,14 @@ __device__ inline void copy_tile(Shared& shared, const Ring<kStages>& ring, cons
 __device__ inline void bring_tiles(Shared& shared, Tiles& tiles, const TensorMap& k_map, const TensorMap& v_map, const Item& item,
                                    const Batch& batch) {
   const int* table = batch.block_table + static_cast<i64>(item.table_row) * batch.table_width;
-  const int first_block = item.context.begin / kBlockSize, end_block = ceil_div(item.context.end, kBlockSize);
-  const int first_tile = uniform(item.context.first_tile()), kv_head = item.kv_head;
+  const int first_block = item.begin / kBlockSize, end_block = ceil_div(item.end, kBlockSize), kv_head = item.kv_head;
   const auto block_of = [&](int tile) {  // -1: none
     const int block = tile * kBlocks + threadIdx.x % 32;
     return threadIdx.x % 32 < kBlocks && block >= first_block && block < end_block ? table[block] : -1;
   };
-  int tile = uniform(item.context.last_tile());
-  for (int block = block_of(tile), next; tile >= first_tile; --tile, block = next) {
+  int tile = last_tile(item);
+  const int first = first_tile(item);
+  for (int block = block_of(tile), next; tile >= first; --tile, block = next) {
     next = block_of(tile - 1);  // on its way while this tile waits for its place
     const int num_blocks = min(end_block, (tile + 1) * kBlocks) - max(first_block, tile * kBlocks);
     const int octet = (block * batch.num_kv_heads + kv_head) * (kBlockSize / 8);
@@ -217,7 +154,7 @@ __device__ inline void bring_queries(Shared& shared, const Scalar* q, const Item
   for (int i = thread; i < num_rows * kVecs; i += 32 * kQueryLoaders) {
     const int at = i / kVecs, piece = i % kVecs;
     cp_async_16(&shared.queries[place][at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8],
-                q + offset_of(item.first_row + at, item, batch) + piece * 8, true);
+                q + item.head_of(item.first_row + at, batch) * kHeadDim + piece * 8, true);
   }
   cp_async_commit();
   cp_async_wait<0>();
@@ -229,10 +166,10 @@ __device__ inline void bring_queries(Shared& shared, const Scalar* q, const Item
 // Computing: kConsumers warpgroups.
 
 // Values outside [begin, end) become zero: their weights are zero, but 0 · (what lies there) may be NaN.
-__device__ inline void clear_unseen(Tile& values, int first_key, const Context& context, int warpgroup) {
+__device__ inline void clear_unseen(Tile& values, int first_key, int begin, int end, int warpgroup) {
   for (int i = threadIdx.x % 128; i < kKeys * kVecs; i += 128) {
     const int at = i / kVecs, piece = i % kVecs, key = first_key + at;
-    if (key < context.begin || key >= context.end)
+    if (key < begin || key >= end)
       *reinterpret_cast<uint4*>(&values.numbers[at / 8][piece / 8][at % 8][piece % 8 * 8]) = make_uint4(0, 0, 0, 0);
   }
   publish_shared_writes();
@@ -330,15 +267,15 @@ __device__ inline void write_out(Scalar* out, Scalar (&place)[kRows / 8][kPanels
   for (int i = lane; i < 16 * kVecs; i += 32) {
     const int at = warp_row + i / kVecs, piece = i % kVecs;
     if (at < item.num_own_rows())
-      *reinterpret_cast<uint4*>(out + offset_of(item.first_row + at, item, batch) + piece * 8) =
+      *reinterpret_cast<uint4*>(out + item.head_of(item.first_row + at, batch) * kHeadDim + piece * 8) =
           load_bits(&place[at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8]);
   }
 }
 
 // Who has no rows of an item gives its tiles back.
 __device__ inline void skip_tiles(Shared& shared, Tiles& tiles, const Item& item) {
-  const int first_tile = uniform(item.context.first_tile());
-  for (int tile = uniform(item.context.last_tile()); tile >= first_tile; --tile)
+  const int first = first_tile(item);
+  for (int tile = last_tile(item); tile >= first; --tile)
     for (Ring<kStages>* ring : {&tiles.keys, &tiles.values}) {
       barrier_wait(shared.tile_came[ring->place], ring->parity);
       if (threadIdx.x % 32 == 0) barrier_arrive(shared.tile_left[ring->place]);
@@ -357,11 +294,9 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   const u64 queries = octet_descriptor(&shared.queries[place.place][warpgroup * 8], kPanels);
   const float factor = softcap > 0.0f ? kLog2e : scale * kLog2e;
 
-  const Context context = {uniform(item.context.begin), uniform(item.context.end)};
-  const int heads_per_kv = batch.heads_per_kv(), window = batch.window;
-  const int first_position = item.before + item.first_row / heads_per_kv, last_position = context.end - 1;
-  const int own_row = item.first_row + warp_row + lane / 4;
-  const int positions[2] = {item.before + own_row / heads_per_kv, item.before + (own_row + 8) / heads_per_kv};
+  const int begin = uniform(item.begin), end = uniform(item.end), window = batch.window, first = first_tile(item);
+  const int first_position = item.position_of(item.first_row, batch), own_row = item.first_row + warp_row + lane / 4;
+  const int positions[2] = {item.position_of(own_row, batch), item.position_of(own_row + 8, batch)};
   Softmax state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}, {1.0f, 1.0f}};
   float sums[kHeadDim / 2] = {};
   float scores[kKeys / 2];
@@ -372,7 +307,7 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
     if (softcap > 0.0f)
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) scores[i] = capped(scores[i] * scale, softcap);
-    if (first_key + kKeys - 1 > first_position || (window > 0 && last_position - first_key >= window))
+    if (first_key + kKeys - 1 > first_position || (window > 0 && end - 1 - first_key >= window))
       hide_unseen(scores, positions, first_key, window);
     add_scores(state, scores, factor);
     pin(scores);  // now, while the tensor cores are at the last tile's values
@@ -380,7 +315,7 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   };
 
   Ring<kStages>&keys = tiles.keys, &values = tiles.values;
-  int tile = context.last_tile();
+  int tile = last_tile(item);
   barrier_wait(shared.queries_came[place.place], place.parity);
   barrier_wait(shared.tile_came[keys.place], keys.parity);
   start_scores(scores, queries, shared.tiles[keys.place]);
@@ -390,13 +325,13 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   keys.advance(2);
   take_weights(tile * kKeys);
   round_weights(weights, scores);
-  if (context.end % kKeys != 0) {
+  if (end % kKeys != 0) {
     barrier_wait(shared.tile_came[values.place], values.parity);
-    clear_unseen(shared.tiles[values.place], tile * kKeys, context, warpgroup);
+    clear_unseen(shared.tiles[values.place], tile * kKeys, begin, end, warpgroup);
   }
 
-  if (tile > context.first_tile()) barrier_wait(shared.tile_came[keys.place], keys.parity);
-  for (--tile; tile >= context.first_tile(); --tile) {
+  if (tile > first) barrier_wait(shared.tile_came[keys.place], keys.parity);
+  for (--tile; tile >= first; --tile) {
     if (takes_turns) meet_threads(own_turn, 256);
     start_scores(scores, queries, shared.tiles[keys.place]);
     barrier_wait(shared.tile_came[values.place], values.parity);
@@ -408,7 +343,7 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
     keys.advance(2);
     take_weights(tile * kKeys);
     // Waiting here for the next keys, the compiler moves no part of the softmax behind the wait for the values.
-    if (tile > context.first_tile()) barrier_wait(shared.tile_came[keys.place], keys.parity);
+    if (tile > first) barrier_wait(shared.tile_came[keys.place], keys.parity);
     warpgroup_wait<0>();
     pin(sums);
 #pragma unroll
@@ -420,8 +355,8 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   }
 
   barrier_wait(shared.tile_came[values.place], values.parity);
-  if (context.begin % kKeys != 0)
-    clear_unseen(shared.tiles[values.place], context.first_tile() * kKeys, context, warpgroup);
+  if (begin % kKeys != 0)
+    clear_unseen(shared.tiles[values.place], first * kKeys, begin, end, warpgroup);
   start_values(sums, weights, shared.tiles[values.place]);
   warpgroup_wait<0>();
   pin(sums);

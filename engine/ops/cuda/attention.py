@@ -235,29 +235,21 @@ def _prefill(
 ) -> None:
     """Attention of the requests after the batch's decodes."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
-    heads_per_kv = num_heads // num_kv_heads
     num_requests = len(batch.context_lens) - batch.num_decodes
-    numbers = (batch.block_table.shape[1], num_heads, num_kv_heads, scale, window, softcap)
-    run = kernel(q, "prefill", PREFILL_BUILDS[file], q.dtype, head_dim)
-    if file == "attention/prefill_sm90.cu":
-        warpgroups, _, _ = prefill_sm90_tile(head_dim)
-        num_rows = 64 * warpgroups
-        num_pieces = ((len(q) - batch.num_decodes) * heads_per_kv + num_requests * (num_rows - 1)) // num_rows
-        run(
-            (min(kernels.num_sms(q.get_device()), num_kv_heads * num_pieces), 1, 1),
-            128 * (warpgroups + 1),
-            *(_rows_map(cache, head_dim) for cache in (k_cache, v_cache)),
-            *(out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
-            *(batch.num_decodes, num_requests, *numbers),
-        )
-    else:
-        warps, _ = prefill_tile(head_dim)
-        run(
-            (-(-batch.max_query_len * heads_per_kv // (16 * warps)), num_kv_heads, num_requests),
-            32 * warps,
-            *(out.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), *_batch_pointers(batch)),
-            *(batch.num_decodes, *numbers),
-        )
+    is_sm90 = file == "attention/prefill_sm90.cu"
+    num_rows = 64 * prefill_sm90_tile(head_dim)[0] if is_sm90 else 16 * prefill_tile(head_dim)[0]  # of an item
+    num_stacked = (len(q) - batch.num_decodes) * (num_heads // num_kv_heads)
+    num_items = num_kv_heads * ((num_stacked + num_requests * (num_rows - 1)) // num_rows)  # room for them, and no less
+    threads = 2 * num_rows + (128 if is_sm90 else 0)
+    num_blocks = min(kernels.num_sms(q.get_device()), num_items) if is_sm90 else num_items
+    caches = (_rows_map(cache, head_dim) if is_sm90 else cache.data_ptr() for cache in (k_cache, v_cache))
+    kernel(q, "prefill", PREFILL_BUILDS[file], q.dtype, head_dim)(
+        (num_blocks, 1, 1),
+        threads,
+        *(*caches, out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
+        *(batch.num_decodes, num_requests, batch.block_table.shape[1], num_heads, num_kv_heads),
+        *(scale, window, softcap),
+    )
 
 
 def _rows_map(cache: Tensor, head_dim: int) -> bytes:

@@ -8,6 +8,7 @@ write is NaN before (`poisoned`).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -128,10 +129,15 @@ def check_attention(
     lengths: list[tuple[int, int]],  # of each request: tokens of this step, tokens in the cache after it
     window: int = 0,
     softcap: float = 0.0,
+    padding: tuple[int, int] | None = None,  # tokens of no request and requests of no token, as in a graph
 ) -> None:
     num_heads, num_kv_heads = heads
     batch, k_cache, v_cache = _paged(device, dtype, num_kv_heads, head_dim, lengths)
-    q = random(sum(length for length, _ in lengths), num_heads, head_dim, device=device, dtype=dtype, scale=2)
+    num_tokens = sum(length for length, _ in lengths)
+    if padding is not None:
+        num_tokens += padding[0]
+        batch = _padded(batch, *padding)
+    q = random(num_tokens, num_heads, head_dim, device=device, dtype=dtype, scale=2)
     scale = head_dim**-0.5
     with poisoned():
         out = cuda.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
@@ -267,6 +273,38 @@ def _spread(rows: int, vocab_size: int, spread: float) -> Tensor:
     return (logits * 4).round() / 4 if spread < 0 else logits
 
 
+def check_chunks_change_no_bit(
+    device: str,
+    dtype: torch.dtype,
+    heads: tuple[int, int],
+    head_dim: int,
+    chunks: list[int],
+    window: int = 0,
+    softcap: float = 0.0,
+) -> None:
+    """A prompt as one chunk, and as many: each is a request of the same batch that sees the ones before it."""
+    num_heads, num_kv_heads = heads
+    num_tokens = sum(chunks)
+    batch, k_cache, v_cache = _paged(device, dtype, num_kv_heads, head_dim, [(num_tokens, num_tokens)])
+    q = random(num_tokens, num_heads, head_dim, device=device, dtype=dtype, scale=2)
+    ends = torch.tensor(chunks, device=device).cumsum(0).int()
+    parts = replace(
+        batch,
+        query_start=torch.cat([batch.query_start[:1], ends]),
+        context_lens=ends,
+        rows=batch.rows.repeat(len(chunks)),
+        num_decodes=0,
+        max_query_len=max(chunks),
+    )
+    scale = head_dim**-0.5
+    whole, in_parts = (
+        cuda.paged_attention(q, k_cache, v_cache, each, scale, window, softcap) for each in (batch, parts)
+    )
+    assert torch.isfinite(whole).all()
+    differs = (whole != in_parts).flatten(1).any(1)
+    assert not differs.any(), f"tokens {differs.nonzero().flatten()[:8].tolist()} of {num_tokens}"
+
+
 def check_gumbel_noise(device: str, rows: int, vocab_size: int, position_dtype: torch.dtype) -> None:
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,))
     positions = torch.randint(0, 2**20, (rows,), dtype=position_dtype)
@@ -315,6 +353,19 @@ def _paged(
         max_context_len=max(contexts),
     )
     return batch, *caches.unbind()
+
+
+def _padded(batch: ForwardBatch, num_tokens: int, num_requests: int) -> ForwardBatch:
+    """With tokens that belong to no request, and requests without tokens, whose row leads nowhere."""
+    query_start, lens = batch.query_start, batch.context_lens
+    return replace(
+        batch,
+        query_start=torch.cat([query_start, query_start[-1:].expand(num_requests)]),
+        context_lens=torch.cat([lens, lens.new_zeros(num_requests)]),
+        rows=torch.cat([batch.rows, lens.new_full((num_requests,), 2**30)]),
+        num_decodes=0,
+        max_query_len=len(batch.token_ids) + num_tokens,
+    )
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:

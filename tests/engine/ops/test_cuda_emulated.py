@@ -160,6 +160,20 @@ def test_more_chunks_on_hopper_than_lanes_look_for(monkeypatch):
     cases.check_attention("cpu", BF16, (4, 1), 64, lengths)
 
 
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_80", 256), ("sm_90a", 64), ("sm_90a", 128)])
+def test_padding_of_graphs(monkeypatch, arch, head_dim):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: arch)
+    for lengths, padding in (([(1, 200), (1, 1), (40, 60)], (23, 45)), ([(1, 5)], (0, 3)), ([(3, 3)], (70, 0))):
+        cases.check_attention("cpu", BF16, (4, 2), head_dim, lengths, padding=padding)
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 64), ("sm_80", 256), ("sm_90a", 64), ("sm_90a", 128)])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (50, 20.0)])
+def test_chunks_change_no_bit(monkeypatch, arch, head_dim, window, softcap):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: arch)
+    cases.check_chunks_change_no_bit("cpu", BF16, (4, 2), head_dim, [1, 1, 30, 97, 1, 70], window, softcap)
+
+
 def test_chunks_in_float32():
     cases.check_attention("cpu", F32, (4, 2), 64, [(1, 40), (5, 5), (20, 70)], window=30)
 

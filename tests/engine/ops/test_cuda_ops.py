@@ -56,6 +56,8 @@ def test_rotate_and_store(dtype, head_dim, rotary_dim, norm):
     for heads in HEADS:
         norm_dtype = {None: None, "same": dtype, "float32": F32}[norm]
         cases.check_rotate_and_store("cuda", dtype, heads, head_dim, rotary_dim, norm_dtype)
+        cases.check_rotate_and_store("cuda", dtype, heads, head_dim, rotary_dim, norm_dtype, torch.float8_e4m3fn)
+    cases.check_rotate_and_store("cuda", dtype, (32, 8), head_dim, rotary_dim, norm_dtype, num_tokens=3000)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -103,6 +105,29 @@ def test_long_contexts(lengths, window):
 def test_more_chunks_than_a_warp_has_lanes(head_dim):
     lengths = [(1, 1 + i) for i in range(5)] + [(2 + i % 3 * 60, 2 + i % 3 * 60 + i) for i in range(70)]
     cases.check_attention("cuda", BF16, (32, 8), head_dim, lengths)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_padding_of_graphs(head_dim):
+    decodes = [(1, 1 + 37 * i % 900) for i in range(64)]
+    for lengths, padding in (
+        ([*decodes, (300, 700)], (148, 190)),
+        (decodes, (0, 64)),
+        ([(1, 5)], (1, 0)),
+        ([*decodes, (2, 2), (129, 1500), (17, 17)], (1000, 700)),
+    ):
+        cases.check_attention("cuda", BF16, (32, 8), head_dim, lengths, padding=padding)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (100, 0.0), (1000, 50.0)])
+def test_chunks_change_no_bit(dtype, head_dim, window, softcap):
+    chunks = [1, 1, 1, 127, 1, 31, 33, 300, 64, 1, 1, 700, 5, 128, 1, 1024, *[1] * 40, 12]
+    for heads in HEADS:
+        cases.check_chunks_change_no_bit("cuda", dtype, heads, head_dim, chunks, window, softcap)
 
 
 def test_more_decodes_than_run_at_once():
