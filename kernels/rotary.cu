@@ -4,13 +4,13 @@
 // A team of lanes takes heads of one token, one after the other. A lane holds pairs of pieces that turn together (they lie
 // rotary_dim / 2 apart), so a head is read and written once, 16 bytes at a time, and the token's angles stay in registers.
 // Bound by bytes.
-// Built with SCALAR, KV (the cache's type: e4m3 or SCALAR), HEAD_DIM and WIDTH (numbers in a piece: 16 bytes, or 1 number where
+// Built with SCALAR, CACHED (the cache's type: SCALAR, or e4m3), HEAD_DIM and WIDTH (numbers in a piece: 16 bytes, or 1 number where
 // rotary_dim / 2 is no multiple of them).
 #include "types.cuh"
 #include "reduce.cuh"
 
 using Scalar = SCALAR;
-using Kv = KV;
+using Cached = CACHED;
 constexpr int kHeadDim = HEAD_DIM;
 constexpr int kWidth = WIDTH;
 constexpr int kBlockSize = 16;
@@ -87,7 +87,7 @@ template <class T> __device__ inline void write(T* target, const float (&x)[kWid
 
 // Norm and turn one head, spread over the lanes of a team, and write it to its place.
 __device__ inline void finish_head(const Piece<Scalar> (&head)[kOwnPairs][2], const Pairs& pairs, const Angles& angles, bool turns,
-                                   const void* weight, const Norms& norms, Scalar* q_target, Kv* kv_target) {
+                                   const void* weight, const Norms& norms, Scalar* q_target, Cached* kv_target) {
   float x[kOwnPairs][2][kWidth], factor = 1.0f, sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kOwnPairs; ++i)
@@ -126,7 +126,7 @@ __device__ inline void finish_head(const Piece<Scalar> (&head)[kOwnPairs][2], co
 // Grid: x = teams that take heads_of_team heads of a token each, kTeams to a block. A negative slot: a token that is stored
 // nowhere.
 extern "C" __global__ void __launch_bounds__(kThreads)
-rotate_and_store(Scalar* q_out, Kv* k_cache, Kv* v_cache, const Scalar* qkv, const int* positions, const int* slot_mapping,
+rotate_and_store(Scalar* q_out, Cached* k_cache, Cached* v_cache, const Scalar* qkv, const int* positions, const int* slot_mapping,
                  const float* cos_sin, const void* q_norm, const void* k_norm, int norm_is_float, float eps, int num_tokens,
                  int num_heads, int num_kv_heads, int rotary_dim, int heads_of_team) {
   start_dependents();
@@ -162,7 +162,7 @@ rotate_and_store(Scalar* q_out, Kv* k_cache, Kv* v_cache, const Scalar* qkv, con
       const int kv_head = head - heads.num_queries - (is_value ? heads.num_kv : 0);
       const i64 place = ((slot / kBlockSize * heads.num_kv + kv_head) * kBlockSize + slot % kBlockSize) * kHeadDim;
       Scalar* q_target = exists(at) && is_query ? q_out + (token * heads.num_queries + head) * kHeadDim : nullptr;
-      Kv* kv_target = exists(at) && !is_query && slot >= 0 ? (is_value ? v_cache : k_cache) + place : nullptr;
+      Cached* kv_target = exists(at) && !is_query && slot >= 0 ? (is_value ? v_cache : k_cache) + place : nullptr;
       const void* weight = is_value ? nullptr : is_query ? norms.q : norms.k;
       finish_head(pieces[at], pairs, angles, !is_value, weight, norms, q_target, kv_target);
     }

@@ -5,11 +5,16 @@
 // (Dao, "FlashAttention-2", 2023): scores and output stay in registers, 16 rows a warp. The next keys and values come to
 // shared memory in the background (two stages). Bound by FLOPs once the chunk is longer than a few tokens.
 //
-// Built with SCALAR (bf16 or f16), HEAD_DIM (a multiple of 16), WARPS and KEYS (keys in a stage).
+// From an e4m3 cache, the next keys and values come as they are, and are widened when their turn comes.
+//
+// Built with SCALAR (bf16 or f16), CACHED (the cache's type: SCALAR, or e4m3), HEAD_DIM (a multiple of 16), WARPS and KEYS (keys
+// in a stage).
 #include "types.cuh"
 #include "prefill.cuh"
 
 using Scalar = SCALAR;
+using Cached = CACHED;
+constexpr bool kIsNarrow = sizeof(Cached) < sizeof(Scalar);
 constexpr int kHeadDim = HEAD_DIM;
 constexpr int kThreads = WARPS * 32;
 constexpr int kRows = WARPS * 16;
@@ -22,29 +27,49 @@ constexpr int kSteps = kHeadDim / 16;  // tensor core steps along the head
 
 struct Tile { Scalar rows[kKeys * kStride]; };
 struct Stage { Tile keys, values; };
+struct Narrow { Cached keys[kKeys * kHeadDim], values[kKeys * kHeadDim]; };  // a stage before it is widened
 
 struct Softmax {  // of this lane's rows, lane / 4 and lane / 4 + 8; sums are over the lane's own columns until the end
   float peak[2], sum[2], out[kHeadDim / 8][4];
 };
 
 struct Context {  // where the keys and values of one request and KV head lie, and which of them the block sees
-  const Scalar *k_cache, *v_cache;
+  const Cached *k_cache, *v_cache;
   const int* table;
   i64 block_stride;
   int begin, end;
 };
 
-// Bring keys [first, first + kKeys) and their values; zeros where there are none, since 0 · (what lies there) may be NaN.
-__device__ inline void load_stage(Stage& stage, const Context& context, int first) {
-  for (int i = threadIdx.x; i < kKeys * kVecs; i += kThreads) {
-    const int row = i / kVecs, at = i % kVecs * 8, key = first + row;
+// Bring keys [first, first + kKeys) and their values, rows `stride` numbers apart; zeros where there are none, since
+// 0 · (what lies there) may be NaN.
+__device__ inline void load_stage(void* keys, void* values, int stride, const Context& context, int first) {
+  constexpr int kWidth = 16 / sizeof(Cached), kPieces = kHeadDim / kWidth;
+  for (int i = threadIdx.x; i < kKeys * kPieces; i += kThreads) {
+    const int row = i / kPieces, at = i % kPieces * kWidth, key = first + row;
     const bool exists = key >= context.begin && key < context.end;
     const i64 block = exists ? context.table[key / kBlockSize] : 0;
     const i64 source = block * context.block_stride + key % kBlockSize * kHeadDim + at;
-    cp_async_16(&stage.keys.rows[row * kStride + at], context.k_cache + source, exists);
-    cp_async_16(&stage.values.rows[row * kStride + at], context.v_cache + source, exists);
+    cp_async_16(static_cast<Cached*>(keys) + row * stride + at, context.k_cache + source, exists);
+    cp_async_16(static_cast<Cached*>(values) + row * stride + at, context.v_cache + source, exists);
   }
   cp_async_commit();
+}
+__device__ inline void load_stage(Stage& stage, const Context& context, int first) {
+  load_stage(stage.keys.rows, stage.values.rows, kStride, context, first);
+}
+__device__ inline void load_stage(Narrow& stage, const Context& context, int first) {
+  load_stage(stage.keys, stage.values, kHeadDim, context, first);
+}
+
+__device__ inline void widen_stage(Stage& wide, const Narrow& narrow) {
+  const auto widen_piece = [](Scalar* target, const Cached* source) {
+    widen_bits<Scalar>(*reinterpret_cast<uint4(*)[2]>(target), load_bits(source));
+  };
+  for (int i = threadIdx.x; i < kKeys * kSteps; i += kThreads) {
+    const int place = i / kSteps * kStride + i % kSteps * 16;
+    widen_piece(&wide.keys.rows[place], &narrow.keys[i * 16]);
+    widen_piece(&wide.values.rows[place], &narrow.values[i * 16]);
+  }
 }
 
 __device__ inline void load_queries(Scalar* queries, const Scalar* q, const Item& item, const Batch& batch) {
@@ -124,14 +149,15 @@ __device__ inline void add_values(Softmax& state, const float (&weights)[kKeys /
 
 // Grid: x = room for the items of all requests (prefill.cuh); what of it is not needed leaves at once.
 extern "C" __global__ void __launch_bounds__(kThreads)
-prefill(const Scalar* k_cache, const Scalar* v_cache, Scalar* out, const Scalar* q, const int* query_start,
+prefill(const Cached* k_cache, const Cached* v_cache, Scalar* out, const Scalar* q, const int* query_start,
         const int* context_lens, const int* rows, const int* block_table, int first_request, int num_requests, int table_width,
         int num_heads, int num_kv_heads, float scale, int window, float softcap) {
   static_assert(kIsWide || kRows <= 2 * kKeys, "queries fit in a stage");
   extern __shared__ uint4 shared[];
   Stage* stages = reinterpret_cast<Stage*>(shared);
   // Queries go to registers and leave their place to the second stage, or stay in a place of their own.
-  Scalar* queries = reinterpret_cast<Scalar*>(stages + (kIsWide ? 2 : 1));
+  Scalar* queries = reinterpret_cast<Scalar*>(stages + (kIsWide && !kIsNarrow ? 2 : 1));
+  Narrow& narrow = *reinterpret_cast<Narrow*>(queries + kRows * kStride);
 
   const Batch batch = {query_start, context_lens, rows, block_table, first_request, num_requests, table_width, num_heads,
                        num_kv_heads, window};
@@ -147,7 +173,8 @@ prefill(const Scalar* k_cache, const Scalar* v_cache, Scalar* out, const Scalar*
   const int first_key = item.begin / kKeys * kKeys, first_position = item.position_of(item.first_row, batch);
 
   load_queries(queries, q, item, batch);
-  load_stage(stages[0], context, first_key);
+  if constexpr (kIsNarrow) load_stage(narrow, context, first_key);
+  else load_stage(stages[0], context, first_key);
   u32 query[kIsWide ? 1 : kSteps][4];
   if constexpr (!kIsWide) {
     cp_async_wait<1>();
@@ -164,10 +191,18 @@ prefill(const Scalar* k_cache, const Scalar* v_cache, Scalar* out, const Scalar*
 
   Softmax state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}, {}};
   int now = 0;
-  for (int first = first_key; first < context.end; first += kKeys, now ^= 1) {
+  for (int first = first_key; first < context.end; first += kKeys) {
     cp_async_wait<0>();
-    __syncthreads();  // this stage has come for all, and all have left the other one
-    if (first + kKeys < context.end) load_stage(stages[now ^ 1], context, first + kKeys);
+    __syncthreads();  // this stage has come for all, and all have left the last one
+    const bool is_last = first + kKeys >= context.end;
+    if constexpr (kIsNarrow) {
+      widen_stage(stages[0], narrow);
+      __syncthreads();
+      if (!is_last) load_stage(narrow, context, first + kKeys);
+    } else {
+      now = (first - first_key) / kKeys % 2;
+      if (!is_last) load_stage(stages[now ^ 1], context, first + kKeys);
+    }
 
     float scores[kKeys / 8][4] = {};
 #pragma unroll

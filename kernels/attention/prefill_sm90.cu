@@ -14,17 +14,23 @@
 // context, are taken one after the other, and what a row does not see adds exact zeros.
 //
 // Shared memory: tiles in panels of 64 numbers of the head, as tensor cores read them (ptx_sm90.cuh).
-// Built with SCALAR (bf16 or f16), HEAD_DIM (64 or 128), CONSUMERS (warpgroups that compute), KEYS (64 or 128), STAGES.
+// From an e4m3 cache, a warpgroup of its own brings keys and values, and widens them on their way to shared memory.
+//
+// Built with SCALAR (bf16 or f16), CACHED (the cache's type: SCALAR, or e4m3), HEAD_DIM (64 or 128), CONSUMERS (warpgroups that
+// compute), KEYS (64 or 128), STAGES.
 #include "types.cuh"
 #include "prefill.cuh"
 #include "ptx_sm90.cuh"
 
 using Scalar = SCALAR;
+using Cached = CACHED;
+constexpr bool kIsNarrow = sizeof(Cached) < sizeof(Scalar);
 constexpr int kHeadDim = HEAD_DIM;
 constexpr int kConsumers = CONSUMERS;
 constexpr int kKeys = KEYS;
 constexpr int kStages = STAGES;
-constexpr int kThreads = 128 * (kConsumers + 1);
+constexpr int kWarpgroups = 1 + kIsNarrow + kConsumers;  // of helpers (finding, bringing), wideners, consumers
+constexpr int kThreads = 128 * kWarpgroups;
 constexpr int kRows = 64 * kConsumers;
 constexpr int kPanels = kHeadDim / 64;
 constexpr int kVecs = kHeadDim / 8;
@@ -33,9 +39,11 @@ constexpr int kBlocks = kKeys / kBlockSize;
 constexpr int kItems = 2;        // the one at work, and the next
 constexpr int kQueryLoaders = 2;  // warps
 // Together no more than the block had at its launch (a multiple of 8 for each thread): who asks for more waits for ever.
-constexpr int kProducerRegisters = 56;
-constexpr int kConsumerRegisters = kConsumers == 2 ? 224 : 152;
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (65536 / kThreads / 8 * 8) * (kConsumers + 1));
+constexpr int kHelperRegisters = kIsNarrow ? 40 : 56;
+constexpr int kWidenerRegisters = 88;
+constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kIsNarrow ? 192 : 224;
+static_assert(kHelperRegisters + kIsNarrow * kWidenerRegisters + kConsumers * kConsumerRegisters <=
+              65536 / kThreads / 8 * 8 * kWarpgroups);
 
 __device__ int num_taken;  // items that were taken after the first ones; zero between launches
 
@@ -145,6 +153,70 @@ __device__ inline void bring_tiles(Shared& shared, Tiles& tiles, const TensorMap
     copy_tile(shared, tiles.values, v_map, num_blocks, block >= 0, octet);
     tiles.keys.advance(2);
     tiles.values.advance(2);
+  }
+}
+
+// The same from an e4m3 cache: one warpgroup. A thread holds 64 bytes, while the next 64 are on their way.
+
+constexpr int kPieces = kHeadDim / 16;  // of 16 bytes, of a row
+constexpr int kPartRows = 128 * 4 / kPieces;
+constexpr int kParts = kKeys / kPartRows;  // of a tile
+
+struct Part {
+  uint4 pieces[4];
+  __device__ static int row(int i) { return (i * 128 + threadIdx.x % 128) / kPieces; }
+  __device__ static int piece() { return threadIdx.x % kPieces; }
+  // block: of lane i, block i of the tile. Zeros for what no row sees: 0 · (what lies there) may be NaN.
+  __device__ void load(const Cached* cache, const Item& item, int tile, int part, int block, const Batch& batch) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = part * kPartRows + row(i), key = tile * kKeys + at;
+      const i64 own_block = __shfl_sync(kAllLanes, block, at / kBlockSize);
+      const Cached* source = cache + ((own_block * batch.num_kv_heads + item.kv_head) * kBlockSize + at % kBlockSize) * kHeadDim;
+      pieces[i] = key >= item.begin && key < item.end ? load_bits(source + piece() * 16) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  __device__ void widen(Tile& tile, int part) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = part * kPartRows + row(i);
+      uint4 wide[2];
+      widen_bits<Scalar>(wide, pieces[i]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint4*>(&tile.numbers[at / 8][piece() / 4][at % 8][(piece() % 4 * 2 + half ^ at % 8) * 8]) = wide[half];
+    }
+  }
+};
+
+__device__ inline void widen_tiles(Shared& shared, Tiles& tiles, const Cached* k_cache, const Cached* v_cache, const Item& item,
+                                   const Batch& batch) {
+  const int* table = batch.block_table + static_cast<i64>(item.table_row) * batch.table_width;
+  const int first_block = item.begin / kBlockSize, end_block = ceil_div(item.end, kBlockSize), first = first_tile(item);
+  const auto block_of = [&](int tile) {
+    const int block = tile * kBlocks + threadIdx.x % 32;
+    return threadIdx.x % 32 < kBlocks && block >= first_block && block < end_block ? table[block] : 0;
+  };
+  Part parts[2];
+  int tile = last_tile(item), block = block_of(tile);
+  parts[0].load(k_cache, item, tile, 0, block, batch);
+  for (int next; tile >= first; --tile, block = next) {
+    next = block_of(tile - 1);
+#pragma unroll
+    for (int step = 0; step < 2 * kParts; ++step) {  // the keys' parts, then the values'
+      if (step + 1 < 2 * kParts)
+        parts[(step + 1) % 2].load(step + 1 < kParts ? k_cache : v_cache, item, tile, (step + 1) % kParts, block, batch);
+      else if (tile > first)
+        parts[0].load(k_cache, item, tile - 1, 0, next, batch);
+      Ring<kStages>& ring = step < kParts ? tiles.keys : tiles.values;
+      if (step % kParts == 0) barrier_wait(shared.tile_left[ring.place], ring.parity ^ 1);
+      parts[step % 2].widen(shared.tiles[ring.place], step % kParts);
+      if (step % kParts < kParts - 1) continue;
+      publish_shared_writes();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(shared.tile_came[ring.place]);
+      ring.advance(2);
+    }
   }
 }
 
@@ -325,7 +397,7 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   keys.advance(2);
   take_weights(tile * kKeys);
   round_weights(weights, scores);
-  if (end % kKeys != 0) {
+  if (!kIsNarrow && end % kKeys != 0) {
     barrier_wait(shared.tile_came[values.place], values.parity);
     clear_unseen(shared.tiles[values.place], tile * kKeys, begin, end, warpgroup);
   }
@@ -355,7 +427,7 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   }
 
   barrier_wait(shared.tile_came[values.place], values.parity);
-  if (begin % kKeys != 0)
+  if (!kIsNarrow && begin % kKeys != 0)
     clear_unseen(shared.tiles[values.place], first * kKeys, begin, end, warpgroup);
   start_values(sums, weights, shared.tiles[values.place]);
   warpgroup_wait<0>();
@@ -381,8 +453,8 @@ __device__ inline void consume(Shared& shared, Scalar* out, const Batch& batch, 
 
 // Grid: as many as run at once, no more than there is room for items.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, Scalar* out, const Scalar* q,
-        const int* query_start, const int* context_lens, const int* rows, const int* block_table, int first_request,
+prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Cached* k_cache,
+        const Cached* v_cache, Scalar* out, const Scalar* q, const int* query_start, const int* context_lens, const int* rows, const int* block_table, int first_request,
         int num_requests, int table_width, int num_heads, int num_kv_heads, float scale, int window, float softcap) {
   extern __shared__ uint4 dynamic[];
   Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<u64>(dynamic) + 1023) / 1024 * 1024);
@@ -391,7 +463,7 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
   start_dependents();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
-      barrier_init(shared.tile_came[stage], 1);
+      barrier_init(shared.tile_came[stage], kIsNarrow ? 4 : 1);
       barrier_init(shared.tile_left[stage], 4 * kConsumers);  // one for each warp
     }
     for (int place = 0; place < kItems; ++place) {
@@ -403,19 +475,26 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
   }
   __syncthreads();
 
-  const int warp = uniform(threadIdx.x / 32);
-  if (warp < 4) {
-    shrink_registers<kProducerRegisters>();
+  const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
+  if (warpgroup == 0) {
+    shrink_registers<kHelperRegisters>();
     if (warp == 0) return hand_out_items(shared, batch);
     wait_for_inputs();
     Tiles tiles;
     for_each_item(shared, [&](const Item& item, const Ring<kItems>& place) {
-      if (warp == 1) bring_tiles(shared, tiles, k_map, v_map, item, batch);
-      else bring_queries(shared, q, item, place.place, batch, threadIdx.x - 64);
+      if (warp > 1) bring_queries(shared, q, item, place.place, batch, threadIdx.x - 64);
+      else if (!kIsNarrow) bring_tiles(shared, tiles, k_map, v_map, item, batch);
+    });
+  } else if (kIsNarrow && warpgroup == 1) {
+    shrink_registers<kWidenerRegisters>();
+    wait_for_inputs();
+    Tiles tiles;
+    for_each_item(shared, [&](const Item& item, const Ring<kItems>&) {
+      widen_tiles(shared, tiles, k_cache, v_cache, item, batch);
     });
   } else {
     grow_registers<kConsumerRegisters>();
     wait_for_inputs();
-    consume(shared, out, batch, warp / 4 - 1, scale, softcap);
+    consume(shared, out, batch, warpgroup - kIsNarrow - 1, scale, softcap);
   }
 }

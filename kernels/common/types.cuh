@@ -76,3 +76,9 @@ template <int kCount, class T> __device__ inline void store(T* target, const flo
     store_bits(target + start, pack_vec<T>(piece));
   }
 }
+// Sixteen e4m3 as numbers of T, two pieces of 16 bytes.
+template <class T> __device__ inline void widen_bits(uint4 (&wide)[2], uint4 narrow) {
+  const uint2 x = widen<T>(narrow.x), y = widen<T>(narrow.y), z = widen<T>(narrow.z), w = widen<T>(narrow.w);
+  wide[0] = make_uint4(x.x, x.y, y.x, y.y);
+  wide[1] = make_uint4(z.x, z.y, w.x, w.y);
+}

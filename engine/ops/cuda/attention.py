@@ -40,7 +40,7 @@ def builds(
         else:
             yield decode_any_build(arch, dtype, head_dim, _group(heads_per_kv, MAX_GROUP_ANY))
         if prefill != decode:
-            yield PREFILL_BUILDS[prefill](arch, dtype, head_dim)
+            yield PREFILL_BUILDS[prefill](arch, dtype, kv_dtype, head_dim)
 
 
 def decode_build(arch: str, dtype: torch.dtype, head_dim: int, group: int) -> Build:
@@ -59,16 +59,23 @@ def decode_any_build(arch: str, dtype: torch.dtype, head_dim: int, group: int) -
     return define_build(arch, "attention/decode_any.cu", scalar=dtype, head_dim=head_dim, group=group)
 
 
-def prefill_build(arch: str, dtype: torch.dtype, head_dim: int) -> Build:
+def prefill_build(arch: str, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> Build:
     warps, keys = prefill_tile(head_dim)
-    constants: dict[str, int | torch.dtype] = {"scalar": dtype, "head_dim": head_dim, "warps": warps, "keys": keys}
-    return define_build(arch, "attention/prefill.cu", prefill_shared_bytes(head_dim), **constants)
+    constants: dict[str, int | torch.dtype] = {
+        "scalar": dtype,
+        "cached": kv_dtype,
+        "head_dim": head_dim,
+        "warps": warps,
+        "keys": keys,
+    }
+    return define_build(arch, "attention/prefill.cu", prefill_shared_bytes(kv_dtype, head_dim), **constants)
 
 
-def prefill_sm90_build(arch: str, dtype: torch.dtype, head_dim: int) -> Build:
+def prefill_sm90_build(arch: str, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> Build:
     warpgroups, keys, stages = prefill_sm90_tile(head_dim)
     constants: dict[str, int | torch.dtype] = {
         "scalar": dtype,
+        "cached": kv_dtype,
         "head_dim": head_dim,
         "consumers": warpgroups,
         "keys": keys,
@@ -84,7 +91,8 @@ def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, scale: float, window: int, softcap: float
 ) -> Tensor:
     """Requests of one token go to a decode kernel, chunks to a prefill kernel, where tensor cores know the type."""
-    check_rows(q, k_cache, v_cache)
+    check_rows(q)
+    check_rows(k_cache, v_cache)
     assert k_cache.shape[2] == BLOCK_SIZE, k_cache.shape
     out = torch.empty_like(q)
     is_masked = bool(window or softcap)
@@ -139,11 +147,13 @@ def prefill_tile(head_dim: int) -> tuple[int, int]:
     return (4, 32) if head_dim > 128 else (8, 64)
 
 
-def prefill_shared_bytes(head_dim: int) -> int:
-    """Two stages of keys and values; queries of wide heads have a place of their own (as in attention/prefill.cu)."""
+def prefill_shared_bytes(kv_dtype: torch.dtype, head_dim: int) -> int:
+    """As in attention/prefill.cu: two stages of keys and values, and a place for the queries of wide heads; from a
+    narrow cache one stage, one as it is cached, and always a place for queries."""
     warps, keys = prefill_tile(head_dim)
-    num_rows = 4 * keys + (16 * warps if head_dim > 128 else 0)
-    return num_rows * (head_dim + 8) * 2
+    is_narrow = kv_dtype.itemsize == 1
+    num_rows = (2 if is_narrow else 4) * keys + (16 * warps if head_dim > 128 or is_narrow else 0)
+    return num_rows * (head_dim + 8) * 2 + (2 * keys * head_dim if is_narrow else 0)
 
 
 def prefill_sm90_tile(head_dim: int) -> tuple[int, int, int]:
@@ -236,24 +246,26 @@ def _prefill(
     """Attention of the requests after the batch's decodes."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     num_requests = len(batch.context_lens) - batch.num_decodes
-    is_sm90 = file == "attention/prefill_sm90.cu"
+    is_sm90, is_narrow = file == "attention/prefill_sm90.cu", k_cache.dtype is not q.dtype
     num_rows = 64 * prefill_sm90_tile(head_dim)[0] if is_sm90 else 16 * prefill_tile(head_dim)[0]  # of an item
     num_stacked = (len(q) - batch.num_decodes) * (num_heads // num_kv_heads)
     num_items = num_kv_heads * ((num_stacked + num_requests * (num_rows - 1)) // num_rows)  # room for them, and no less
-    threads = 2 * num_rows + (128 if is_sm90 else 0)
-    num_blocks = min(kernels.num_sms(q.get_device()), num_items) if is_sm90 else num_items
-    caches = (_rows_map(cache, head_dim) if is_sm90 else cache.data_ptr() for cache in (k_cache, v_cache))
-    kernel(q, "prefill", PREFILL_BUILDS[file], q.dtype, head_dim)(
-        (num_blocks, 1, 1),
-        threads,
-        *(*caches, out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
+    maps = [_octets_map(cache) for cache in (k_cache, v_cache)] if is_sm90 else []
+    kernel(q, "prefill", PREFILL_BUILDS[file], q.dtype, k_cache.dtype, head_dim)(
+        (min(kernels.num_sms(q.get_device()), num_items) if is_sm90 else num_items, 1, 1),
+        2 * num_rows + 128 * (1 + is_narrow) * is_sm90,
+        *maps,
+        *(k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
         *(batch.num_decodes, num_requests, batch.block_table.shape[1], num_heads, num_kv_heads),
         *(scale, window, softcap),
     )
 
 
-def _rows_map(cache: Tensor, head_dim: int) -> bytes:
-    """A cache as a matrix with a row for each token and KV head, read a block at a time."""
+def _octets_map(cache: Tensor) -> bytes:
+    """A cache as a matrix with a row for each token and KV head, read a block at a time; nothing of a narrow one."""
+    head_dim = cache.shape[3]
+    if cache.itemsize == 1:
+        return bytes(128)
     return launcher.octets_map(cache.data_ptr(), cache.numel() // head_dim, head_dim, BLOCK_SIZE)
 
 

@@ -26,7 +26,7 @@ def activation_build(arch: str, dtype: torch.dtype) -> Build:
 
 
 def rotary_build(arch: str, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype, width: int) -> Build:
-    return define_build(arch, "rotary.cu", scalar=dtype, kv=kv_dtype, head_dim=head_dim, width=width)
+    return define_build(arch, "rotary.cu", scalar=dtype, cached=kv_dtype, head_dim=head_dim, width=width)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -129,10 +129,11 @@ def check_attention(
     lengths: list[tuple[int, int]],  # of each request: tokens of this step, tokens in the cache after it
     window: int = 0,
     softcap: float = 0.0,
+    kv_dtype: torch.dtype | None = None,
     padding: tuple[int, int] | None = None,  # tokens of no request and requests of no token, as in a graph
 ) -> None:
     num_heads, num_kv_heads = heads
-    batch, k_cache, v_cache = _paged(device, dtype, num_kv_heads, head_dim, lengths)
+    batch, k_cache, v_cache = _paged(device, kv_dtype or dtype, num_kv_heads, head_dim, lengths)
     num_tokens = sum(length for length, _ in lengths)
     if padding is not None:
         num_tokens += padding[0]
@@ -281,11 +282,12 @@ def check_chunks_change_no_bit(
     chunks: list[int],
     window: int = 0,
     softcap: float = 0.0,
+    kv_dtype: torch.dtype | None = None,
 ) -> None:
     """A prompt as one chunk, and as many: each is a request of the same batch that sees the ones before it."""
     num_heads, num_kv_heads = heads
     num_tokens = sum(chunks)
-    batch, k_cache, v_cache = _paged(device, dtype, num_kv_heads, head_dim, [(num_tokens, num_tokens)])
+    batch, k_cache, v_cache = _paged(device, kv_dtype or dtype, num_kv_heads, head_dim, [(num_tokens, num_tokens)])
     q = random(num_tokens, num_heads, head_dim, device=device, dtype=dtype, scale=2)
     ends = torch.tensor(chunks, device=device).cumsum(0).int()
     parts = replace(
@@ -297,9 +299,8 @@ def check_chunks_change_no_bit(
         max_query_len=max(chunks),
     )
     scale = head_dim**-0.5
-    whole, in_parts = (
-        cuda.paged_attention(q, k_cache, v_cache, each, scale, window, softcap) for each in (batch, parts)
-    )
+    whole = cuda.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
+    in_parts = cuda.paged_attention(q, k_cache, v_cache, parts, scale, window, softcap)
     assert torch.isfinite(whole).all()
     differs = (whole != in_parts).flatten(1).any(1)
     assert not differs.any(), f"tokens {differs.nonzero().flatten()[:8].tolist()} of {num_tokens}"
@@ -332,7 +333,7 @@ def _paged(
     for row, own, context in zip(rows, blocks[: sum(needed)].split(needed), contexts, strict=True):
         block_table[row, : len(own)] = own.int()
         num_filled[own] = (context - torch.arange(0, context, BLOCK_SIZE, dtype=torch.int32)).clamp_max(BLOCK_SIZE)
-    caches = random(2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, device=device, dtype=dtype)
+    caches = torch.randn(2, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, device=device)
     is_unfilled = torch.arange(BLOCK_SIZE) >= num_filled.unsqueeze(1)
     caches.masked_fill_(is_unfilled[None, :, None, :, None].to(device), torch.nan)
     query_start = torch.tensor([0, *query_lens]).cumsum(0).int()
@@ -352,7 +353,7 @@ def _paged(
         max_query_len=max(query_lens),
         max_context_len=max(contexts),
     )
-    return batch, *caches.unbind()
+    return batch, *caches.to(dtype).unbind()
 
 
 def _padded(batch: ForwardBatch, num_tokens: int, num_requests: int) -> ForwardBatch:

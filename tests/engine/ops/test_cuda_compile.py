@@ -135,8 +135,9 @@ def test_contexts_are_split_while_multiprocessors_are_idle(num_blocks, max_conte
 
 
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))
-def test_prefill_fits_small_gpus(head_dim):
-    assert cuda.attention.prefill_shared_bytes(head_dim) <= 99 << 10
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_prefill_fits_small_gpus(kv_dtype, head_dim):
+    assert cuda.attention.prefill_shared_bytes(kv_dtype, head_dim) <= 99 << 10
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -174,6 +174,15 @@ def test_chunks_change_no_bit(monkeypatch, arch, head_dim, window, softcap):
     cases.check_chunks_change_no_bit("cpu", BF16, (4, 2), head_dim, [1, 1, 30, 97, 1, 70], window, softcap)
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("arch", "head_dim"), [("sm_80", 48), ("sm_80", 256), ("sm_90a", 64), ("sm_90a", 128)])
+@pytest.mark.parametrize(("dtype", "window"), [(BF16, 0), (F16, 70)])
+def test_chunks_from_a_narrow_cache(monkeypatch, arch, head_dim, dtype, window):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: arch)
+    lengths = [(2, 2), (30, 130), (1, 300), (70, 500), (128, 128)]
+    cases.check_attention("cpu", dtype, (3, 1), head_dim, lengths, window, kv_dtype=torch.float8_e4m3fn)
+
+
 def test_chunks_in_float32():
     cases.check_attention("cpu", F32, (4, 2), 64, [(1, 40), (5, 5), (20, 70)], window=30)
 

@@ -122,12 +122,23 @@ def test_padding_of_graphs(head_dim):
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (100, 0.0), (1000, 50.0)])
-def test_chunks_change_no_bit(dtype, head_dim, window, softcap):
+def test_chunks_change_no_bit(dtype, kv_dtype, head_dim, window, softcap):
     chunks = [1, 1, 1, 127, 1, 31, 33, 300, 64, 1, 1, 700, 5, 128, 1, 1024, *[1] * 40, 12]
     for heads in HEADS:
-        cases.check_chunks_change_no_bit("cuda", dtype, heads, head_dim, chunks, window, softcap)
+        cases.check_chunks_change_no_bit("cuda", dtype, heads, head_dim, chunks, window, softcap, kv_dtype)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("head_dim", [48, 64, 128, 256])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (333, 50.0)])
+def test_chunks_from_a_narrow_cache(dtype, head_dim, window, softcap):
+    for heads in HEADS:
+        lengths = [(2, 2), (17, 400), (1, 700), (300, 300), (1, 33), (129, 1500), (1000, 1000)]
+        cases.check_attention("cuda", dtype, heads, head_dim, lengths, window, softcap, torch.float8_e4m3fn)
 
 
 def test_more_decodes_than_run_at_once():
