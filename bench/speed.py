@@ -103,7 +103,7 @@ class Results:
 
 @dataclass(frozen=True)
 class ModelBench:
-    """One model's figures: an engine in this process, two variants of it, then a server."""
+    """One model's figures: an engine in this process, then a server, then two variants of the engine."""
 
     engine: EngineConfig
     results: Results
@@ -133,10 +133,10 @@ class ModelBench:
             *(((run.figure,), partial(_run, run)) for run in figures.RUNS),
         ]
         self._measure(plain)
+        self._serve()
         fp8 = figures.FP8_DECODE
         self._measure([((fp8.figure,), partial(self._decode, fp8))], kv_cache_dtype="fp8")
         self._measure([((figures.INVARIANT_COST,), self._invariant_cost)], batch_invariant=True)
-        self._serve()
 
     def _measure(self, measurements: list[Measurement], **flags: Any) -> None:
         """Start an engine with these flags, if any of the figures is asked for, and measure them."""
@@ -237,9 +237,10 @@ class ModelBench:
     def _load(self, load: Serving, url: str, name: str, model: ModelConfig, floor: Floor | None) -> None:
         requests = load.make(model.vocab_size)
         metrics = run_async(serving.measure(url, name, requests, serving.Load(load.concurrency))).metrics()
-        reasons = [*metrics["invalid_reasons"], *metrics["errors"]]
+        if metrics["failed"]:
+            raise UserError(f"{load.title}: {metrics['failed']} requests failed: {'; '.join(metrics['errors'])}")
         for key, figure in load.figures.items():
-            self._add(figure, metrics[key], model.dtype, floor, reasons)
+            self._add(figure, metrics[key], model.dtype, floor, metrics["invalid_reasons"])
 
 
 def _cached_requests(core: "EngineCore", decode: Decode) -> list[BenchRequest]:
@@ -308,7 +309,7 @@ def check_tokens(engine: EngineConfig, results: Results) -> bool:
         met = mode.num_wrong == 0
         is_right = is_right and met
         unit = f"wrong of {mode.num_answers}"
-        results.add(Row(mode.mode, path.stem, "bfloat16", mode.num_wrong, unit, target=0.0, met=met, note=mode.note))
+        results.add(Row(mode.mode, path.stem, "bfloat16", mode.num_wrong, unit, target=0, met=met, note=mode.note))
     gc.collect()
     torch.cuda.empty_cache()
     return is_right
