@@ -29,8 +29,9 @@ def mixed_sizes(max_num_tokens: int, run: Callable[[int], None]) -> list[int]:
     """Tokens of a step with prefill chunks worth a graph: as long as the host takes longer to launch its kernels one by
     one than the GPU to run them. `run` launches a step of a size.
     """
-    sizes = {16, 32, 64, 96, 128, *range(192, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)}
-    for probe in (512, 1024):
+    sizes = {16, 32, 64, 96, 128, *range(192, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256)}
+    sizes |= {*range(2048, 4097, 512)}
+    for probe in (512, 1024, 2048):
         if probe <= max_num_tokens and _keeps_gpu_busy(partial(run, probe)):
             max_num_tokens = probe
     return sorted(size for size in sizes if size <= max_num_tokens)
@@ -78,6 +79,14 @@ class Graphs:
     def fit(self, num: int) -> int | None:
         """The smallest size that holds `num`, if there is one."""
         return self.sizes[bisect_left(self.sizes, num)] if num <= self.sizes[-1] else None
+
+    def seconds(self, size: int) -> float:
+        """How long the graph of a size takes."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self._graphs[size][0].replay()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def run(self, inputs: np.ndarray, size: int) -> Any:
         """body's results. Valid until the next run of any graph, on the same stream."""
