@@ -69,7 +69,8 @@ class Graphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
         for size in reversed(sizes):  # the largest first: the others find its memory in the pool
             inputs = torch.from_numpy(idle_inputs(size)).to(device)
-            body(inputs, size)  # what is set up at the first call (workspaces, kernel attributes) cannot be captured
+            if size == sizes[-1]:
+                body(inputs, size)  # what is set up at the first call (handles, workspaces) cannot be captured
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 results = body(inputs, size)

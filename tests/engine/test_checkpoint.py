@@ -36,8 +36,13 @@ class SoloGroup(Group):
         return x
 
 
-def load(path: Path, group: Group | None = None, opened: AbstractContextManager[Checkpoint] | None = None) -> Model:
-    model = build_model(ModelConfig.from_path(path), torch.float32, CPU, group or Group())
+def load(
+    path: Path,
+    group: Group | None = None,
+    opened: AbstractContextManager[Checkpoint] | None = None,
+    device: torch.device = CPU,
+) -> Model:
+    model = build_model(ModelConfig.from_path(path), torch.float32, device, group or Group())
     with opened or open_checkpoint(path) as ckpt:
         model.load(ckpt)
     return model
@@ -299,6 +304,25 @@ def test_a_gguf_holds_the_model_it_was_made_from(arch, tiny_checkpoint, tmp_path
     for name in ("layer_windows", "layer_ropes", "attention_scale", "final_softcap", "has_qk_norm", "head_dim"):
         assert getattr(found.config, name) == getattr(expected.config, name), name
     assert found.config.eos_token_ids == (2, 5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rank", [None, 0, 1])
+@pytest.mark.parametrize("arch", GGUF_MODELS)
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_a_gpu_gets_the_weights_that_a_cpu_gets(form, arch, rank, tiny_checkpoint, tmp_path):
+    family, overrides = GGUF_MODELS[arch]
+    path = folder = tiny_checkpoint(family, dtype="float32" if form == "gguf" else "bfloat16", **overrides)
+    if form == "gguf":
+        path = write_gguf(tmp_path / "model.gguf", folder, arch)
+    group = None if rank is None else SoloGroup(rank, 2)
+    expected, found = load(path, group), load(path, group, device=torch.device("cuda"))
+    for a, b in zip(linears(expected), linears(found), strict=True):
+        assert torch.equal(a.weight, b.weight.cpu())
+        assert a.bias is None or torch.equal(a.bias, b.bias.cpu())
+    for a, b in zip(expected.layers, found.layers, strict=True):
+        assert torch.equal(a.input_norm.weight, b.input_norm.weight.cpu())
+    assert torch.equal(expected.embedding.weight, found.embedding.weight.cpu())
 
 
 def test_two_ranks_share_a_gguf(tiny_checkpoint, tmp_path):

@@ -1,5 +1,7 @@
 """What a GPU's worker has done by the time it is ready. Needs a GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,18 +20,34 @@ ALL_KINDS = [
     SamplingParams(n=3, logprobs=4, prompt_logprobs=2),
 ]
 
+PROMPTS = [{"prompt_token_ids": [7 + i, *range(20, 19 + length)]} for i, length in enumerate((1, 5, 16, 40, 300, 400))]
+
+
+def make_llm(folder: Path, **options: object) -> LLM:
+    memory = {"kv_cache_memory": 16 << 20, "max_num_seqs": 16, "max_num_batched_tokens": 256}
+    return LLM(str(folder), device="cuda", **(memory | options))
+
 
 @pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"kv_cache_dtype": "fp8"}, {"batch_invariant": True}])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3"])
 def test_no_kernel_is_compiled_while_serving(family, options, tiny_checkpoint, monkeypatch):
-    memory = {"kv_cache_memory": 16 << 20, "max_num_seqs": 16, "max_num_batched_tokens": 256}
-    llm = LLM(str(tiny_checkpoint(family, dtype="bfloat16")), device="cuda", **memory, **options)
+    llm = make_llm(tiny_checkpoint(family, dtype="bfloat16"), **options)
 
     def refuse(build: Build) -> bytes:
         raise AssertionError(f"{build} was not ready")
 
     monkeypatch.setattr(launcher, "cubin", refuse)
-    prompts = [{"prompt_token_ids": [7 + i] * length} for i, length in enumerate((1, 5, 16, 40, 300, 400))]
     for params in ALL_KINDS:
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert len(outputs) == len(prompts)
+        assert len(llm.generate(PROMPTS, params, use_tqdm=False)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_recorded_steps_draw_the_tokens_of_plain_ones(family, tiny_checkpoint):
+    """In float32, so that no two logits are as good as equal."""
+    folder = tiny_checkpoint(family)
+    plain, recorded = make_llm(folder, enforce_eager=True), make_llm(folder)
+    for num_prompts in (1, 3, len(PROMPTS)):
+        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+        expected, found = (llm.generate(PROMPTS[:num_prompts], params, use_tqdm=False) for llm in (plain, recorded))
+        for a, b in zip(expected, found, strict=True):
+            assert a.outputs[0].token_ids == b.outputs[0].token_ids
