@@ -4,7 +4,7 @@
 // A cluster of blocks shares a row, each block reads its own part of it once for every question: what is the best logit,
 // how far behind it do top-k, top-p and min-p reach, which token is drawn. The row stays in the L2 cache between the
 // questions, nothing is sorted, and no question needs the host. How far a logit lies behind the best is counted in whole
-// steps of 2^-24, so that all sums are of integers: they do not depend on how many blocks share the row.
+// steps of 2^-24, and what blocks add up are integers: a token does not depend on how many blocks share the row.
 //
 // Bound by reading (a row without limits is read once, with top-k and top-p four to eight times) and, where many tokens can
 // be drawn, by the arithmetic of their noise.
@@ -36,18 +36,19 @@ struct Line {
 struct Best { float value = -kInfinity; int token = 0; };
 struct Words { u32 of[4]; };
 
-// The part of the tokens at a distance behind the best that belongs to this thread's bin, and what all bins before it hold.
-// Masses are sums of e^-distance, in units of 2^-40.
-struct Bin { u32 before, count, total; u64 mass_before, mass, total_mass; };
-struct Found { int bin; u32 before, count; u64 mass_before, mass; };
+// The tokens in this thread's bin of distances from the best, and in all bins before it. Masses are sums of e^-distance, in
+// units of 2^-40.
+struct Sum { u64 mass; u32 count; };
+struct Bin { Sum before, own, total; };
+struct Found { int bin; Sum before, own; };
 struct Limit { u32 steps; u64 mass; };
 
 struct Shared {
   u32 seen[kSeen];       // uses of tokens, then histograms
   u64 bins[2][kBins];    // of the block: counts in the upper half, deficits in the lower
   u64 best_of_warp[2][32], best[2];
-  u32 counts[32];
-  u64 masses[32], sums[2];
+  Sum sum_of_warp[32];
+  u64 number_of_warp[32], numbers[2];
   Found found;
 };
 static_assert(sizeof(Shared) <= 50 << 10, "engine/ops/cuda/sampling.py gives as much");
@@ -131,6 +132,18 @@ __device__ inline Best best_of(u64 key) {
   return {from_ordered(static_cast<u32>(key >> 32)), static_cast<int>(~static_cast<u32>(key))};
 }
 
+// What all blocks of the cluster hold at a place of their shared memory, fetched at once and combined.
+template <class T, class Combine> __device__ inline T of_cluster(const T* mine, Combine combine) {
+  T all[kMaxBlocks], result{};
+#pragma unroll
+  for (int rank = 0; rank < kMaxBlocks; ++rank)
+    if (rank < cluster_size()) all[rank] = *in_block(mine, rank);
+#pragma unroll
+  for (int rank = 0; rank < kMaxBlocks; ++rank)
+    if (rank < cluster_size()) result = combine(result, all[rank]);
+  return result;
+}
+
 // The best of all threads of the cluster, the lowest token of equal ones. `which` (0 or 1) is different from call to call.
 __device__ inline Best cluster_best(Shared& shared, Best mine, int which) {
   u64(&of_warp)[32] = shared.best_of_warp[which];
@@ -142,24 +155,20 @@ __device__ inline Best cluster_best(Shared& shared, Best mine, int which) {
     if (threadIdx.x == 0) shared.best[which] = all;
   }
   meet_cluster();
-  u64 best = 0;
-  for (int rank = 0; rank < cluster_size(); ++rank) best = max(best, *in_block(&shared.best[which], rank));
-  return best_of(best);
+  return best_of(of_cluster(&shared.best[which], [](u64 a, u64 b) { return max(a, b); }));
 }
 
 // The sum over all threads of the cluster. `which` as above.
 __device__ inline u64 cluster_sum(Shared& shared, u64 mine, int which) {
   mine = warp_prefix_sum(mine);
-  if (threadIdx.x % 32 == 31) shared.masses[threadIdx.x / 32] = mine;
+  if (threadIdx.x % 32 == 31) shared.number_of_warp[threadIdx.x / 32] = mine;
   __syncthreads();
   if (threadIdx.x < 32) {
-    const u64 all = warp_prefix_sum(shared.masses[threadIdx.x]);
-    if (threadIdx.x == 31) shared.sums[which] = all;
+    const u64 all = warp_prefix_sum(shared.number_of_warp[threadIdx.x]);
+    if (threadIdx.x == 31) shared.numbers[which] = all;
   }
   meet_cluster();
-  u64 sum = 0;
-  for (int rank = 0; rank < cluster_size(); ++rank) sum += *in_block(&shared.sums[which], rank);
-  return sum;
+  return of_cluster(&shared.numbers[which], [](u64 a, u64 b) { return a + b; });
 }
 
 // logit_bias, min_tokens and penalties, in the logits themselves.
@@ -200,28 +209,22 @@ __device__ inline void change_logits(const Part& part, const Line& line, const i
   }
 }
 
-// How far a logit lies behind the best, at most kOutOfReach.
-__device__ inline u32 steps_behind(float top, float scaled) {
-  return static_cast<u32>(fminf(__fmul_rn(__fsub_rn(top, scaled), kStepsPerNat), static_cast<float>(kOutOfReach)));
-}
+// Whether a distance is one of at most so many steps is asked of the distance itself.
+__device__ inline float reach_of(u32 steps) { return __uint2float_ru(steps + 1) / kStepsPerNat; }
 
 // Sums of this thread and those before it, and of all of them.
-__device__ inline void prefix_sums(Shared& shared, Bin& bin) {
-  u32(&counts)[32] = shared.counts;
-  u64(&masses)[32] = shared.masses;
+__device__ inline Bin prefix_sums(Sum (&of_warp)[32], Sum own) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const u32 count = warp_prefix_sum(bin.count);
-  const u64 mass = warp_prefix_sum(bin.mass);
-  if (lane == 31) counts[warp] = count, masses[warp] = mass;
+  const Sum with_own{warp_prefix_sum(own.mass), warp_prefix_sum(own.count)};
+  if (lane == 31) of_warp[warp] = with_own;
   __syncthreads();
-  const u32 warps_count = warp_prefix_sum(counts[lane]);
-  const u64 warps_mass = warp_prefix_sum(masses[lane]);
-  bin.total = __shfl_sync(kAllLanes, warps_count, 31);
-  bin.total_mass = __shfl_sync(kAllLanes, warps_mass, 31);
-  const u32 of_warps_before = __shfl_sync(kAllLanes, warps_count - counts[lane], warp);
-  const u64 mass_of_warps_before = __shfl_sync(kAllLanes, warps_mass - masses[lane], warp);
-  bin.before = of_warps_before + count - bin.count;
-  bin.mass_before = mass_of_warps_before + mass - bin.mass;
+  const Sum other = of_warp[lane], up_to_other{warp_prefix_sum(other.mass), warp_prefix_sum(other.count)};
+  const auto from = [&](int lane) -> Sum {
+    return {__shfl_sync(kAllLanes, up_to_other.mass, lane), __shfl_sync(kAllLanes, up_to_other.count, lane)};
+  };
+  const Sum total = from(31), up_to_warp = from(warp), of_own_warp = of_warp[warp];
+  return {{up_to_warp.mass - of_own_warp.mass + with_own.mass - own.mass,
+           up_to_warp.count - of_own_warp.count + with_own.count - own.count}, own, total};
 }
 
 // A histogram of the row's tokens whose steps begin with `prefix` (and are not above `ceiling`) by the next ten bits of their
@@ -233,20 +236,22 @@ __device__ inline Bin histogram(
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) counts[threadIdx.x][i] = deficits[threadIdx.x][i] = 0;
   __syncthreads();
-  // A token's mass is that of its bin's start less a deficit of a sixteenth at most: small enough to be summed in a word.
   const float inverse_temperature = line.inverse_temperature;
-  const float units = 4e9f / part.vocab_size / (static_cast<float>(1u << shift) / kStepsPerNat);
-  for_each_group<2>(part, [&](const float (&logits)[4], int) {
+  const u32 first_steps = prefix << kBinBits << shift, last_steps = ((prefix + 1) << kBinBits << shift) - 1;
+  const float first = first_steps / kStepsPerNat, end = reach_of(min(ceiling, last_steps));
+  // A token's mass is that of its bin's start less a deficit of a sixteenth at most: small enough to be summed in a word.
+  const float units = 4e9f / part.vocab_size / ((1u << shift) / kStepsPerNat);
+  for_each_group<4>(part, [&](const float (&logits)[4], int) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const u32 steps = steps_behind(top, __fmul_rn(logits[i], inverse_temperature));
-      if (steps > ceiling || steps >> shift >> kBinBits != prefix) continue;
+      const float behind = __fsub_rn(top, __fmul_rn(logits[i], inverse_temperature));
+      if (!(first <= behind && behind < end)) continue;
+      const u32 steps = static_cast<u32>(behind * kStepsPerNat);
       const int bin = steps >> shift & (kBins - 1), copy = threadIdx.x % kCopies;
       atomicAdd(&counts[bin][copy], 1u);
-      if (shift == 0) continue;
-      const float x = (steps & ((1u << shift) - 1)) / kStepsPerNat;
-      const float deficit = x * (1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5))));  // 1 - e^-x
-      atomicAdd(&deficits[bin][copy], static_cast<u32>(deficit * units + 0.5f));
+      const float x = (steps & ((1u << shift) - 1)) * (1.0f / kStepsPerNat);
+      const float deficit = (((-x / 24 + 1.0f / 6) * x - 0.5f) * x + 1) * x;  // 1 - e^-x
+      if (shift > 0) atomicAdd(&deficits[bin][copy], static_cast<u32>(deficit * units + 0.5f));
     }
   });
   __syncthreads();
@@ -256,26 +261,21 @@ __device__ inline Bin histogram(
   place ^= 1;
   shared.bins[place][threadIdx.x] = own;
   meet_cluster();
-  u64 sum = 0;
-#pragma unroll
-  for (int rank = 0; rank < kMaxBlocks; ++rank)
-    if (rank < cluster_size()) sum += *in_block(&shared.bins[place][threadIdx.x], rank);
-  Bin bin{};
-  bin.count = static_cast<u32>(sum >> 32);
-  const float start = static_cast<float>((prefix << kBinBits | threadIdx.x) << shift) / kStepsPerNat;
-  const double weight = bin.count - static_cast<double>(static_cast<u32>(sum)) / units;
-  bin.mass = static_cast<u64>(weight * expf(-start) * 0x1p40);
-  prefix_sums(shared, bin);
-  return bin;
+  const u64 sum = of_cluster(&shared.bins[place][threadIdx.x], [](u64 a, u64 b) { return a + b; });
+  const u32 count = static_cast<u32>(sum >> 32);
+  const float start = (first_steps + (threadIdx.x << shift)) / kStepsPerNat;
+  const float mass = (count - static_cast<u32>(sum) / units) * expf(-start);
+  return prefix_sums(shared.sum_of_warp, {static_cast<u64>(mass * 0x1p40f), count});
 }
 
 // The bin where the sum over the bins, of masses or counts, reaches the target. Sums are rounded: the last bin reaches any.
 __device__ inline Found find(Found& found, const Bin& bin, bool by_mass, u64 target) {
-  const u64 before = by_mass ? bin.mass_before : bin.before, after = before + (by_mass ? bin.mass : bin.count);
-  const bool is_last = bin.before + bin.count == bin.total;
+  const u64 before = by_mass ? bin.before.mass : bin.before.count;
+  const u64 after = before + (by_mass ? bin.own.mass : bin.own.count);
+  const bool is_last = bin.before.count + bin.own.count == bin.total.count;
   __syncthreads();
-  if (bin.count > 0 && before < target && (after >= target || is_last))
-    found = {static_cast<int>(threadIdx.x), bin.before, bin.count, bin.mass_before, bin.mass};
+  if (bin.own.count > 0 && before < target && (after >= target || is_last))
+    found = {static_cast<int>(threadIdx.x), bin.before, bin.own};
   __syncthreads();
   return found;
 }
@@ -288,10 +288,10 @@ __device__ inline Limit find_limit(
   for (int shift = 2 * kBinBits;; shift -= kBinBits) {
     const Found found = find(part.shared.found, bin, by_mass, target);
     prefix = prefix << kBinBits | found.bin;
-    mass += found.mass_before;
-    target -= by_mass ? found.mass_before : found.before;
-    const bool takes_all = by_mass ? found.count == 1 : target == found.count;
-    if (takes_all || shift == 0) return {min(ceiling, ((prefix + 1) << shift) - 1), mass + found.mass};
+    mass += found.before.mass;
+    target -= by_mass ? found.before.mass : found.before.count;
+    const bool takes_all = by_mass ? found.own.count == 1 : target == found.own.count;
+    if (takes_all || shift == 0) return {min(ceiling, ((prefix + 1) << shift) - 1), mass + found.own.mass};
     bin = histogram(part, line, top, ceiling, prefix, shift - kBinBits, place);
   }
 }
@@ -302,12 +302,12 @@ __device__ inline u32 limit_of(const Part& part, const Line& line, float top) {
   if (line.top_k == 0 && line.top_p >= 1.0f) return limit.steps;
   int place = 0;
   const Bin bins = histogram(part, line, top, line.max_steps, 0, 2 * kBinBits, place);
-  limit.mass = bins.total_mass;
+  limit.mass = bins.total.mass;
 #pragma unroll 1
   for (int by_mass = 0; by_mass < 2; ++by_mass) {
     const u64 mass = ceil(static_cast<double>(line.top_p) * limit.mass);
     const u64 target = by_mass ? max(mass, 1ull) : static_cast<u64>(line.top_k);
-    if (by_mass ? line.top_p < 1.0f : 0 < target && target < bins.total)
+    if (by_mass ? line.top_p < 1.0f : 0 < target && target < bins.total.count)
       limit = find_limit(part, line, top, limit.steps, bins, by_mass, target, place);
   }
   return limit.steps;
@@ -356,15 +356,14 @@ sample(int* tokens, float* logits, const int* lines, const int* rows, const int*
   Best best;
   const float inverse_temperature = line.inverse_temperature;
   if (inverse_temperature == 0.0f) {
-    for_each_group<2>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
+    for_each_group<4>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
     return put(cluster_best(part.shared, best, 0), tokens, token_ids, row, end, max_len);
   }
-  float top = kInfinity;
-  u32 limit = kOutOfReach;
+  float top = 0.0f, reach = kInfinity;
   if (line.top_k > 0 || line.top_p < 1.0f || line.max_steps < kOutOfReach - 1) {
-    for_each_group<2>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
+    for_each_group<4>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
     top = __fmul_rn(cluster_best(part.shared, best, 0).value, inverse_temperature);
-    limit = limit_of(part, line, top);
+    reach = reach_of(limit_of(part, line, top));
     best = Best();
   }
   const u64 seed = line.seed;
@@ -374,7 +373,7 @@ sample(int* tokens, float* logits, const int* lines, const int* rows, const int*
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       scaled[i] = __fmul_rn(logits[i], inverse_temperature);
-      is_kept[i] = steps_behind(top, scaled[i]) <= limit;
+      is_kept[i] = __fsub_rn(top, scaled[i]) < reach;
     }
     draw_group(best, scaled, is_kept, group, end, seed);
   });

@@ -15,9 +15,8 @@ template <int kLanes> __device__ inline float team_max(float x) {
 }
 
 __device__ inline u64 warp_max(u64 x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x = max(x, __shfl_xor_sync(kAllLanes, x, distance));
-  return x;
+  const u32 high = static_cast<u32>(x >> 32), most = __reduce_max_sync(kAllLanes, high);
+  return static_cast<u64>(most) << 32 | __reduce_max_sync(kAllLanes, high == most ? static_cast<u32>(x) : 0);
 }
 
 // The sum of a lane's number and those of the lanes before it.

@@ -51,6 +51,10 @@ inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline u32 __float_as_uint(float x) { return bits_as<u32>(x); }
 inline u32 __umulhi(u32 a, u32 b) { return static_cast<u64>(a) * b >> 32; }
 inline float __expf(float x) { return std::exp(x); }
+inline float __uint2float_ru(u32 x) {
+  const float nearest = static_cast<float>(x);
+  return nearest < static_cast<double>(x) ? std::nextafter(nearest, HUGE_VALF) : nearest;
+}
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
