@@ -11,15 +11,19 @@
 #include "types.cuh"
 #include "reduce.cuh"
 
-constexpr int kThreads = 1024;
-constexpr int kBinBits = 10, kBins = 1 << kBinBits;  // one bin a thread
+constexpr int kThreads = 768, kWarps = kThreads / 32;
+constexpr int kBins = kThreads;                      // of a histogram, one a thread
 constexpr int kCopies = 4;                           // of a histogram, so that few lanes add to the same word
 constexpr int kSeen = 2 * kCopies * kBins;           // tokens whose uses are counted at a time
 constexpr int kMaxBlocks = 8;                        // of a cluster
 constexpr float kStepsPerNat = 0x1p24f;
 constexpr u32 kOutOfReach = 1u << 30;  // 64 nats: what is further behind has no part in anything
+// The head of a row is what is less than 6 nats behind, its bins are of 2^17 steps; those of the tail are of 2^21, and a bin is
+// divided into 2^9.
+constexpr int kHeadShift = 17, kTailShift = 21, kFinerShift = 9;
+static_assert(kBins >> kFinerShift > 0 && kBins << kHeadShift < kOutOfReach - 1 && kOutOfReach >> kTailShift <= kBins,
+              "the bins of a histogram are enough for what they divide");
 constexpr float kMostNoise = 16.64f;   // -log(-log(1 - 2^-24)) is less
-static_assert(kBins == kThreads, "histograms have a bin for each thread");
 
 // As in engine/ops/sampling_line.py. After it: the forbidden tokens, then pairs of a token and its bias.
 struct Line {
@@ -46,12 +50,12 @@ struct Limit { u32 steps; u64 mass; };
 struct Shared {
   u32 seen[kSeen];       // uses of tokens, then histograms
   u64 bins[2][kBins];    // of the block: counts in the upper half, deficits in the lower
-  u64 best_of_warp[2][32], best[2];
-  Sum sum_of_warp[32];
-  u64 number_of_warp[32], numbers[2];
+  u64 best_of_warp[2][kWarps], best[2];
+  Sum sum_of_warp[kWarps];
+  u64 number_of_warp[kWarps], numbers[2], tail_mass;
   Found found;
 };
-static_assert(sizeof(Shared) <= 50 << 10, "engine/ops/cuda/sampling.py gives as much");
+static_assert(sizeof(Shared) <= 40 << 10, "engine/ops/cuda/sampling.py gives as much");
 
 // What one block has of a row: groups [first, last) of four tokens.
 struct Part { Shared& shared; float* row; int vocab_size, first, last; };
@@ -146,12 +150,12 @@ template <class T, class Combine> __device__ inline T of_cluster(const T* mine, 
 
 // The best of all threads of the cluster, the lowest token of equal ones. `which` (0 or 1) is different from call to call.
 __device__ inline Best cluster_best(Shared& shared, Best mine, int which) {
-  u64(&of_warp)[32] = shared.best_of_warp[which];
+  u64(&of_warp)[kWarps] = shared.best_of_warp[which];
   const u64 key = warp_max(key_of(mine));
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = key;
   __syncthreads();
   if (threadIdx.x < 32) {
-    const u64 all = warp_max(of_warp[threadIdx.x]);
+    const u64 all = warp_max(threadIdx.x < kWarps ? of_warp[threadIdx.x] : 0);
     if (threadIdx.x == 0) shared.best[which] = all;
   }
   meet_cluster();
@@ -164,7 +168,7 @@ __device__ inline u64 cluster_sum(Shared& shared, u64 mine, int which) {
   if (threadIdx.x % 32 == 31) shared.number_of_warp[threadIdx.x / 32] = mine;
   __syncthreads();
   if (threadIdx.x < 32) {
-    const u64 all = warp_prefix_sum(shared.number_of_warp[threadIdx.x]);
+    const u64 all = warp_prefix_sum(threadIdx.x < kWarps ? shared.number_of_warp[threadIdx.x] : 0);
     if (threadIdx.x == 31) shared.numbers[which] = all;
   }
   meet_cluster();
@@ -213,12 +217,13 @@ __device__ inline void change_logits(const Part& part, const Line& line, const i
 __device__ inline float reach_of(u32 steps) { return __uint2float_ru(steps + 1) / kStepsPerNat; }
 
 // Sums of this thread and those before it, and of all of them.
-__device__ inline Bin prefix_sums(Sum (&of_warp)[32], Sum own) {
+__device__ inline Bin prefix_sums(Sum (&of_warp)[kWarps], Sum own) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Sum with_own{warp_prefix_sum(own.mass), warp_prefix_sum(own.count)};
   if (lane == 31) of_warp[warp] = with_own;
   __syncthreads();
-  const Sum other = of_warp[lane], up_to_other{warp_prefix_sum(other.mass), warp_prefix_sum(other.count)};
+  const Sum other = lane < kWarps ? of_warp[lane] : Sum{};
+  const Sum up_to_other{warp_prefix_sum(other.mass), warp_prefix_sum(other.count)};
   const auto from = [&](int lane) -> Sum {
     return {__shfl_sync(kAllLanes, up_to_other.mass, lane), __shfl_sync(kAllLanes, up_to_other.count, lane)};
   };
@@ -227,89 +232,123 @@ __device__ inline Bin prefix_sums(Sum (&of_warp)[32], Sum own) {
            up_to_warp.count - of_own_warp.count + with_own.count - own.count}, own, total};
 }
 
-// A histogram of the row's tokens whose steps begin with `prefix` (and are not above `ceiling`) by the next ten bits of their
-// steps, `shift` bits from the end. Its place is not that of the one before, which other blocks may still be reading.
-__device__ inline Bin histogram(
-    const Part& part, const Line& line, float top, u32 ceiling, u32 prefix, int shift, int& place) {
+// Masses are summed as what they are less than those of their bins' starts, an eighth at most: deficits, in such units.
+__device__ inline float units_of_deficit(const Part& part, int shift) {
+  return 4e9f / part.vocab_size / ((1u << shift) / kStepsPerNat);  // no sum is too large for a word
+}
+
+// A histogram of the row's tokens (but those above `ceiling`) from so many steps on, in bins of 2^shift steps: the count in
+// the upper half of this thread's, the deficits in the lower. With that of the head comes the mass of the tail. Its place
+// is not that of the one before, which other blocks may still be reading.
+__device__ inline u64 histogram(
+    const Part& part, const Line& line, float top, u32 ceiling, u32 first, int shift, int& place) {
   Shared& shared = part.shared;
   u32(*counts)[kCopies] = reinterpret_cast<u32(*)[kCopies]>(shared.seen), (*deficits)[kCopies] = counts + kBins;
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) counts[threadIdx.x][i] = deficits[threadIdx.x][i] = 0;
   __syncthreads();
-  const float inverse_temperature = line.inverse_temperature;
-  const u32 first_steps = prefix << kBinBits << shift, last_steps = ((prefix + 1) << kBinBits << shift) - 1;
-  const float first = first_steps / kStepsPerNat, end = reach_of(min(ceiling, last_steps));
-  // A token's mass is that of its bin's start less a deficit of a sixteenth at most: small enough to be summed in a word.
-  const float units = 4e9f / part.vocab_size / ((1u << shift) / kStepsPerNat);
-  for_each_group<4>(part, [&](const float (&logits)[4], int) {
+  const bool is_head = shift == kHeadShift;
+  const float inverse_temperature = line.inverse_temperature, reach = reach_of(ceiling);
+  const float start = first / kStepsPerNat;
+  const float end = fminf(reach, (first + (static_cast<u32>(kBins) << shift)) / kStepsPerNat);
+  const float units = units_of_deficit(part, shift);
+  u64 tail = 0;
+  for_each_group<3>(part, [&](const float (&logits)[4], int) {
+    u32 tail_of_group = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float behind = __fsub_rn(top, __fmul_rn(logits[i], inverse_temperature));
-      if (!(first <= behind && behind < end)) continue;
-      const u32 steps = static_cast<u32>(behind * kStepsPerNat);
-      const int bin = steps >> shift & (kBins - 1), copy = threadIdx.x % kCopies;
-      atomicAdd(&counts[bin][copy], 1u);
-      const float x = (steps & ((1u << shift) - 1)) * (1.0f / kStepsPerNat);
-      const float deficit = (((-x / 24 + 1.0f / 6) * x - 0.5f) * x + 1) * x;  // 1 - e^-x
-      if (shift > 0) atomicAdd(&deficits[bin][copy], static_cast<u32>(deficit * units + 0.5f));
+      if (start <= behind && behind < end) {
+        const u32 steps = static_cast<u32>(behind * kStepsPerNat) - first;
+        const int bin = steps >> shift, copy = threadIdx.x % kCopies;
+        atomicAdd(&counts[bin][copy], 1u);
+        const float x = (steps & ((1u << shift) - 1)) / kStepsPerNat;
+        const float deficit = (((-x / 24 + 1.0f / 6) * x - 0.5f) * x + 1) * x;  // 1 - e^-x
+        if (shift > 0) atomicAdd(&deficits[bin][copy], static_cast<u32>(deficit * units + 0.5f));
+      } else if (is_head && behind < reach) {
+        tail_of_group += static_cast<u32>(exp2_fast(38.0f - kLog2e * behind));  // 4 e^-6 fit into a word
+      }
     }
+    tail += tail_of_group;
   });
+  tail = warp_prefix_sum(4 * tail);
+  if (threadIdx.x % 32 == 31) shared.number_of_warp[threadIdx.x / 32] = tail;
   __syncthreads();
+  place ^= 1;
   u64 own = 0;
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) own += static_cast<u64>(counts[threadIdx.x][i]) << 32 | deficits[threadIdx.x][i];
-  place ^= 1;
   shared.bins[place][threadIdx.x] = own;
+  if (threadIdx.x < 32) {
+    const u64 all = warp_prefix_sum(threadIdx.x < kWarps ? shared.number_of_warp[threadIdx.x] : 0);
+    if (threadIdx.x == 31) shared.numbers[place] = all;
+  }
   meet_cluster();
-  const u64 sum = of_cluster(&shared.bins[place][threadIdx.x], [](u64 a, u64 b) { return a + b; });
-  const u32 count = static_cast<u32>(sum >> 32);
-  const float start = (first_steps + (threadIdx.x << shift)) / kStepsPerNat;
-  const float mass = (count - static_cast<u32>(sum) / units) * expf(-start);
-  return prefix_sums(shared.sum_of_warp, {static_cast<u64>(mass * 0x1p40f), count});
+  const auto add = [](u64 a, u64 b) { return a + b; };
+  if (is_head) {
+    const u64 mass = of_cluster(&shared.numbers[place], add);
+    if (threadIdx.x == 0) shared.tail_mass = mass;
+  }
+  return of_cluster(&shared.bins[place][threadIdx.x], add);
 }
 
-// The bin where the sum over the bins, of masses or counts, reaches the target. Sums are rounded: the last bin reaches any.
-__device__ inline Found find(Found& found, const Bin& bin, bool by_mass, u64 target) {
-  const u64 before = by_mass ? bin.before.mass : bin.before.count;
-  const u64 after = before + (by_mass ? bin.own.mass : bin.own.count);
-  const bool is_last = bin.before.count + bin.own.count == bin.total.count;
+__device__ inline Bin bin_of(const Part& part, u64 counted, u32 first, int shift) {
+  const u32 count = static_cast<u32>(counted >> 32);
+  const float start = (first + (threadIdx.x << shift)) / kStepsPerNat;
+  const float mass = (count - static_cast<u32>(counted) / units_of_deficit(part, shift)) * expf(-start);
+  return prefix_sums(part.shared.sum_of_warp, {static_cast<u64>(mass * 0x1p40f), count});
+}
+
+// The bin where the sum over the bins, of masses or counts, reaches the target; past the last one, if there is a tail. If
+// there is none the last bin reaches any target: sums are rounded.
+__device__ inline Found find(Found& found, const Bin& bin, bool by_mass, u64 target, bool has_tail) {
+  const Sum up_to_own{bin.before.mass + bin.own.mass, bin.before.count + bin.own.count};
+  const bool was_reached = (by_mass ? bin.before.mass : bin.before.count) >= target;
+  const bool is_reached = (by_mass ? up_to_own.mass : up_to_own.count) >= target;
+  const bool is_last = up_to_own.count == bin.total.count && bin.own.count > 0;
   __syncthreads();
-  if (bin.own.count > 0 && before < target && (after >= target || is_last))
-    found = {static_cast<int>(threadIdx.x), bin.before, bin.own};
+  const bool is_past = !is_reached && is_last && has_tail;
+  if (is_past) found = {kBins, up_to_own, {}};
+  else if (!was_reached && (is_reached || is_last)) found = {static_cast<int>(threadIdx.x), bin.before, bin.own};
   __syncthreads();
   return found;
 }
 
-// The steps within which the best tokens reach the target, ten bits at a time from the histogram of the first ten bits.
+// Less of a limit: the steps within which the top_k best tokens lie, or (top_k is 0) those that have top_p of its mass.
+// Searched from the head on, in ever finer bins.
 __device__ inline Limit find_limit(
-    const Part& part, const Line& line, float top, u32 ceiling, Bin bin, bool by_mass, u64 target, int& place) {
-  u32 prefix = 0;
+    const Part& part, const Line& line, float top, Limit limit, u64 head, int top_k, float top_p, int& place) {
+  const bool by_mass = top_k == 0;
+  Bin bin = bin_of(part, head, 0, kHeadShift);
+  if (limit.mass == 0) limit.mass = bin.total.mass + part.shared.tail_mass;
+  u64 target = by_mass ? max(1ull, static_cast<u64>(ceil(static_cast<double>(top_p) * limit.mass))) : top_k;
   u64 mass = 0;
-  for (int shift = 2 * kBinBits;; shift -= kBinBits) {
-    const Found found = find(part.shared.found, bin, by_mass, target);
-    prefix = prefix << kBinBits | found.bin;
+  u32 first = 0;
+  int shift = kHeadShift;
+  while (bin.total.count > 0) {
+    const Found found = find(part.shared.found, bin, by_mass, target, shift == kHeadShift);
     mass += found.before.mass;
     target -= by_mass ? found.before.mass : found.before.count;
+    first += found.bin << shift;
     const bool takes_all = by_mass ? found.own.count == 1 : target == found.own.count;
-    if (takes_all || shift == 0) return {min(ceiling, ((prefix + 1) << shift) - 1), mass + found.own.mass};
-    bin = histogram(part, line, top, ceiling, prefix, shift - kBinBits, place);
+    if (found.bin == kBins) shift = kTailShift;
+    else if (takes_all || shift == 0) return {min(limit.steps, first + (1u << shift) - 1), mass + found.own.mass};
+    else shift = max(shift - kFinerShift, 0);
+    bin = bin_of(part, histogram(part, line, top, limit.steps, first, shift, place), first, shift);
   }
+  return {limit.steps, mass};
 }
 
 // The steps that the drawn token may lie behind the best, by min-p, then top-k, then top-p.
 __device__ inline u32 limit_of(const Part& part, const Line& line, float top) {
   Limit limit{line.max_steps, 0};
-  if (line.top_k == 0 && line.top_p >= 1.0f) return limit.steps;
+  const bool has_top_k = 0 < line.top_k && line.top_k < part.vocab_size, has_top_p = line.top_p < 1.0f;
+  if (!has_top_k && !has_top_p) return limit.steps;
   int place = 0;
-  const Bin bins = histogram(part, line, top, line.max_steps, 0, 2 * kBinBits, place);
-  limit.mass = bins.total.mass;
+  const u64 head = histogram(part, line, top, limit.steps, 0, kHeadShift, place);
 #pragma unroll 1
-  for (int by_mass = 0; by_mass < 2; ++by_mass) {
-    const u64 mass = ceil(static_cast<double>(line.top_p) * limit.mass);
-    const u64 target = by_mass ? max(mass, 1ull) : static_cast<u64>(line.top_k);
-    if (by_mass ? line.top_p < 1.0f : 0 < target && target < bins.total.count)
-      limit = find_limit(part, line, top, limit.steps, bins, by_mass, target, place);
-  }
+  for (int turn = has_top_k ? 0 : 1; turn < (has_top_p ? 2 : 1); ++turn)
+    limit = find_limit(part, line, top, limit, head, turn == 0 ? line.top_k : 0, line.top_p, place);
   return limit.steps;
 }
 
@@ -341,7 +380,7 @@ __device__ inline void put(Best best, int* tokens, int* token_ids, int row, int 
 }
 
 // Grid: x = the blocks of a cluster, y = rows of logits.
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(kThreads)
 sample(int* tokens, float* logits, const int* lines, const int* rows, const int* ends, int* token_ids, int vocab_size,
        int line_size, int max_len) {
   start_dependents();
@@ -381,7 +420,7 @@ sample(int* tokens, float* logits, const int* lines, const int* rows, const int*
 }
 
 // The same for rows that take the best token of the logits as they are.
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(kThreads)
 take_best(int* tokens, float* logits, const int* rows, const int* ends, int* token_ids, int vocab_size, int max_len) {
   start_dependents();
   wait_for_inputs();
@@ -404,7 +443,7 @@ __device__ inline Best best_below(const Part& part, u64 bound) {
 }
 
 // Log probabilities of one token of each row, how many tokens are better (and 1), and the num_top best with theirs.
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(kThreads)
 logprobs(float* chosen, int* ranks, float* top_values, int* top_tokens, float* logits, const int* tokens, int vocab_size,
          int num_top) {
   start_dependents();
@@ -429,7 +468,8 @@ logprobs(float* chosen, int* ranks, float* top_values, int* top_tokens, float* l
   if (writes) chosen[blockIdx.y] = own - log_mass, ranks[blockIdx.y] = num_better + 1;
   for (int i = 0; i < num_top; ++i) {
     const Best best = cluster_best(part.shared, mine, 1 - i % 2);
-    if (writes) top_values[blockIdx.y * num_top + i] = best.value - log_mass, top_tokens[blockIdx.y * num_top + i] = best.token;
+    const int place = blockIdx.y * num_top + i;
+    if (writes) top_values[place] = best.value - log_mass, top_tokens[place] = best.token;
     if (key_of(best) == key_of(mine)) mine = best_below(part, key_of(mine));
   }
   meet_cluster();  // a block that has left cannot be read

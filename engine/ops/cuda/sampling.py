@@ -9,8 +9,7 @@ from engine.ops.compiler import Build
 from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import define_build, kernel
 
-THREADS = 1024
-SHARED_BYTES = 50 << 10  # as in kernels/sampling.cu
+THREADS, SHARED_BYTES = 768, 40 << 10  # as in kernels/sampling.cu
 
 
 def builds(arch: str) -> Iterator[Build]:

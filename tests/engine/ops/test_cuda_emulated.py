@@ -193,7 +193,7 @@ def test_gumbel_noise(vocab_size):
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize(("vocab_size", "spread"), [(1000, 3.0), (1001, -1.0)])
+@pytest.mark.parametrize(("vocab_size", "spread"), [(1000, 3.0), (1001, -1.0), (1000, 20.0)])
 def test_sample(monkeypatch, vocab_size, spread, blocks):
     monkeypatch.setattr(cuda.sampling, "_blocks_per_row", lambda logits: blocks)
     cases.check_sample("cpu", vocab_size, list(cases.SAMPLING), spread)

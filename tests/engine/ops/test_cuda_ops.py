@@ -165,7 +165,9 @@ def test_gumbel_noise(vocab_size, position_dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40, 70, 140, 300])  # 8 to 1 blocks share a row
-@pytest.mark.parametrize(("vocab_size", "spread"), [(1000, 3.0), (32_001, 2.0), (128_256, 3.0), (151_936, -2.0)])
+@pytest.mark.parametrize(
+    ("vocab_size", "spread"), [(1000, 3.0), (32_001, 2.0), (128_256, 3.0), (151_936, -2.0), (128_256, 10.0)]
+)
 def test_sample(rows, vocab_size, spread):
     requests = [random.choice(cases.SAMPLING) for _ in range(rows)] if rows < 40 else list(cases.SAMPLING)
     padded = requests + [{"temperature": 0}] * (rows - len(requests))
