@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -31,16 +32,17 @@ def running_server(
     arguments: list[str],
     on_progress: OnProgress = lambda stage, fraction: None,
     environment: dict[str, str] | None = None,
+    log_path: Path | None = None,
 ) -> Iterator[str]:
     """Start `vcli serve` with these arguments and give its URL once the model is loaded.
 
-    `environment` is put over this process's own.
+    `environment` is put over this process's own. What the server prints goes to log_path, if somebody is to read it.
     Raises UserError with the end of its log when it does not come up, or has died by the end of the block.
     """
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = [*arguments, "--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s"]
-    with tempfile.TemporaryFile("w+", prefix="vcli-serve-", errors="replace") as log, _sigterm_as_exit():
+    with _open_log(log_path) as log, _sigterm_as_exit():
         # Its own session: Ctrl-C reaches us alone, and we stop the server in order.
         process = subprocess.Popen(
             module_command("vcli", "serve", *arguments),
@@ -59,6 +61,12 @@ def running_server(
             _check_alive(process, log)
         finally:
             _stop(process)
+
+
+def _open_log(path: Path | None) -> IO[str]:
+    if path is None:
+        return tempfile.TemporaryFile("w+", prefix="vcli-serve-", errors="replace")
+    return path.open("w+", errors="replace")
 
 
 def _is_ready(url: str, on_progress: OnProgress) -> bool:

@@ -11,6 +11,7 @@ Exit codes: 0 measured, 3 a token was wrong (nothing is measured then), 1 it cou
 import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import re
 import statistics
@@ -76,10 +77,10 @@ class Results:
     def __init__(self, path: Path, environment: dict[str, Any]) -> None:
         """Rows that the file has already stay, until they are measured again."""
         self.path = path
-        self.values: dict[str, Any] = {"kind": "speed", "environment": environment, "rows": [], "time": {}}
+        self.values: dict[str, Any] = {"kind": "speed", "environment": environment, "rows": [], "time": {}, "start": {}}
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            self.values |= {name: before[name] for name in ("rows", "time")}
+            self.values |= {name: before[name] for name in ("rows", "time", "start")}
 
     def add(self, row: Row) -> None:
         """Put a row into the place of the one that was there for the same figure and model, or at the end."""
@@ -94,6 +95,11 @@ class Results:
     def add_time(self, model: str, shares: list[trace.Share]) -> None:
         """Where the time of a model's traced steps goes."""
         self.values["time"][model] = [asdict(share) for share in shares]
+        self._write()
+
+    def add_start(self, model: str, timeline: list[str]) -> None:
+        """What each process of a model's server did until it was ready."""
+        self.values["start"][model] = timeline
         self._write()
 
     def _write(self) -> None:
@@ -223,16 +229,20 @@ class ModelBench:
             return
         model = ModelConfig.from_path(Path(self.engine.model))
         floor = self._floor(model.dtype)
-        arguments = [self.engine.model, "--load-format", "dummy", *self.server_arguments]
-        with tempfile.TemporaryDirectory() as cache:
+        arguments = [self.engine.model, "--load-format", "dummy", "--explain-startup", *self.server_arguments]
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "server.log"
             for figure in starts:
                 before = time.perf_counter()
-                with running_server(arguments, environment={"XDG_CACHE_HOME": cache}) as url:
+                with running_server(arguments, environment={"XDG_CACHE_HOME": folder}, log_path=log) as url:
                     name = run_async(_first_answer(url))
                     self._add(figure, time.perf_counter() - before, model.dtype, floor)
                     if figure is figures.START_AGAIN:
                         for load in loads:
                             self._load(load, url, name, model, floor)
+            timeline = start_timeline(log.read_text(errors="replace"))
+            self.results.add_start(self.name, timeline)
+            print("\n".join(timeline))
 
     def _load(self, load: Serving, url: str, name: str, model: ModelConfig, floor: Floor | None) -> None:
         requests = load.make(model.vocab_size)
@@ -283,6 +293,13 @@ async def _first_answer(url: str) -> str:
     if record.error:
         raise UserError(f"the server does not answer: {record.error}")
     return name
+
+
+def start_timeline(log: str) -> list[str]:
+    """The table that --explain-startup prints, line by line."""
+    _, found, after = log.partition("\nstart-up\n")
+    assert found, log
+    return list(itertools.takewhile(lambda line: re.match(r"process|api|engine", line), after.splitlines()))
 
 
 def time_table(shares: list[trace.Share]) -> str:

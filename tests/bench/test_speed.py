@@ -204,3 +204,8 @@ def test_a_tiny_model_is_measured_through_a_server_that_is_started_twice(tiny_ch
     ]
     assert all(row["value"] >= 0 for row in rows.values())
     assert rows["serving 6 x (512/128), 3 at a time"]["unit"] == "s"
+    (timeline,) = json.loads(bench.results.path.read_text())["start"].values()
+    assert timeline[0].split() == ["process", "stage", "from", "s", "took", "s"]
+    sums = [float(line.split()[-1]) for line in timeline if line.split()[1] == "all"]
+    assert len(sums) == 2
+    assert sums[0] == sums[1] <= rows["process start to first answer, again"]["value"]
