@@ -203,7 +203,22 @@ def speed_section(path: Path) -> str:
     env, rows = values["environment"], values["rows"]
     revisions = dict.fromkeys((row["git_revision"] or "-")[:9] for row in rows)
     machine = f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}; revision {', '.join(revisions)}"
-    return f"{machine}:\n\n{speed_table(rows)}\n\n```bash\n{env['command']}\n```"
+    parts = [f"{machine}:", speed_table(rows)]
+    for model, shares in values["time"].items():
+        parts += [f"Where the time of a decode step of {model} at batch 64 goes:", time_table(shares)]
+    for model, timeline in values["start"].items():
+        parts += [f"A second start of `vcli serve {model}`:", "\n".join(["```text", *timeline, "```"])]
+    return "\n\n".join([*parts, f"```bash\n{env['command']}\n```"])
+
+
+def time_table(shares: list[dict[str, Any]]) -> str:
+    """Where the time of a step goes: a line for each part (bench/trace.py), and their sum."""
+    columns = ["part", "us a step", "floor", "launches", "kernels"]
+    rows = [[s["part"], s["us"], s["floor_us"], round(s["launches"]), ", ".join(s["kernels"])] for s in shares]
+    floors = [share["floor_us"] for share in shares if share["floor_us"] is not None]
+    launches = round(sum(share["launches"] for share in shares))
+    total = ["all", sum(share["us"] for share in shares), sum(floors) if floors else None, launches, ""]
+    return markdown_table(columns, [*rows, total])
 
 
 def kernels_section(path: Path) -> str:

@@ -29,7 +29,7 @@ from bench.client import LoadClient
 from bench.environment import environment
 from bench.figures import Decode, Figure, Goal, Prompt, Run, Serving
 from bench.floor import H200, Floor, find_ceilings
-from bench.report import format_figure, markdown_table, speed_table
+from bench.report import format_figure, speed_table, time_table
 from bench.run import run_async
 from bench.server import running_server
 from bench.workloads import BenchRequest, random_requests
@@ -95,11 +95,13 @@ class Results:
     def add_time(self, model: str, shares: list[trace.Share]) -> None:
         """Where the time of a model's traced steps goes."""
         self.values["time"][model] = [asdict(share) for share in shares]
+        print(time_table(self.values["time"][model]), flush=True)
         self._write()
 
     def add_start(self, model: str, timeline: list[str]) -> None:
-        """What each process of a model's server did until it was ready."""
+        """What each process of a model's server did until it was ready, the second time."""
         self.values["start"][model] = timeline
+        print("\n".join(timeline), flush=True)
         self._write()
 
     def _write(self) -> None:
@@ -209,9 +211,7 @@ class ModelBench:
         floor = self._floor(core.ready.dtype)
         # The first steps are traced, so the contexts are little more than the prompts.
         parts = floor.decode_parts_s(TRACED.batch, TRACED.input_len + TRACED_STEPS) if floor else {}
-        shares = trace.where_the_time_goes(kernels, num_steps, parts)
-        self.results.add_time(self.name, shares)
-        print(time_table(shares), flush=True)
+        self.results.add_time(self.name, trace.where_the_time_goes(kernels, num_steps, parts))
         return [100 * trace.idle_share(kernels)]
 
     def _invariant_cost(self, core: "EngineCore") -> list[float]:
@@ -240,9 +240,7 @@ class ModelBench:
                     if figure is figures.START_AGAIN:
                         for load in loads:
                             self._load(load, url, name, model, floor)
-            timeline = start_timeline(log.read_text(errors="replace"))
-            self.results.add_start(self.name, timeline)
-            print("\n".join(timeline))
+            self.results.add_start(self.name, start_timeline(log.read_text(errors="replace")))
 
     def _load(self, load: Serving, url: str, name: str, model: ModelConfig, floor: Floor | None) -> None:
         requests = load.make(model.vocab_size)
@@ -300,15 +298,6 @@ def start_timeline(log: str) -> list[str]:
     _, found, after = log.partition("\nstart-up\n")
     assert found, log
     return list(itertools.takewhile(lambda line: re.match(r"process|api|engine", line), after.splitlines()))
-
-
-def time_table(shares: list[trace.Share]) -> str:
-    """Where the time of a step goes: one line a part, and their sum."""
-    columns = ["part", "us a step", "floor", "launches", "kernels"]
-    rows = [[s.part, s.us, s.floor_us, round(s.launches), ", ".join(s.kernels)] for s in shares]
-    floors = [share.floor_us for share in shares if share.floor_us is not None]
-    total = ["all", sum(share.us for share in shares), sum(floors) if floors else None]
-    return markdown_table(columns, [*rows, [*total, round(sum(share.launches for share in shares)), ""]])
 
 
 def check_tokens(engine: EngineConfig, results: Results) -> bool:

@@ -142,7 +142,12 @@ def speed_row(
 def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed(tmp_path: Path):
     rows = [speed_row("a", 3.5, 3.6, True), speed_row("b", 3.71, 3.6, False), speed_row("c", 9.0, None, None, "small")]
     env = {"gpu": "NVIDIA H200", "driver": "580", "torch": "2.11.0", "command": "python -m bench.speed big small"}
-    (tmp_path / "h200-speed.json").write_text(json.dumps({"kind": "speed", "environment": env, "rows": rows}))
+    shares = [
+        {"part": "o", "us": 6.5, "floor_us": 5.0, "launches": 2.0, "kernels": ["gemm", "splitK"]},
+        {"part": "idle", "us": 0.25, "floor_us": None, "launches": 0.0, "kernels": []},
+    ]
+    values = {"kind": "speed", "environment": env, "rows": rows, "time": {"big": shares}, "start": {"big": ["api all"]}}
+    (tmp_path / "h200-speed.json").write_text(json.dumps(values))
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.BEGIN}\n{report.END}\n# Speed\n{report.SPEED_BEGIN}\nold\n{report.SPEED_END}\nEnd\n")
 
@@ -155,6 +160,9 @@ def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed
     assert "| b | 3.71 | ms | 3.20 | 4.85 | 3.60 | **missed** |" in once
     assert "| c | 9.00 | ms | 3.20 | 4.85 | - |  |" in once
     assert once.index("| big, bfloat16") < once.index("| b |") < once.index("| small, bfloat16")
+    assert "| o | 6.50 | 5.00 | 2 | gemm, splitK |" in once
+    assert "| all | 6.75 | 5.00 | 2 |  |" in once
+    assert "```text\napi all\n```" in once
     assert "NVIDIA H200, driver 580, torch 2.11.0; revision 012345678:" in once
     assert "old" not in once
     assert once.endswith(f"{report.SPEED_END}\nEnd\n")
