@@ -28,22 +28,27 @@ MAX_TOKENS = 64
 NUM_ALONE = 6  # prompts that are also answered alone
 ARRIVAL_STEPS = 3  # between two prompts of a mixed batch
 SMALL_CHUNK = 48  # tokens: longer prompts are computed in several steps, beside decodes
-# An fp8 cache rounds keys and values to 3 bits of mantissa where bf16 keeps 7, so logits differ by more than rounding
-# to bf16 explains. In plain torch on a CPU, 98 % of the default model's tokens are still the best ones, and the worst
-# is 7 bf16 ulps below; kernels that add in another order are allowed about twice that, which is 2.0 for a logit of 20.
-MAX_FP8_TIE_ULPS = 16.0
+# An fp8 cache rounds keys and values to 3 bits of mantissa where bf16 keeps 7, so tokens that are nearly as likely
+# change places more often than rounding to bf16 explains. Of the default model's 1,536 tokens on a CPU, 3.3 % are not
+# the best (2.3 % in plain torch; 0.5 % with a bf16 cache). A cache that is read wrongly shows in most of them.
+MAX_FP8_OTHER_PERCENT = 5.0
 # A request's tokens, and with each the log probability it was drawn with, where asked for.
 Answer = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True)
 class ModeParity:
-    """How many of a mode's answers are as they should be."""
+    """What was found in one mode: right up to the limit."""
 
     mode: str
-    num_answers: int
-    num_wrong: int
+    value: float
+    unit: str
+    limit: float
     note: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.value <= self.limit
 
 
 @dataclass(frozen=True)
@@ -55,16 +60,30 @@ class Reference:
     prompts: list[list[int]]
     answers: list[list[int]]
 
-    def check(self, mode: str, tokens: list[list[int]], max_tie_ulps: float | None = None) -> ModeParity:
-        """Hold a mode's tokens against the reference."""
-        results = [
-            compare(ours, theirs, transformers_logits(self.model, prompt, ours), self.dtype, max_tie_ulps)
+    def check(self, mode: str, tokens: list[list[int]]) -> ModeParity:
+        """How many of the answers in this mode hold a token that rounding does not explain."""
+        results = self._compare(tokens)
+        verdicts = [result["verdict"] for result in results]
+        limit, worst = MAX_TIE_ULPS[self.dtype], max(result["worst_ulps"] for result in results)
+        note = f"{verdicts.count('equal')} equal, {verdicts.count('tie')} ties within {limit:g} ulps, worst {worst:.1f}"
+        return ModeParity(_name(mode), verdicts.count("error"), f"wrong of {len(results)}", 0, note)
+
+    def check_roughly(self, mode: str, tokens: list[list[int]]) -> ModeParity:
+        """How many of all tokens in this mode are not the best one after the tokens before them."""
+        results = self._compare(tokens)
+        num_other, num_tokens = (sum(result[key] for result in results) for key in ("num_other", "num_tokens"))
+        note = f"{num_other} of {num_tokens} tokens, worst {max(result['worst_ulps'] for result in results):.1f} ulps"
+        return ModeParity(_name(mode), 100 * num_other / num_tokens, "% not the best", MAX_FP8_OTHER_PERCENT, note)
+
+    def _compare(self, tokens: list[list[int]]) -> list[dict[str, Any]]:
+        return [
+            compare(ours, theirs, transformers_logits(self.model, prompt, ours), self.dtype)
             for prompt, ours, theirs in zip(self.prompts, tokens, self.answers, strict=True)
         ]
-        verdicts = [result["verdict"] for result in results]
-        limit, worst = max_tie_ulps or MAX_TIE_ULPS[self.dtype], max(result["worst_ulps"] for result in results)
-        note = f"{verdicts.count('equal')} equal, {verdicts.count('tie')} ties within {limit:g} ulps, worst {worst:.1f}"
-        return ModeParity(f"tokens as transformers': {mode}", len(results), verdicts.count("error"), note)
+
+
+def _name(mode: str) -> str:
+    return f"tokens as transformers': {mode}"
 
 
 def check_modes(engine: EngineConfig) -> Iterator[ModeParity]:
@@ -81,7 +100,7 @@ def check_modes(engine: EngineConfig) -> Iterator[ModeParity]:
     core.max_in_flight = 1
     yield reference.check("one step in flight", greedy(core, prompts, "one"))
     yield reference.check("no CUDA graphs", greedy(start(engine, enforce_eager=True), prompts))
-    yield reference.check("fp8 KV cache", greedy(start(engine, kv_cache_dtype="fp8"), prompts), MAX_FP8_TIE_ULPS)
+    yield reference.check_roughly("fp8 KV cache", greedy(start(engine, kv_cache_dtype="fp8"), prompts))
     yield from _check_invariant(engine, reference)
     yield reference.check("our CPU kernels", greedy(start(engine, device="cpu"), prompts))
 
@@ -107,7 +126,7 @@ def _check_invariant(engine: EngineConfig, reference: Reference) -> Iterator[Mod
 def same(mode: str, answers: list[Answer], others: list[Answer]) -> ModeParity:
     """Bit for bit."""
     wrong = sum(answer != other for answer, other in zip(answers, others, strict=True))
-    return ModeParity(mode, len(answers), wrong, "tokens and log probabilities, bit for bit")
+    return ModeParity(mode, wrong, f"wrong of {len(answers)}", 0, "tokens and log probabilities, bit for bit")
 
 
 def load_reference(engine: EngineConfig) -> Reference:

@@ -40,6 +40,7 @@ class PromptParity:
     prompt: str
     num_prompt_tokens: int
     num_tokens: int
+    num_other: int  # tokens of ours that are not transformers' best ones there
     first_difference: int | None  # index of the output token; None: all equal to `generate`
     difference_ulps: float | None  # between the two candidates there, in transformers' logits
     worst_ulps: float  # over all positions: how far our token is below transformers' best one
@@ -47,13 +48,8 @@ class PromptParity:
     verdict: str  # "equal", "tie" or "error"
 
 
-def compare(
-    ours: list[int], theirs: list[int], logits: "torch.Tensor", dtype: str, max_tie_ulps: float | None = None
-) -> dict[str, Any]:
-    """The parity of one prompt. `logits` [len(ours), vocab] are transformers', each row after our tokens before it.
-
-    max_tie_ulps: in place of what rounding to `dtype` explains.
-    """
+def compare(ours: list[int], theirs: list[int], logits: "torch.Tensor", dtype: str) -> dict[str, Any]:
+    """The parity of one prompt. `logits` [len(ours), vocab] are transformers', each row after our tokens before it."""
     best, _ = logits.max(dim=-1)
     gaps = (best - logits[range(len(ours)), ours]).tolist()
     ulps = [gap / ulp(top, dtype) for gap, top in zip(gaps, best.tolist(), strict=True)]
@@ -63,10 +59,11 @@ def compare(
     if first is not None:  # the tokens before it are equal, so this row is what `generate` saw too
         gap = abs(float(logits[first, theirs[first]] - logits[first, ours[first]]))
         difference = gap / ulp(float(best[first]), dtype)
-    limit = max_tie_ulps or MAX_TIE_ULPS[dtype]
+    limit = MAX_TIE_ULPS[dtype]
     is_error = ulps[worst] > limit or (difference is not None and difference > limit)
     return {
         "num_tokens": len(ours),
+        "num_other": sum(gap > 0 for gap in gaps),
         "first_difference": first,
         "difference_ulps": difference,
         "worst_ulps": ulps[worst],

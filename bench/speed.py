@@ -5,7 +5,7 @@
 MODEL is a folder with a config.json and a tokenizer; its weights are random ones. For each model the figures of
 bench/figures.py are measured on an engine in this process and then on a server, and every one is written as soon as it
 is there, beside its floor, the peer's and the target. A second run with another --only adds its rows to the same file.
-Exit codes: 0 measured, 3 a token was wrong (nothing is measured then), 1 it could not run.
+Exit codes: 0 measured, 3 a token was wrong (nothing is measured then), 1 something could not be measured.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -132,18 +133,23 @@ class ModelBench:
             names.add(figures.MIXED.title)
         return {name: goal for name, goal in goals.items() if name in names}
 
-    def run(self) -> None:
-        """Measure, and add a row for every figure."""
-        plain: list[Measurement] = [
+    def measure_engine(self) -> None:
+        """All figures of the plain engine."""
+        measurements: list[Measurement] = [
             *(((decode.figure,), partial(self._decode, decode)) for decode in figures.DECODES),
             ((figures.IDLE,), self._idle),
             *(((prompt.first, prompt.again), partial(_prompt, prompt)) for prompt in figures.PROMPTS),
             *(((run.figure,), partial(_run, run)) for run in figures.RUNS),
         ]
-        self._measure(plain)
-        self._serve()
-        fp8 = figures.FP8_DECODE
-        self._measure([((fp8.figure,), partial(self._decode, fp8))], kv_cache_dtype="fp8")
+        self._measure(measurements)
+
+    def measure_fp8(self) -> None:
+        """An engine with an fp8 KV cache."""
+        decode = figures.FP8_DECODE
+        self._measure([((decode.figure,), partial(self._decode, decode))], kv_cache_dtype=decode.kv_cache_dtype)
+
+    def measure_invariant(self) -> None:
+        """What batch invariance costs, in an engine that has it."""
         self._measure([((figures.INVARIANT_COST,), self._invariant_cost)], batch_invariant=True)
 
     def _measure(self, measurements: list[Measurement], **flags: Any) -> None:
@@ -151,8 +157,6 @@ class ModelBench:
         wanted = [each for each in measurements if any(figure.name in self.goals for figure in each[0])]
         if not wanted:
             return
-        import torch
-
         from engine.core import EngineCore
 
         try:
@@ -166,9 +170,6 @@ class ModelBench:
         for own_figures, measure in wanted:
             for figure, value in zip(own_figures, measure(core), strict=True):
                 self._add(figure, value, core.ready.dtype, floor)
-        del core
-        gc.collect()
-        torch.cuda.empty_cache()  # the next engine, or the server, needs the room
 
     def _add(
         self, figure: Figure, value: float, dtype: str, floor: Floor | None, reasons: list[str] | None = None
@@ -221,7 +222,7 @@ class ModelBench:
         plain = next(r for r in rows if (r["figure"], r["model"]) == (figures.MIXED.title, self.name))
         return [100 * (1 - plain["value"] / seconds)]
 
-    def _serve(self) -> None:
+    def measure_server(self) -> None:
         """Start a server where nothing is compiled, start it again, and load it."""
         starts = figures.START_FIRST, figures.START_AGAIN
         loads = [load for load in figures.SERVINGS if any(f.name in self.goals for f in load.figures.values())]
@@ -253,9 +254,10 @@ class ModelBench:
 
 def _cached_requests(core: "EngineCore", decode: Decode) -> list[BenchRequest]:
     """Requests whose prompts are in the prefix cache, so that all of them begin to decode in the same step."""
+    largest = max(other.batch for other in (*figures.DECODES, decode))
     # The token that ends the prompt's step is not one of the decode steps.
     lengths = {"input_len": decode.input_len, "output_len": decode.output_len + 1}
-    requests = random_requests(decode.batch, **lengths, vocab_size=core.ready.vocab_size, seed=decode.batch)
+    requests = random_requests(largest, **lengths, vocab_size=core.ready.vocab_size, seed=0)[: decode.batch]
     throughput.measure(core, [replace(request, output_len=WARM_UP_TOKENS) for request in requests])
     return requests
 
@@ -304,20 +306,16 @@ def check_tokens(engine: EngineConfig, results: Results) -> bool:
     """Add a row for every mode of the engine; are all tokens right? Raises UserError where that cannot be told."""
     if importlib.util.find_spec("transformers") is None:
         raise UserError("the tokens cannot be checked without transformers: install it, or use --no-parity")
-    import torch
-
     from bench.modes import check_modes
     from engine.hub import resolve_model
 
     path = resolve_model(engine.model)
     is_right = True
     for mode in check_modes(engine):
-        met = mode.num_wrong == 0
-        is_right = is_right and met
-        unit = f"wrong of {mode.num_answers}"
-        results.add(Row(mode.mode, path.stem, "bfloat16", mode.num_wrong, unit, target=0, met=met, note=mode.note))
-    gc.collect()
-    torch.cuda.empty_cache()
+        is_right = is_right and mode.is_right
+        met, note = mode.is_right, mode.note
+        results.add(Row(mode.mode, path.stem, "bfloat16", mode.value, mode.unit, target=mode.limit, met=met, note=note))
+    _free_memory()
     return is_right
 
 
@@ -326,8 +324,6 @@ def measure_kernels(results: Results, only: re.Pattern[str]) -> None:
     wanted = {(roofline.op, roofline.shape): roofline for roofline in figures.ROOFLINES if only.search(roofline.name)}
     if not wanted:
         return
-    import torch
-
     from bench import kernels
 
     is_known = find_ceilings(results.values["environment"]["gpu"]) is not None
@@ -340,7 +336,6 @@ def measure_kernels(results: Results, only: re.Pattern[str]) -> None:
             met = us <= goal.target if goal.target else None
             floor = roofline.floor_us(work) if is_known else None
             results.add(Row(roofline.name, "kernels", "bfloat16", us, "us", floor, goal.peer, goal.target, met))
-            torch.cuda.empty_cache()
 
 
 def default_output(gpu: str) -> Path:
@@ -355,27 +350,57 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="only figures whose name holds this pattern")
     parser.add_argument("--no-parity", action="store_true", help="leave out the check of the tokens")
     parser.add_argument("--output", type=Path, help="default: bench/results/GPU-speed.json")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the last model's trace: .json or .json.gz")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the first model's trace: .json or .json.gz")
     options = parser.parse_args(arguments)
-    env = environment()
+    started, env = time.perf_counter(), environment()
     try:
         if env["gpu"] is None:
             raise UserError("speed is measured on a GPU, and nvidia-smi sees none here")
+        for path in options.models:
+            if not (path / "config.json").is_file():
+                raise UserError(f"{path} is no model folder: it has no config.json")
         results = Results(options.output or default_output(env["gpu"]), env)
         if not options.no_parity and not check_tokens(EngineConfig(dtype="bfloat16"), results):
             print(f"bench.speed: tokens are wrong, nothing is measured: see {results.path}", file=sys.stderr)
             return EXIT_WRONG
-        measure_kernels(results, re.compile(options.only))
-        for path in options.models:
-            if not (path / "config.json").is_file():
-                raise UserError(f"{path} is no model folder: it has no config.json")
-            engine = EngineConfig(model=str(path.resolve()), load_format="dummy", skip_tokenizer_init=True)
-            ModelBench(engine, results, re.compile(options.only), options.trace).run()
     except UserError as error:
         print(f"bench.speed: {error}", file=sys.stderr)
         return 1
+    only = re.compile(options.only)
+    benches: list[ModelBench] = []
+    for path in options.models:
+        engine = EngineConfig(model=str(path.resolve()), load_format="dummy", skip_tokenizer_init=True)
+        benches.append(ModelBench(engine, results, only, None if benches else options.trace))
+    # What most figures hang on comes first, should the run be cut off.
+    parts: list[Callable[[], None]] = []
+    parts += [part for bench in benches for part in (bench.measure_engine, bench.measure_server)]
+    parts += [part for bench in benches for part in (bench.measure_fp8, bench.measure_invariant)]
+    parts.append(partial(measure_kernels, results, only))
+    num_failed = sum(not _succeeds(part) for part in parts)
     print(f"\n{speed_table(results.values['rows'])}\n\n{results.path}")
-    return 0
+    print(f"took {time.perf_counter() - started:.0f} s, {num_failed} parts failed")
+    return 1 if num_failed else 0
+
+
+def _succeeds(part: Callable[[], None]) -> bool:
+    """Run a part; its failure is told, and does not keep the others from being measured."""
+    try:
+        part()
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        print(f"bench.speed: {error}", file=sys.stderr)
+        return False
+    finally:
+        _free_memory()
+    return True
+
+
+def _free_memory() -> None:
+    """Give back what an engine in this process has left, for the next engine or a server."""
+    gc.collect()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def test_two_candidates_within_rounding_are_a_tie():
     result = parity.compare([0, 1], [0, 0], logits([20.0, 1.0], [20.0, 19.875]), "bfloat16")
 
     assert result["verdict"] == "tie"
-    assert result["first_difference"] == 1
+    assert (result["first_difference"], result["num_other"]) == (1, 1)
     assert result["difference_ulps"] == 1.0  # between 16 and 32 a bf16 number's neighbour is 0.125 away
 
 
@@ -41,7 +41,7 @@ def test_a_bad_token_after_a_tie_is_an_error():
     result = parity.compare(tokens, theirs, logits([20.0, 19.875], [5.0, 1.0], [20.0, 2.0]), "bfloat16")
 
     assert result["verdict"] == "error"
-    assert (result["first_difference"], result["worst_position"]) == (0, 2)
+    assert (result["first_difference"], result["worst_position"], result["num_other"]) == (0, 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from bench import figures, kernels, speed
 from bench.figures import GOALS, Decode, Goal, Prompt, Run, Serving
 from bench.floor import H200, Floor
+from bench.modes import ModeParity
 from bench.speed import ModelBench, Results, Row
 from bench.workloads import random_requests
 from engine.config import EngineConfig
@@ -172,7 +173,7 @@ def test_a_tiny_model_is_measured_on_an_engine(tiny_checkpoint, tmp_path: Path, 
     )
     bench = make_bench(path, tmp_path / "speed.json", "decode step, batch [24]$|^prompt|few")
 
-    bench.run()
+    bench.measure_engine()
 
     rows = bench.results.values["rows"]
     assert [row["figure"] for row in rows] == [
@@ -191,7 +192,7 @@ def test_a_tiny_model_is_measured_through_a_server_that_is_started_twice(tiny_ch
     path = tiny_checkpoint("llama", max_position_embeddings=2048)
     bench = make_bench(path, tmp_path / "speed.json", "serving|process start")
 
-    bench.run()
+    bench.measure_server()
 
     rows = {row["figure"]: row for row in bench.results.values["rows"]}
     assert list(rows) == [
@@ -209,3 +210,54 @@ def test_a_tiny_model_is_measured_through_a_server_that_is_started_twice(tiny_ch
     sums = [float(line.split()[-1]) for line in timeline if line.split()[1] == "all"]
     assert len(sums) == 2
     assert sums[0] == sums[1] <= rows["process start to first answer, again"]["value"]
+
+
+def test_a_part_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(speed, "environment", lambda: {"gpu": "NVIDIA H200", "git_revision": "r", "date": "d"})
+    seen = []
+
+    def measure_engine(bench: ModelBench) -> None:
+        seen.append(bench.name)
+        raise RuntimeError("the GPU is on fire")
+
+    for name in ("measure_server", "measure_fp8", "measure_invariant"):
+        monkeypatch.setattr(ModelBench, name, lambda bench: seen.append(bench.name))
+    monkeypatch.setattr(ModelBench, "measure_engine", measure_engine)
+    models = [tmp_path / "big", tmp_path / "small"]
+    for model in models:
+        model.mkdir()
+        (model / "config.json").touch()
+
+    code = speed.main([*map(str, models), "--no-parity", "--only", "^$", "--output", str(tmp_path / "speed.json")])
+
+    assert code == 1
+    assert seen == ["big", "big", "small", "small", "big", "big", "small", "small"]
+    told = capsys.readouterr()
+    assert "the GPU is on fire" in told.err
+    assert "2 parts failed" in told.out
+
+
+def test_wrong_tokens_keep_speed_from_being_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(speed, "environment", lambda: {"gpu": "NVIDIA H200", "git_revision": "r", "date": "d"})
+    modes = [ModeParity("right", 0, "wrong of 2", 0, "fine"), ModeParity("fp8", 6.0, "% not the best", 5.0, "bad")]
+    monkeypatch.setattr("bench.modes.check_modes", lambda engine: iter(modes))
+    monkeypatch.setattr("engine.hub.resolve_model", lambda name: Path("default.gguf"))
+    monkeypatch.setattr(speed, "measure_kernels", lambda results, only: pytest.fail("measured"))
+
+    code = speed.main(["--output", str(tmp_path / "speed.json")])
+
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert code == 3
+    assert [(row["figure"], row["value"], row["target"], row["met"]) for row in rows] == [
+        ("right", 0, 0, True),
+        ("fp8", 6.0, 5.0, False),
+    ]
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(speed, "environment", lambda: {"gpu": None})
+
+    assert speed.main([]) == 1
+    assert "nvidia-smi sees none" in capsys.readouterr().err
