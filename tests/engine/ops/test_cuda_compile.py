@@ -73,8 +73,7 @@ def test_a_spill_would_be_found(monkeypatch, arch):
 
 def test_every_kernel_file_is_compiled():
     files = {path.relative_to(kernels_folder()).as_posix() for path in kernels_folder().rglob("*.cu")}
-    assert {build.file for build in BUILDS if build.arch == "sm_90a"} == files
-    assert {build.file for build in BUILDS if build.arch == "sm_80"} == {f for f in files if "sm90" not in f}
+    assert {build.file for build in BUILDS} == files  # for each GPU, what models run on there
 
 
 def test_a_second_build_comes_from_the_cache(monkeypatch, tmp_path):
