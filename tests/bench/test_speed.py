@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bench.modes import ModeParity
 from bench.speed import ModelBench, Results, Row
 from bench.workloads import random_requests
 from engine.config import EngineConfig
+from engine.core import EngineCore
 from engine.model_config import ModelConfig
 
 LLAMA_8B = {
@@ -185,6 +187,22 @@ def test_a_tiny_model_is_measured_on_an_engine(tiny_checkpoint, tmp_path: Path, 
     ]
     assert all(row["value"] > 0 and row["dtype"] == "float32" and row["met"] is None for row in rows)
     assert rows[3]["value"] < rows[2]["value"]
+
+
+def test_an_engine_is_gone_when_its_part_has_ended(tiny_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    engines = []
+
+    def prompt(prompt: Prompt, core: EngineCore) -> list[float]:
+        engines.append(weakref.ref(core.worker.model))
+        raise RuntimeError("in the middle of it")
+
+    monkeypatch.setattr(speed, "_prompt", prompt)
+    bench = make_bench(
+        tiny_checkpoint("llama", max_position_embeddings=2048), tmp_path / "speed.json", "^prompt of 512"
+    )
+
+    assert not speed._succeeds(bench.measure_engine)
+    assert [engine() for engine in engines] == [None]
 
 
 def test_a_tiny_model_is_measured_through_a_server_that_is_started_twice(tiny_checkpoint, tmp_path: Path, monkeypatch):
