@@ -3,14 +3,10 @@
 // A thread makes 16 bytes of y. Bound by bytes: three rows of dim move once each.
 // Built with SCALAR, the type of both tensors.
 #include "types.cuh"
+#include "activations.cuh"
 
 using Scalar = SCALAR;
 constexpr int kWidth = kVec<Scalar>;
-
-__device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
-__device__ inline float gelu_tanh(float x) {
-  return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-}
 
 // Grid: x = rows, y = the pieces of a row.
 template <float (&activate)(float)> __device__ inline void gate_row(Scalar* y, const Scalar* gate_up, int dim) {

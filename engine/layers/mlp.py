@@ -24,4 +24,5 @@ class MLP:
         self.down_proj.load(ckpt)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.gated_activation(self.gate_up_proj(x), self.activation))
+        gate_up = self.gate_up_proj
+        return self.down_proj(ops.gated_linear(x, gate_up.weight, gate_up.bias, self.activation))

@@ -10,6 +10,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return body(x).linear(x, weight, bias)
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """f(x · gateᵀ) · (x · upᵀ), f = silu or gelu_tanh (kind); both products with their bias.
+
+    x [rows, in], weight [2 · dim, in]: gate, then up; bias [2 · dim], result [rows, dim]
+    """
+    return body(x).gated_linear(x, weight, bias, kind)
+
+
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden · weightᵀ in float32: 16 bits would make ties of what lies close together.
 

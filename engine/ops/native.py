@@ -108,6 +108,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return gated_activation(linear(x, weight, bias), kind)
+
+
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     type_ = TYPES.get(hidden.dtype)
     if type_ is None or weight.dtype != hidden.dtype or not weight.is_contiguous():

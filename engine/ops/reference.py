@@ -31,6 +31,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return gated_activation(linear(x, weight, bias), kind)
+
+
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.float() @ weight.float().t()
 

@@ -20,6 +20,12 @@ __device__ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
 }
+// Arrive at the barrier that lies here in another block of the cluster.
+__device__ inline void barrier_arrive_in_block(Barrier& barrier, int rank) {
+  asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
+               ::"r"(shared_address(&barrier)), "r"(rank) : "memory");
+}
 // Wait for the end of the phase of this parity; the one before the first has parity 1 and is over.
 __device__ inline void barrier_wait(Barrier& barrier, u32 parity) {
   asm volatile(
@@ -52,6 +58,14 @@ struct alignas(64) TensorMap { u64 words[16]; };
 __device__ inline void copy_box(void* shared, const TensorMap& map, int row, int column, Barrier& barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)) : "memory");
+}
+// The same for all blocks of the cluster that have a bit in `blocks`: to the same place in each, where the barrier is too.
+__device__ inline void copy_box_to_blocks(void* shared, const TensorMap& map, int row, int column, Barrier& barrier,
+                                          u16 blocks) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+               " [%0], [%1, {%2, %3}], [%4], %5;"
+               ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)), "h"(blocks)
+               : "memory");
 }
 
 // Start the copy of one box of whole rows, from row 8 · `octet` on: they come in octets (below).

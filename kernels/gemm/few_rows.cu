@@ -1,7 +1,7 @@
 // y = x · weightᵀ + bias for the few rows of a decode step.   x [rows, in], weight [out, in], bias [out], y [rows, out] of
-// the same type, or of float.
+// the same type, or of float. Or gated (forms.cuh).
 //
-// Work: a block takes tiles of kOctets times eight outputs, all inputs of each. Its eight warps take turns at chunks of 64
+// Work: a block takes tiles of kOctets times eight outputs (gated: half of them gates), all inputs of each. Its eight warps take turns at chunks of 64
 // inputs; their sums are added in shared memory, always in the same order. Copies of the weight and of x go to a ring in
 // shared memory, far ahead and over the ends of tiles; each warp multiplies what it copied itself, so warps meet only where
 // a tile ends. The tensor cores see x as A (16 rows) and eight outputs as B. They may add up the inputs in any order: a lane
@@ -10,6 +10,7 @@
 //
 // Built with SCALAR (bf16 or f16), ROWS (8 or 16: the most it takes) and RING_BYTES (of shared memory).
 #include "types.cuh"
+#include "forms.cuh"
 
 using Scalar = SCALAR;
 constexpr int kWarps = 8;
@@ -25,14 +26,15 @@ template <int kOctets> constexpr int kStages = kStagesThatFit<kOctets> > 0 ? kSt
 template <int kOctets> struct Ring {
   uint4* shared;  // [kStages][kOctets + kHalves][kWarps][8 rows][kPieces]
   const Scalar *weight, *x;
-  int rows, in, out, num_steps, num_tiles;
+  int rows, in, out, num_steps, num_tiles;  // out: rows of the weight
+  bool is_gated;
   int tile, step;
 
   __device__ void copy_weight(int stage) const {
     if (tile >= num_tiles) return;
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet)
-      copy_eight_rows(at(stage, octet), weight, (tile * kOctets + octet) * 8, out);
+      copy_eight_rows(at(stage, octet), weight, first_output(octet), out);
   }
   __device__ void copy_x(int stage) const {
     if (tile >= num_tiles) return;
@@ -50,6 +52,11 @@ template <int kOctets> struct Ring {
   }
 
  private:
+  __device__ int first_output(int octet) const {
+    constexpr int kHalf = kOctets / 2;
+    if (!is_gated) return (tile * kOctets + octet) * 8;
+    return (tile * kHalf + octet % kHalf) * 8 + (octet < kHalf ? 0 : out / 2);
+  }
   __device__ uint4* at(int stage, int part) const {
     return shared + ((stage * (kOctets + kHalves) + part) * kWarps + threadIdx.x / 32) * 8 * kPieces;
   }
@@ -68,10 +75,10 @@ template <int kOctets> struct Ring {
   }
 };
 
-// Add the warps' sums of a tile and write them.
+// Add the warps' sums of a tile and write them.   out: columns of y
 template <int kOctets>
-__device__ inline void write_tile(const float (&sums)[kOctets][4], void* y, int y_is_float, const Scalar* bias, int rows,
-                                  int out, int tile) {
+__device__ inline void write_tile(const float (&sums)[kOctets][4], void* y, Form form, const Scalar* bias, int rows, int out,
+                                  int tile) {
   __shared__ float2 parts[kWarps][kOctets * kHalves * 32];
 #pragma unroll
   for (int octet = 0; octet < kOctets; ++octet)
@@ -80,17 +87,26 @@ __device__ inline void write_tile(const float (&sums)[kOctets][4], void* y, int 
       parts[threadIdx.x / 32][(octet * kHalves + half) * 32 + threadIdx.x % 32] =
           make_float2(sums[octet][2 * half], sums[octet][2 * half + 1]);
   __syncthreads();
-  for (int at = threadIdx.x; at < kOctets * kHalves * 32; at += kThreads) {
-    const int row = at / 32 % kHalves * 8 + at % 32 / 4, column = (tile * kOctets + at / (32 * kHalves)) * 8 + at % 4 * 2;
-    if (row >= rows || column >= out) continue;
-    float2 sum = bias ? unpack<Scalar>(*reinterpret_cast<const u32*>(bias + column)) : make_float2(0.0f, 0.0f);
+  const auto total = [&](int at, int output) {
+    float2 sum = bias ? unpack<Scalar>(*reinterpret_cast<const u32*>(bias + output)) : make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
       sum.x += parts[warp][at].x;
       sum.y += parts[warp][at].y;
     }
+    return sum;
+  };
+  const int octets = is_gated(form) ? kOctets / 2 : kOctets;
+  for (int at = threadIdx.x; at < octets * kHalves * 32; at += kThreads) {
+    const int row = at / 32 % kHalves * 8 + at % 32 / 4, column = (tile * octets + at / (32 * kHalves)) * 8 + at % 4 * 2;
+    if (row >= rows || column >= out) continue;
+    float2 sum = total(at, column);
+    if (is_gated(form)) {
+      const float2 up = total(at + octets * kHalves * 32, out + column);
+      sum = make_float2(gated(form, sum.x, up.x), gated(form, sum.y, up.y));
+    }
     const i64 target = static_cast<i64>(row) * out + column;
-    if (y_is_float) *reinterpret_cast<float2*>(static_cast<float*>(y) + target) = sum;
+    if (form == kFloat) *reinterpret_cast<float2*>(static_cast<float*>(y) + target) = sum;
     else *reinterpret_cast<u32*>(static_cast<Scalar*>(y) + target) = pack<Scalar>(sum.x, sum.y);
   }
   __syncthreads();  // before the next tile's sums
@@ -98,13 +114,13 @@ __device__ inline void write_tile(const float (&sums)[kOctets][4], void* y, int 
 
 // Grid: as many blocks as run at once; they take the tiles in turns.
 template <int kOctets>
-__device__ inline void multiply(void* y, int y_is_float, const Scalar* x, const Scalar* weight, const Scalar* bias, int rows,
-                                int in, int out) {
+__device__ inline void multiply(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, Form form, int rows, int in,
+                                int out) {
   extern __shared__ uint4 shared[];
   // Stages filled before x is waited for. The rest is asked for after x, and keeps the memory busy until x has come.
   constexpr int kEarly = kStages<kOctets> * 7 / 8;
   const int num_steps = ceil_div(in, kWarps * kChunk), num_tiles = ceil_div(out, 8 * kOctets), first_tile = blockIdx.x;
-  Ring<kOctets> ring{shared, weight, x, rows, in, out, num_steps, num_tiles, first_tile, 0};
+  Ring<kOctets> ring{shared, weight, x, rows, in, out, num_steps, num_tiles, is_gated(form), first_tile, 0};
 #pragma unroll 1
   for (int stage = 0; stage < kEarly; ++stage, ring.advance()) ring.copy_weight(stage);
   start_dependents();
@@ -145,23 +161,23 @@ __device__ inline void multiply(void* y, int y_is_float, const Scalar* x, const 
       ring.advance();
       stage = stage + 1 < kStages<kOctets> ? stage + 1 : 0;
     }
-    write_tile<kOctets>(sums, y, y_is_float, bias, rows, out, tile);
+    write_tile<kOctets>(sums, y, form, bias, rows, is_gated(form) ? out / 2 : out, tile);
   }
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-few_rows_2(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int y_is_float, int rows, int in, int out) {
-  multiply<2>(y, y_is_float, x, weight, bias, rows, in, out);
+few_rows_2(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
+  multiply<2>(y, x, weight, bias, static_cast<Form>(form), rows, in, out);
 }
 extern "C" __global__ void __launch_bounds__(kThreads)
-few_rows_4(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int y_is_float, int rows, int in, int out) {
-  multiply<4>(y, y_is_float, x, weight, bias, rows, in, out);
+few_rows_4(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
+  multiply<4>(y, x, weight, bias, static_cast<Form>(form), rows, in, out);
 }
 extern "C" __global__ void __launch_bounds__(kThreads)
-few_rows_6(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int y_is_float, int rows, int in, int out) {
-  multiply<6>(y, y_is_float, x, weight, bias, rows, in, out);
+few_rows_6(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
+  multiply<6>(y, x, weight, bias, static_cast<Form>(form), rows, in, out);
 }
 extern "C" __global__ void __launch_bounds__(kThreads)
-few_rows_8(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int y_is_float, int rows, int in, int out) {
-  multiply<8>(y, y_is_float, x, weight, bias, rows, in, out);
+few_rows_8(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
+  multiply<8>(y, x, weight, bias, static_cast<Form>(form), rows, in, out);
 }

@@ -1,18 +1,26 @@
-"""Matrix products."""
+"""Matrix products: gemm/few_rows.cu for up to 16 rows, gemm/many_rows.cu on Hopper beyond, cuBLAS for the rest."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.errors import UserError
+from engine.ops import launcher
 from engine.ops.compiler import Build
 from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
+from engine.ops.cuda.rows import gated_activation
 
+FORMS = ("plain", "float", "silu", "gelu_tanh")  # of a product's result, as in gemm/forms.cuh
+GATED_FORMS = FORMS[2:]
 FEW_ROWS = (8, 16)  # builds of gemm/few_rows.cu, by the most rows they take
 FEW_ROWS_OCTETS = (2, 4, 6, 8)  # its kernels, by the eights of outputs in a tile
-
+MANY_ROWS = (16, 32, 64, 128)  # builds of gemm/many_rows.cu, by the rows of a tile
+MANY_ROWS_SHARED_BYTES = 227 << 10  # of a block of it: all that Hopper has
 
 _is_batch_invariant = False
 
@@ -24,9 +32,13 @@ def use_batch_invariant(is_on: bool) -> None:
 
 
 def builds(arch: str, dtype: torch.dtype) -> Iterator[Build]:
-    if dtype is not torch.float32:
-        for rows in FEW_ROWS:
-            yield few_rows_build(arch, dtype, rows)
+    if dtype is torch.float32:
+        return
+    for rows in FEW_ROWS:
+        yield few_rows_build(arch, dtype, rows)
+    if arch == "sm_90a":
+        for rows in MANY_ROWS:
+            yield many_rows_build(arch, dtype, rows)
 
 
 def few_rows_build(arch: str, dtype: torch.dtype, rows: int) -> Build:
@@ -34,18 +46,36 @@ def few_rows_build(arch: str, dtype: torch.dtype, rows: int) -> Build:
     return define_build(arch, "gemm/few_rows.cu", ring_bytes, scalar=dtype, rows=rows, ring_bytes=ring_bytes)
 
 
+def many_rows_build(arch: str, dtype: torch.dtype, rows: int) -> Build:
+    block_bytes = MANY_ROWS_SHARED_BYTES
+    return define_build(arch, "gemm/many_rows.cu", block_bytes, scalar=dtype, rows=rows, block_bytes=block_bytes)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    octets = _octets(x, weight)
-    return _few_rows(octets, x, weight, bias, x.dtype) if octets else F.linear(x, weight, bias)
+    return _product(x, weight, bias, "plain")
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return _product(x, weight, bias, kind)
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    octets = _octets(hidden, weight)
-    if octets:
-        return _few_rows(octets, hidden, weight, None, torch.float32)
-    if hidden.dtype is torch.float32:
-        return torch.mm(hidden, weight.t())
-    return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return _product(hidden, weight, None, "float")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How gemm/many_rows.cu cuts a product up: into tiles of `rows` rows of x and `parts` times `height` outputs."""
+
+    rows: int
+    groups: int  # warpgroups that compute, each up to 64 outputs of each part
+    parts: int
+    height: int
+    cluster: int = 1  # blocks that bring the weight together, for as many row tiles
+
+    def num_units(self, num_rows: int, out: int) -> int:
+        """What clusters do at a time. out: rows of the weight."""
+        return -(-num_rows // (self.rows * self.cluster)) * -(-out // (self.parts * self.height))
 
 
 def few_rows_octets(num_rows: int, inputs: int, out: int, num_sms: int, ring_bytes: int) -> int:
@@ -67,25 +97,98 @@ def few_rows_ring_bytes(arch: str) -> int:
     return {"sm_80": 120 << 10, "sm_90a": 184 << 10, "sm_100a": 184 << 10}.get(arch, 64 << 10)
 
 
-def _octets(x: Tensor, weight: Tensor) -> int:
-    if x.dtype is torch.float32:
-        return 0
-    device = x.get_device()
-    return few_rows_octets(
-        len(x), x.shape[1], len(weight), kernels.num_sms(device), few_rows_ring_bytes(kernels.arch(device))
-    )
+def many_rows_tiling(num_rows: int, out: int, form: str, num_sms: int) -> Tiling:
+    """Tiles as high as may be of those that give all multiprocessors as much to do. Lower ones would read x too often.
+
+    out: rows of the weight.
+    """
+    columns, parts = (out // 2, 2) if form in GATED_FORMS else (out, 1)
+    if num_rows > MANY_ROWS[-1]:
+        return Tiling(MANY_ROWS[-1], 2, 2, 128, cluster=2)
+    groups = 1 if columns <= 64 * num_sms else 2
+    rounds = -(-columns // (64 * groups * num_sms))
+    height = -(-columns // (8 * rounds * num_sms)) * 8
+    rows = next(n for n in MANY_ROWS if num_rows <= n)
+    return Tiling(rows, groups, parts, max(height, 48 if parts == 2 else rows // 2, 16))
 
 
-def _few_rows(octets: int, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Reading the weight starts while the kernel launched last may still run: that one must not be what writes it."""
+def many_rows_pays(num_rows: int, out: int, form: str, num_sms: int) -> bool:
+    """Whether gemm/many_rows.cu is faster than cuBLAS (and the activation, which it saves).
+
+    Measured on an H200, in us, weights rotating in a graph; cuBLAS in brackets.
+
+    | inputs, out (of Llama 3.1 8B) | 32 rows | 64 | 128 | 256 | 1024 | 8192 |
+    |---|---|---|---|---|---|---|
+    | 4096, 28672 gated | 57 (65) | 58 (65) | 63 (72) | 94 (97) | 322 (337) | 2,835 (2,958) |
+    | 14336, 4096 | 31.9 (33.8) | 34.5 (35.8) | 48.8 (38.1) | | | |
+    | 4096, 6144 | 14.3 (16.3) | 15.4 (16.4) | 18.9 (16.6) | | | |
+    | 4096, 4096 | 11.6 (14.0) | 12.4 (12.6) | 15.8 (14.2) | | | |
+    | 4096, 128256 to float | 256 (270) | 262 (289) | 288 (290) | 447 (397) | | |
+    """
+    if num_rows <= 64:
+        return form != "plain" or num_rows <= 32 or out >= 28 * num_sms
+    if num_rows <= MANY_ROWS[-1]:
+        return form == "float" or (form in GATED_FORMS and out > 128 * num_sms)
+    turns = many_rows_tiling(num_rows, out, form, num_sms).num_units(num_rows, out) / (num_sms // 2)
+    return form in GATED_FORMS and turns / math.ceil(turns) > (0.84 if 192 < num_rows <= 256 else 0.94)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """x · weightᵀ + bias in one of FORMS: by whatever is fastest, or by the kernel whose rows do not know the batch."""
+    device, (num_rows, inputs), out = x.get_device(), x.shape, len(weight)
+    arch, num_sms, is_wide = kernels.arch(device), kernels.num_sms(device), x.dtype is torch.float32
+    is_aligned = inputs % 8 == 0 and out % {"float": 1, "plain": 8}.get(form, 16) == 0  # 16 bytes move at a time
+    if num_rows and is_aligned and not is_wide:
+        ring_bytes = few_rows_ring_bytes(arch)
+        octets = 0 if _is_batch_invariant else few_rows_octets(num_rows, inputs, out, num_sms, ring_bytes)
+        if octets:
+            return _few_rows(octets, x, weight, bias, form)
+        if arch == "sm_90a" and (_is_batch_invariant or many_rows_pays(num_rows, out, form, num_sms)):
+            return many_rows(many_rows_tiling(num_rows, out, form, num_sms), x, weight, bias, form)
+    if num_rows and _is_batch_invariant:
+        raise UserError(
+            "--batch-invariant knows products in bfloat16 and float16 whose rows are multiples of 16 bytes, "
+            f"not of {inputs} inputs and {out} outputs in {str(x.dtype).removeprefix('torch.')}: leave it out"
+        )
+    if form == "float" and not is_wide:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    y = F.linear(x, weight, bias)
+    return gated_activation(y, form) if form in GATED_FORMS else y
+
+
+def _new_result(x: Tensor, weight: Tensor, form: str) -> Tensor:
+    out = len(weight) // 2 if form in GATED_FORMS else len(weight)
+    return x.new_empty(len(x), out, dtype=torch.float32 if form == "float" else x.dtype)
+
+
+# Both kernels read the weight while the one launched last may still run: that one must not be what writes it.
+
+
+def _few_rows(octets: int, x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
     (num_rows, inputs), out = x.shape, len(weight)
-    y = x.new_empty(num_rows, out, dtype=dtype)
+    y = _new_result(x, weight, form)
     check_rows(x, weight)
     rows = next(n for n in FEW_ROWS if num_rows <= n)
     kernel(x, f"few_rows_{octets}", few_rows_build, x.dtype, rows)(
         (min(kernels.num_sms(x.get_device()), -(-out // (8 * octets))), 1, 1),
         256,
         *(y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias)),
-        *(dtype is torch.float32, num_rows, inputs, out),
+        *(FORMS.index(form), num_rows, inputs, out),
+    )
+    return y
+
+
+def many_rows(tiling: Tiling, x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    num_rows, inputs = x.shape
+    y = _new_result(x, weight, form)
+    check_rows(x, weight)
+    num_sms, num_units = kernels.num_sms(x.get_device()), tiling.num_units(num_rows, len(weight))
+    kernel(x, f"many_rows_{tiling.groups}x{tiling.parts}", many_rows_build, x.dtype, tiling.rows)(
+        (min(num_sms // tiling.cluster, num_units) * tiling.cluster, 1, 1),
+        128 * (tiling.groups + 1),
+        launcher.tensor_map(weight.data_ptr(), len(weight), inputs, tiling.height // tiling.cluster),
+        launcher.tensor_map(x.data_ptr(), num_rows, inputs, tiling.rows),
+        *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1], tiling.height),
+        cluster=tiling.cluster,
     )
     return y

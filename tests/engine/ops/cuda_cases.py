@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE
 from engine.ops import cuda, reference, sampling_line
+from engine.ops.cuda.gemm import GATED_FORMS, Tiling
 from engine.sampling_params import SamplingParams
 
 # ‖out - expected‖ / ‖expected‖ of a row
@@ -61,10 +62,7 @@ def check_gated_activation(device: str, dtype: torch.dtype, kind: str, rows: int
     gate_up = random(rows, 2 * dim, device=device, dtype=dtype, scale=3)
     with poisoned():
         y = cuda.gated_activation(gate_up, kind)
-    gate, up = gate_up.double().chunk(2, dim=-1)
-    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
-    activated = gate / (1 + torch.exp(-gate)) if kind == "silu" else gate / 2 * (1 + torch.tanh(inner))
-    assert_rows_close(y, activated * up, dtype)
+    assert_rows_close(y, _gated(gate_up, kind), dtype)
 
 
 def check_linear(device: str, dtype: torch.dtype, rows: int, inputs: int, out: int, has_bias: bool = False) -> None:
@@ -81,6 +79,54 @@ def check_linear(device: str, dtype: torch.dtype, rows: int, inputs: int, out: i
         wide = cuda.logits(x, weight)
     assert wide.dtype is torch.float32
     assert_rows_close(wide, expected, torch.float32)
+
+
+def check_gated_linear(
+    device: str, dtype: torch.dtype, kind: str, rows: int, inputs: int, dim: int, has_bias: bool = False
+) -> None:
+    weight = random(2 * dim, inputs, device=device, dtype=dtype, scale=2 * inputs**-0.5)
+    bias = random(2 * dim, device=device, dtype=dtype) if has_bias else None
+    x = random(rows, inputs, device=device, dtype=dtype)
+    with poisoned():
+        y = cuda.gated_linear(x, weight, bias, kind)
+    gate_up = x.double() @ weight.double().T
+    assert y.shape == (rows, dim)
+    assert_rows_close(y, _gated(gate_up if bias is None else gate_up + bias.double(), kind), dtype)
+
+
+def check_many_rows(
+    device: str, dtype: torch.dtype, tiling: Tiling, form: str, rows: int, inputs: int, out: int, has_bias: bool = False
+) -> None:
+    scale = 2 * inputs**-0.5 if form in GATED_FORMS else 1
+    weight = random(out, inputs, device=device, dtype=dtype, scale=scale)
+    bias = random(out, device=device, dtype=dtype) if has_bias else None
+    x = random(rows, inputs, device=device, dtype=dtype)
+    with poisoned():
+        y = cuda.gemm.many_rows(tiling, x, weight, bias, form)
+    expected = x.double() @ weight.double().T
+    expected = expected if bias is None else expected + bias.double()
+    assert_rows_close(y, _gated(expected, form) if form in GATED_FORMS else expected, y.dtype)
+    assert torch.equal(y, cuda.gemm.many_rows(tiling, x, weight, bias, form)), "not the same twice"
+
+
+def check_batch_invariance(device: str, dtype: torch.dtype, inputs: int, out: int, sizes: tuple[int, ...]) -> None:
+    """The first rows of a product have the same bits however many there are."""
+    weight = random(out, inputs, device=device, dtype=dtype, scale=inputs**-0.5)
+    x = random(max(sizes), inputs, device=device, dtype=dtype)
+    products = {
+        "linear": lambda x: cuda.linear(x, weight, None),
+        "gated_linear": lambda x: cuda.gated_linear(x, weight, None, "silu"),
+        "logits": lambda x: cuda.logits(x, weight),
+    }
+    cuda.gemm.use_batch_invariant(True)
+    try:
+        for name, product in products.items():
+            whole = product(x)
+            for size in sizes:
+                assert torch.equal(product(x[:size]), whole[:size]), (name, size)
+                assert torch.equal(product(x[-size:]), whole[-size:]), (name, size)
+    finally:
+        cuda.gemm.use_batch_invariant(False)
 
 
 def check_rotate_and_store(
@@ -381,6 +427,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softc
     hidden = (distance < 0) | ((distance >= window) if window else False)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return torch.einsum("ngtc,cnd->tngd", weights, v).flatten(1, 2)
+
+
+def _gated(gate_up: Tensor, kind: str) -> Tensor:
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    return (gate / (1 + torch.exp(-gate)) if kind == "silu" else gate / 2 * (1 + torch.tanh(inner))) * up
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -41,6 +41,7 @@ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
   state.settle();
 }
 inline void barrier_arrive(Barrier& barrier) { barrier_arrive_expecting(barrier, 0); }
+inline void barrier_arrive_in_block(Barrier& barrier, int rank) { barrier_arrive(const_cast<Barrier&>(*in_block(&barrier, rank))); }
 inline void barrier_wait(Barrier& barrier, u32 parity) {
   BarrierState& state = barrier_states.at(&barrier);
   wait_until([&] {
@@ -72,22 +73,28 @@ inline void publish_shared_writes() {}
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
-inline void copy_box(void* shared, const TensorMap& map, int row, int column, Barrier& barrier) {
+inline void copy_box_to_blocks(void* shared, const TensorMap& map, int row, int column, Barrier& barrier, u16 blocks) {
   const auto [address, num_rows, row_length, box_rows] = std::array<u64, 4>{map.words[0], map.words[1], map.words[2], map.words[3]};
   const u32 target = shared_address(shared);
   if (target % 1024 != 0) fail("misaligned box");
-  if (row < 0 || column < 0 || column >= row_length) fail("box outside the matrix");
+  if (row < 0 || column < 0) fail("box outside the matrix");
   if (row_length % 8 != 0) fail("rows at places that the copy engine does not reach");
   const u16* source = reinterpret_cast<const u16*>(address);
-  barrier_states.at(&barrier).copies.push_back([=] {
-    for (u64 piece = 0; piece < box_rows * 8; ++piece) {
-      const u64 from_row = row + piece / 8, from_column = column + piece % 8 * 8;
-      unsigned char* to = shared_base() + swizzled(target + piece * 16);
-      if (from_row < num_rows && from_column < row_length) std::memcpy(to, source + from_row * row_length + from_column, 16);
-      else std::memset(to, 0, 16);
-    }
-    return static_cast<int>(box_rows) * 128;
-  });
+  for (int rank = 0; rank < cluster_size(); ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    barrier_states.at(in_block(&barrier, rank)).copies.push_back([=] {  // called by a thread of that block
+      for (u64 piece = 0; piece < box_rows * 8; ++piece) {
+        const u64 from_row = row + piece / 8, from_column = column + piece % 8 * 8;
+        unsigned char* to = shared_base() + swizzled(target + piece * 16);
+        if (from_row < num_rows && from_column < row_length) std::memcpy(to, source + from_row * row_length + from_column, 16);
+        else std::memset(to, 0, 16);
+      }
+      return static_cast<int>(box_rows) * 128;
+    });
+  }
+}
+inline void copy_box(void* shared, const TensorMap& map, int row, int column, Barrier& barrier) {
+  copy_box_to_blocks(shared, map, row, column, barrier, 1 << cluster_rank());
 }
 
 inline void copy_octets(void* shared, const TensorMap& map, int octet, Barrier& barrier) {

@@ -8,6 +8,7 @@ import torch
 from engine.cache import cache_folder
 from engine.errors import UserError
 from engine.ops import compiler, cuda, launcher
+from engine.ops.cuda import gemm
 from engine.ops.sources import kernels_folder
 
 pytest.importorskip("cuda.bindings")
@@ -172,6 +173,27 @@ def test_tensor_maps_are_parameters_by_value():
 )
 def test_products_of_few_rows_are_shared_out_evenly(rows, inputs, out, octets):
     assert cuda.gemm.few_rows_octets(rows, inputs, out, 132, cuda.gemm.few_rows_ring_bytes("sm_90a")) == octets
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "form", "tiling"),
+    [
+        (64, 28_672, "silu", gemm.Tiling(64, 2, 2, 112)),  # 128 tiles for 132 multiprocessors
+        (17, 6144, "silu", gemm.Tiling(32, 1, 2, 48)),
+        (64, 6144, "plain", gemm.Tiling(64, 1, 1, 48)),
+        (128, 128_256, "float", gemm.Tiling(128, 2, 1, 128)),
+        (256, 28_672, "silu", gemm.Tiling(128, 2, 2, 128, cluster=2)),
+    ],
+)
+def test_products_of_many_rows_are_shared_out_evenly(rows, out, form, tiling):
+    assert gemm.many_rows_tiling(rows, out, form, num_sms=132) == tiling
+
+
+def test_many_rows_are_for_hopper_and_for_products_that_fill_it():
+    assert any("many_rows" in build.file for build in gemm.builds("sm_90a", torch.bfloat16))
+    assert not any("many_rows" in build.file for build in gemm.builds("sm_80", torch.bfloat16))
+    assert gemm.many_rows_pays(8192, 28_672, "silu", 132)
+    assert not gemm.many_rows_pays(512, 28_672, "silu", 132)  # a last turn with few tiles
 
 
 def test_small_gpus_take_small_tiles():

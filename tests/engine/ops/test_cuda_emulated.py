@@ -9,6 +9,7 @@ import torch
 
 from engine.ops import cuda
 from engine.ops.compiler import Build
+from engine.ops.cuda.gemm import Tiling
 from tests.engine.ops import cuda_cases as cases
 from tests.engine.ops import emulated_kernels
 
@@ -73,6 +74,31 @@ def test_gated_activation(dtype, kind):
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear_of_few_rows(dtype, rows, inputs, out, has_bias):
     cases.check_linear("cpu", dtype, rows, inputs, out, has_bias)
+    cases.check_gated_linear("cpu", dtype, "silu" if rows % 2 else "gelu_tanh", rows, inputs, out, has_bias)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiling", "form", "rows", "inputs", "out"),
+    [
+        (BF16, Tiling(16, 2, 2, 128), "plain", 5, 200, 136),  # inputs and outputs past the last
+        (F16, Tiling(32, 1, 1, 32), "float", 30, 40, 200),  # blocks take several tiles
+        (BF16, Tiling(64, 2, 2, 112), "silu", 33, 328, 272),
+        (BF16, Tiling(64, 1, 2, 48), "gelu_tanh", 70, 656, 176),  # two tiles of rows
+        (BF16, Tiling(128, 2, 1, 96), "plain", 100, 704, 184),
+        (BF16, Tiling(64, 2, 2, 128, cluster=2), "plain", 200, 640, 1000),
+        (F16, Tiling(64, 2, 2, 80, cluster=2), "silu", 300, 72, 1600),  # an odd number of row tiles
+        (BF16, Tiling(32, 1, 1, 64, cluster=4), "float", 100, 712, 600),
+    ],
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_of_many_rows_on_hopper(monkeypatch, dtype, tiling, form, rows, inputs, out, has_bias):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
+    cases.check_many_rows("cpu", dtype, tiling, form, rows, inputs, out, has_bias)
+
+
+def test_rows_on_hopper_do_not_depend_on_the_batch(monkeypatch):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
+    cases.check_batch_invariance("cpu", BF16, 200, 304, (1, 16, 17, 60, 130))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from engine.ops import cuda
+from engine.ops.cuda import gemm
 from tests.engine.ops import cuda_cases as cases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+ON_HOPPER = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper"
+)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 HEADS = [(9, 3), (32, 8), (28, 4), (8, 8), (16, 1), (40, 8)]
 
@@ -43,8 +47,37 @@ def test_gated_activation(dtype, kind, dim):
     [(4096, 6144), (14336, 4096), (1024, 151_936), (3072, 1024), (576, 960), (40, 8), (8, 24), (896, 4864), (104, 3)],
 )
 def test_linear(dtype, inputs, out):
-    for rows in (1, 2, 7, 8, 9, 16, 17, 100):
+    for rows in (1, 2, 7, 8, 9, 16, 17, 100, 300):
         cases.check_linear("cuda", dtype, rows, inputs, out, has_bias=rows % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("inputs", "dim"), [(4096, 14_336), (1024, 3072), (576, 1536), (64, 8), (40, 20)])
+def test_gated_linear(dtype, kind, inputs, dim):
+    for rows in (1, 8, 16, 17, 64, 100, 128, 200, 1024):
+        cases.check_gated_linear("cuda", dtype, kind, rows, inputs, dim, has_bias=rows % 2 == 0)
+
+
+@ON_HOPPER
+def test_random_tilings():
+    draw = random.Random()
+    for _ in range(150):
+        groups, parts, rows = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice(gemm.MANY_ROWS)
+        cluster = draw.choice([1, 2])
+        tiling = gemm.Tiling(rows, groups, parts, draw.randrange(16, 64 * groups + 1, 8 * cluster), cluster)
+        form = draw.choice(gemm.FORMS if parts == 2 else gemm.FORMS[:2])
+        shape = draw.randint(1, 4 * rows), 8 * draw.randint(1, 700), 16 * draw.randint(1, 600)
+        case = (draw.choice([BF16, F16]), tiling, form, *shape, draw.random() < 0.5)
+        print(case)  # shown if it fails
+        cases.check_many_rows("cuda", *case)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("inputs", "out"), [(4096, 6144), (14_336, 4096), (1024, 6144), (576, 960)])
+def test_rows_do_not_depend_on_the_batch(dtype, inputs, out):
+    cases.check_batch_invariance("cuda", dtype, inputs, out, (1, 7, 16, 17, 64, 128, 200, 256, 1000))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
