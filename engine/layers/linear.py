@@ -7,6 +7,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.checkpoint import Checkpoint
+from engine.layers.norm import RMSNorm
 from engine.layers.placement import Placement
 
 
@@ -39,8 +40,9 @@ class ColumnParallelLinear:
                 ckpt.read(f"{name}.{kind}", into, dim=0, group=self.group)
             first += length
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> Tensor:
+        """Adds x to the residual, in place, and projects the norm of the sum."""
+        return ops.add_norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
 
 
 class RowParallelLinear:
