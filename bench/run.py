@@ -5,7 +5,9 @@ The same options give the same requests every time they are made, so the baselin
 
 import asyncio
 import gc
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +174,45 @@ def short_name(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def run_async(coroutine: Any) -> Any:
+def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run to the end, or until SIGINT or SIGTERM: those end it in order, and go on as exceptions afterwards.
+
+    Raised inside the loop, such an exception can be lost: a transport that is reading takes it for an error of its own.
+    """
+    stopped_by: list[int] = []
+
+    async def main() -> Any:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+
+        def stop(signum: int) -> None:
+            stopped_by.append(signum)
+            task.cancel()
+
+        for signum in handlers:
+            loop.add_signal_handler(signum, stop, signum)
+        try:
+            return await coroutine
+        except asyncio.CancelledError:
+            if not stopped_by:
+                raise
+        finally:
+            for signum in handlers:
+                loop.remove_signal_handler(signum)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
+    try:
+        result = _run(main())
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    if stopped_by:
+        signal.raise_signal(stopped_by[0])
+    return result
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """uvloop halves the client's own time for each token."""
     try:
         import uvloop
