@@ -41,7 +41,8 @@ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
   state.settle();
 }
 inline void barrier_arrive(Barrier& barrier) { barrier_arrive_expecting(barrier, 0); }
-inline void barrier_arrive_in_block(Barrier& barrier, int rank) { barrier_arrive(const_cast<Barrier&>(*in_block(&barrier, rank))); }
+inline void barrier_arrive_in(Barrier& barrier, int rank) { barrier_arrive(const_cast<Barrier&>(*in_block(&barrier, rank))); }
+inline void see_cluster() {}
 inline void barrier_wait(Barrier& barrier, u32 parity) {
   BarrierState& state = barrier_states.at(&barrier);
   wait_until([&] {
@@ -112,6 +113,11 @@ inline void copy_octets(void* shared, const TensorMap& map, int octet, Barrier& 
             std::memcpy(shared_base() + swizzled(to), source + row * row_length + panel + piece * 8, 16);
     return static_cast<int>(box_rows * row_length * 2);
   });
+}
+
+inline void copy_octets_to_all(void* shared, const TensorMap& map, int octet, Barrier& barrier, int cluster) {
+  for (int rank = 0; rank < cluster; ++rank)
+    copy_octets(shared, map, octet, const_cast<Barrier&>(*in_block(&barrier, rank)));
 }
 
 // Products.
