@@ -124,7 +124,8 @@ decode_any(Scalar* out, float* partial_out, float* partial_peak, const Scalar* q
   const int team = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
 
   // The keys the token sees, [begin, end), and of them this split's: whole blocks, shared out evenly.
-  const int end = context_lens[request] - (query_start[request + 1] - 1 - token);
+  const int context = context_lens[request];
+  const int end = min(context, context - (query_start[request + 1] - 1 - token));  // tokens past the last request are padding
   const int begin = window > 0 ? max(0, end - window) : 0;
   const int num_blocks = ceil_div(end, kBlockSize) - begin / kBlockSize;
   const int split_size = ceil_div(num_blocks, static_cast<int>(gridDim.z)) * kBlockSize;

@@ -52,6 +52,18 @@ __device__ inline u16 pack_e4m3(float low, float high) {
   return pair;
 }
 
+// Two e4m3 numbers, in the low half of a word, as f16: exact.
+__device__ inline u32 unpack_e4m3(u32 word) {
+  u32 pair;
+#if __CUDA_ARCH__ >= 890
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(pair) : "r"(word));
+#else
+  const u32 apart = (word & 0xff) | (word & 0xff00) << 8;  // the bits of f16, but for exponents that are 8 too small
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"((apart & 0x00800080) << 8 | (apart & 0x007f007f) << 7), "r"(0x5c005c00));
+#endif
+  return pair;
+}
+
 // Four e4m3 of a word, the first in the lowest byte, to two words of T. NaN becomes 480.
 template <class T> __device__ inline uint2 widen(u32 word);
 template <> __device__ inline uint2 widen<bf16>(u32 word) {
@@ -70,6 +82,13 @@ template <> __device__ inline uint2 widen<f16>(u32 word) {
     return wide;
   };
   return make_uint2(pair(__byte_perm(word, 0, 0x1404)), pair(__byte_perm(word, 0, 0x3424)));
+}
+
+// Four of the eight bytes of two words: digit i of the selector, from the lowest, names byte i (4 to 7: of the second word).
+__device__ inline u32 select_bytes(u32 first, u32 second, u32 selector) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(first), "r"(second), "r"(selector));
+  return bytes;
 }
 
 // 2^x; 0 for -infinity.
@@ -151,6 +170,12 @@ template <> __device__ inline void mma_16x8x16<f16>(float (&c)[4], const u32 (&a
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// A counter of arrivals, as it is now: what came before those that are counted is seen.
+__device__ inline int load_acquire(const int* counter) {
+  int now;
+  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  return now;
+}
 // Count an arrival and tell how many came before. Who comes later sees what this thread has seen written, all over the GPU.
 __device__ inline int arrive(int* counter) {
   int before;

@@ -5,6 +5,7 @@
 #include "ptx.cuh"
 
 // Barriers in shared memory. A phase ends when all arrivals and all bytes it expects have come; then the next begins.
+// Before Hopper, they know no bytes.
 
 using Barrier = u64;
 
@@ -12,7 +13,11 @@ __device__ inline void barrier_init(Barrier& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
 }
 // After the inits, before other threads and the copy engine use the barriers.
-__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ inline void barrier_init_fence() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
 __device__ inline void barrier_arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
@@ -30,10 +35,23 @@ __device__ inline void barrier_arrive_in(Barrier& barrier, int rank) {
 __device__ inline void see_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 // Wait for the end of the phase of this parity; the one before the first has parity 1 and is over.
 __device__ inline void barrier_wait(Barrier& barrier, u32 parity) {
+#if __CUDA_ARCH__ >= 900
+#define WAIT "try_wait.parity.shared::cta.b64"
+#define LONGEST_SLEEP ", 10000000"  // ns: the longer, the less is issued
+#else
+#define WAIT "test_wait.parity.shared::cta.b64"
+#define LONGEST_SLEEP ""
+#endif
   asm volatile(
       "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 10000000;\n"  // ns to sleep at most: the less is issued
+      "again: mbarrier." WAIT " done, [%0], %1" LONGEST_SLEEP ";\n"
       "@!done bra again; }" ::"r"(shared_address(&barrier)), "r"(parity) : "memory");
+#undef WAIT
+#undef LONGEST_SLEEP
+}
+// Arrive once this thread's background copies until here (cp_async_16) have come.
+__device__ inline void cp_async_arrive(Barrier& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
 
 // Some of the block's threads meet at one of its 16 numbered barriers (0 is that of __syncthreads), or pass by it.
@@ -83,6 +101,12 @@ __device__ inline void copy_octets_to_all(void* shared, const TensorMap& map, in
                "[%0], [%1, {%2, %2, %2, %3}], [%4], %5;"
                ::"r"(shared_address(shared)), "l"(&map), "r"(0), "r"(octet), "r"(shared_address(&barrier)), "h"(blocks)
                : "memory");
+}
+
+// Start the copy of a row of bytes, whole pieces of 16 from a boundary of 16 to another.
+__device__ inline void copy_bytes(void* shared, const void* global, int bytes, Barrier& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(&barrier)) : "memory");
 }
 
 // What this thread wrote to shared memory is seen by tensor cores and the copy engine (after a barrier among threads).

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE
+from engine.errors import UserError
 from engine.ops import launcher
 from engine.ops.compiler import Build
 from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import check_rows, define_build, kernel
 
-MAX_GROUP = 16  # query heads that a block of threads of attention/decode.cu takes
-MAX_GROUP_ANY = 8  # the same in attention/decode_any.cu
+MAX_GROUP_ANY = 8  # query heads that a block of threads of attention/decode_any.cu takes
 MAX_SPLITS = 128  # of one context, as in attention/decode_any.cu
-DECODE_BLOCKS_PER_SM = 3  # blocks of threads of attention/decode.cu that run at once
-MAX_DECODE_PIECES = 1 << 18  # as in attention/decode.cu
+MAX_DECODE_GRID = 1024  # as in attention/decode.cu
+COPY_WARPS = 4  # as in attention/decode.cu
 
 
 _is_batch_invariant = False
@@ -33,26 +33,32 @@ def builds(
     arch: str, dtype: torch.dtype, head_dim: int, heads_per_kv: int, masks: bool, kv_dtype: torch.dtype
 ) -> Iterator[Build]:
     """masks: some layers have a window or a soft cap."""
+    if kv_dtype is not dtype and not _fits_tensor_cores(dtype, head_dim):
+        raise UserError(
+            f"an fp8 KV cache needs bfloat16 or float16 and a head size of 16, 32, 48 and so on, not {dtype} and "
+            f"{head_dim}: leave out --kv-cache-dtype"
+        )
     for is_masked in (False, True) if masks else (False,):
         decode, prefill = attention_files(arch, dtype, head_dim, is_masked)
         if decode == "attention/decode.cu":
-            yield decode_build(arch, dtype, head_dim, _group(heads_per_kv, MAX_GROUP))
+            yield decode_build(arch, dtype, kv_dtype, head_dim, decode_group(head_dim, heads_per_kv))
         else:
             yield decode_any_build(arch, dtype, head_dim, _group(heads_per_kv, MAX_GROUP_ANY))
         if prefill != decode:
             yield PREFILL_BUILDS[prefill](arch, dtype, kv_dtype, head_dim)
 
 
-def decode_build(arch: str, dtype: torch.dtype, head_dim: int, group: int) -> Build:
-    warps, stages = decode_tile(head_dim)
+def decode_build(arch: str, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int, group: int) -> Build:
+    warps, stages, shared_bytes = decode_tile(arch, kv_dtype, head_dim, group)
     constants: dict[str, int | torch.dtype] = {
         "scalar": dtype,
+        "cached": kv_dtype,
         "head_dim": head_dim,
         "group": group,
         "warps": warps,
         "stages": stages,
     }
-    return define_build(arch, "attention/decode.cu", decode_shared_bytes(head_dim), **constants)
+    return define_build(arch, "attention/decode.cu", shared_bytes, **constants)
 
 
 def decode_any_build(arch: str, dtype: torch.dtype, head_dim: int, group: int) -> Build:
@@ -99,12 +105,12 @@ def paged_attention(
     decode, prefill = attention_files(kernels.arch(q.get_device()), q.dtype, q.shape[2], is_masked)
     if _is_batch_invariant:
         batch = replace(batch, num_decodes=0)
-    num_decodes = len(q) if prefill == decode else batch.num_decodes
-    if num_decodes and decode == "attention/decode.cu":
+    if prefill == decode:
+        _decode_any(out, q, k_cache, v_cache, batch, scale, window, softcap)
+        return out
+    if batch.num_decodes:
         _decode(out, q, k_cache, v_cache, batch, scale, window, softcap)
-    elif num_decodes:
-        _decode_any(out, q, k_cache, v_cache, batch, num_decodes, scale, window, softcap)
-    if num_decodes < len(q):
+    if batch.num_decodes < len(q):
         _prefill(prefill, out, q, k_cache, v_cache, batch, scale, window, softcap)
     return out
 
@@ -112,27 +118,34 @@ def paged_attention(
 def attention_files(arch: str, dtype: torch.dtype, head_dim: int, is_masked: bool) -> tuple[str, str]:
     """The kernels that decode and prefill; the same one where tensor cores do not know the type or the head size.
 
-    decode.cu and prefill_sm90.cu know windows, soft caps and wide heads too, but in their present form a GPU has
-    checked them without: the rest goes to the kernels before them, which a GPU has checked with everything.
+    prefill_sm90.cu knows windows and soft caps too, but in its present form a GPU has checked it without: those go to
+    prefill.cu, which a GPU has checked with everything.
     """
     if not _fits_tensor_cores(dtype, head_dim):
         return "attention/decode_any.cu", "attention/decode_any.cu"
     if is_masked or head_dim > 128:
-        return "attention/decode_any.cu", "attention/prefill.cu"
+        return "attention/decode.cu", "attention/prefill.cu"
     has_own = arch == "sm_90a" and head_dim in (64, 128)  # the head sizes that fill the tiles of Hopper's kernel
     return "attention/decode.cu", "attention/prefill_sm90.cu" if has_own else "attention/prefill.cu"
 
 
-def decode_tile(head_dim: int) -> tuple[int, int]:
-    """(warps, stages of one KV block in each): DECODE_BLOCKS_PER_SM blocks of threads fill the shared memory of a large
-    GPU's multiprocessor, and one fits into the 99 KiB of a small one's."""
-    return (4, 4) if head_dim <= 64 else (4, 2) if head_dim <= 128 else (2, 2)
+def decode_tile(arch: str, kv_dtype: torch.dtype, head_dim: int, group: int) -> tuple[int, int, int]:
+    """(computing warps, stages of one KV block in the ring, bytes of shared memory) of attention/decode.cu.
+
+    The ring is as long as shared memory has room beside what the warps' results take, and a multiple of the warps. Of
+    eight warps, the copying ones included, each can have 255 registers.
+    """
+    limit = {"sm_80": 163, "sm_90a": 227, "sm_100a": 227}.get(arch, 99) << 10
+    stage = 2 * BLOCK_SIZE * head_dim * kv_dtype.itemsize + 16  # with its barriers
+    results = (group * (head_dim + 4) + 2 * 8 * -(-group // 8)) * 4  # of each warp
+    most = {warps: (limit - warps * results - 16) // stage // warps * warps for warps in (4, 8)}
+    warps = 8 if most[8] and group * head_dim <= 1024 and head_dim <= 128 else 4
+    return warps, most[warps], most[warps] * stage + warps * results + 16
 
 
-def decode_shared_bytes(head_dim: int) -> int:
-    """16 keys and values in each stage of each warp, as in attention/decode.cu."""
-    warps, stages = decode_tile(head_dim)
-    return warps * stages * 2 * BLOCK_SIZE * (head_dim + 8) * 2
+def decode_group(head_dim: int, heads_per_kv: int) -> int:
+    """Query heads that a block of threads of attention/decode.cu takes: as many as its registers hold."""
+    return _group(heads_per_kv, 16 if head_dim <= 128 else 8)
 
 
 def num_splits(num_blocks: int, max_context: int, num_sms: int) -> int:
@@ -180,19 +193,16 @@ def _decode(
 ) -> None:
     """Attention of the batch's decodes: its first num_decodes tokens, each of a request of its own."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
-    group = _group(num_heads // num_kv_heads, MAX_GROUP)
-    warps, _ = decode_tile(head_dim)
-    num_blocks = DECODE_BLOCKS_PER_SM * kernels.num_sms(q.get_device())
-    num_lists = batch.num_decodes * num_kv_heads * -(-num_heads // num_kv_heads // group)
-    num_pieces = num_lists + num_blocks  # at most
-    assert num_pieces <= MAX_DECODE_PIECES, (num_lists, num_blocks)
-    num_parts = num_pieces * group
+    group = decode_group(head_dim, num_heads // num_kv_heads)
+    warps, _, _ = decode_tile(kernels.arch(q.get_device()), k_cache.dtype, head_dim, group)
+    grid = min(kernels.num_sms(q.get_device()), MAX_DECODE_GRID)
+    num_parts = 2 * grid * group
     parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
     part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
     _, context_lens, rows, block_table = _batch_pointers(batch)
-    kernel(q, "decode", decode_build, q.dtype, head_dim, group)(
-        (num_blocks, 1, 1),
-        32 * warps,
+    kernel(q, "decode", decode_build, q.dtype, k_cache.dtype, head_dim, group)(
+        (grid, 1, 1),
+        32 * (warps + COPY_WARPS),
         *(out.data_ptr(), parts.data_ptr(), part_weights, q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()),
         *(context_lens, rows, block_table, batch.num_decodes, batch.block_table.shape[1], num_heads, num_kv_heads),
         *(scale, window, softcap),
@@ -205,13 +215,12 @@ def _decode_any(
     k_cache: Tensor,
     v_cache: Tensor,
     batch: ForwardBatch,
-    num_tokens: int,
     scale: float,
     window: int,
     softcap: float,
 ) -> None:
-    """Attention of the first num_tokens tokens, each on its own."""
-    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    """Attention of all tokens, each on its own."""
+    (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k_cache.shape[1]
     group = _group(num_heads // num_kv_heads, MAX_GROUP_ANY)
     blocks_per_token = num_kv_heads * -(-num_heads // num_kv_heads // group)
     max_context = min(batch.max_context_len, window + BLOCK_SIZE) if window else batch.max_context_len

@@ -263,12 +263,33 @@ template <class T> uint2 widen(u32 word) {
 
 // The instructions of common/ptx.cuh.
 
+inline u32 unpack_e4m3(u32 word) {
+  const auto number = [](u32 bits) {
+    const int exponent = bits >> 3 & 15, fraction = bits & 7;
+    const float size = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+    return (bits & 127) == 127 ? NAN : bits >> 7 ? -size : size;
+  };
+  return pack<f16>(number(word & 255), number(word >> 8 & 255));
+}
+inline u32 select_bytes(u32 first, u32 second, u32 selector) {
+  const u64 both = first | static_cast<u64>(second) << 32;
+  u32 bytes = 0;
+  for (int i = 0; i < 4; ++i) bytes |= static_cast<u32>(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return bytes;
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float tanh_fast(float x) { return std::tanh(x); }
 
 inline void cp_async_16(void* shared, const void* global, bool is_valid) {
   if (reinterpret_cast<u64>(shared) % 16 != 0) fail("misaligned copy");
   fiber->open.push_back({shared, global, is_valid});
+}
+inline void copy_all(const std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) {
+    if (copy.is_valid) std::memcpy(copy.to, copy.from, 16);
+    else std::memset(copy.to, 0, 16);
+  }
 }
 inline void cp_async_commit() {
   fiber->groups.push_back(fiber->open);
@@ -277,10 +298,7 @@ inline void cp_async_commit() {
 template <int kPending> void cp_async_wait() {
   auto& groups = fiber->groups;
   while (groups.size() > kPending) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.is_valid) std::memcpy(copy.to, copy.from, 16);
-      else std::memset(copy.to, 0, 16);
-    }
+    copy_all(groups.front());
     groups.erase(groups.begin());
   }
 }
@@ -327,6 +345,7 @@ inline u32 transpose(u32 matrix) {
   const auto number = [&](int at) { return rows[at * 4 + column / 2] >> (column % 2 * 16) & 0xffff; };
   return number(row) | number(row + 1) << 16;
 }
+inline int load_acquire(const int* counter) { return *counter; }
 inline int arrive(int* counter) { return (*counter)++; }
 
 // By the tables of the PTX manual for m16n8k16: register i of operand A holds row lane / 4 + 8 (i % 2) and columns

@@ -43,6 +43,15 @@ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
 inline void barrier_arrive(Barrier& barrier) { barrier_arrive_expecting(barrier, 0); }
 inline void barrier_arrive_in(Barrier& barrier, int rank) { barrier_arrive(const_cast<Barrier&>(*in_block(&barrier, rank))); }
 inline void see_cluster() {}
+inline void cp_async_arrive(Barrier& barrier) {
+  BarrierState& state = barrier_states.at(&barrier);
+  state.copies.push_back([&state, copies = std::move(fiber->open)] {
+    copy_all(copies);
+    state.missing -= 1;
+    return 0;
+  });
+  fiber->open.clear();
+}
 inline void barrier_wait(Barrier& barrier, u32 parity) {
   BarrierState& state = barrier_states.at(&barrier);
   wait_until([&] {
@@ -118,6 +127,15 @@ inline void copy_octets(void* shared, const TensorMap& map, int octet, Barrier& 
 inline void copy_octets_to_all(void* shared, const TensorMap& map, int octet, Barrier& barrier, int cluster) {
   for (int rank = 0; rank < cluster; ++rank)
     copy_octets(shared, map, octet, const_cast<Barrier&>(*in_block(&barrier, rank)));
+}
+
+inline void copy_bytes(void* shared, const void* global, int bytes, Barrier& barrier) {
+  if (shared_address(shared) % 16 != 0 || reinterpret_cast<u64>(global) % 16 != 0 || bytes % 16 != 0) fail("misaligned copy");
+  shared_address(static_cast<unsigned char*>(shared) + bytes - 1);
+  barrier_states.at(&barrier).copies.push_back([=] {
+    std::memcpy(shared, global, bytes);
+    return bytes;
+  });
 }
 
 // Products.

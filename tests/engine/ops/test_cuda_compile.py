@@ -24,7 +24,10 @@ MODELS = {  # head size, query heads to a KV head
     "Llama 3.1 70B, Qwen3 30B-A3B": (128, 8),
 }
 TYPES = {  # of the model and of its KV cache
-    "sm_80": ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float8_e4m3fn)),
+    "sm_80": (
+        *((dtype, dtype) for dtype in (torch.bfloat16, torch.float32)),
+        (torch.bfloat16, torch.float8_e4m3fn),
+    ),
     "sm_90a": (
         *((dtype, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
         *((dtype, torch.float8_e4m3fn) for dtype in (torch.bfloat16, torch.float16)),
@@ -132,6 +135,16 @@ def test_a_machine_without_a_driver_is_told_what_to_install():
 )
 def test_contexts_are_split_while_multiprocessors_are_idle(num_blocks, max_context, splits):
     assert cuda.attention.num_splits(num_blocks, max_context, num_sms=132) == splits
+
+
+@pytest.mark.parametrize("group", [1, 7, 8, 16])
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
+@pytest.mark.parametrize(("arch", "limit"), [("sm_86", 99), ("sm_80", 163), ("sm_90a", 227)])
+def test_decode_fits_every_gpu(arch, limit, head_dim, group):
+    group = cuda.attention.decode_group(head_dim, group)
+    _, stages, shared_bytes = cuda.attention.decode_tile(arch, torch.bfloat16, head_dim, group)
+    assert shared_bytes <= limit << 10
+    assert stages >= 3  # one to work on, others on their way
 
 
 @pytest.mark.parametrize("head_dim", range(16, 257, 16))

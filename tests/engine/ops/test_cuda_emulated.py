@@ -13,7 +13,7 @@ from engine.ops.cuda.gemm import Tiling
 from tests.engine.ops import cuda_cases as cases
 from tests.engine.ops import emulated_kernels
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled by g++")
 
@@ -139,31 +139,38 @@ def test_rotate_and_store_of_few_and_many_tokens(num_tokens):
     cases.check_rotate_and_store("cpu", BF16, (6, 2), 64, 64, BF16, num_tokens=num_tokens)
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
-    ("dtype", "heads", "head_dim", "window", "softcap"),
+    ("dtype", "kv_dtype", "heads", "head_dim", "window", "softcap"),
     [
-        (BF16, (6, 2), 64, 0, 0.0),
-        (F16, (4, 1), 80, 40, 0.0),
-        (BF16, (16, 1), 128, 0, 0.0),
-        (F16, (18, 1), 128, 30, 0.0),  # more heads than one block takes
-        (F32, (11, 1), 128, 0, 20.0),  # also here
-        (BF16, (2, 1), 256, 100, 30.0),
+        (BF16, BF16, (6, 2), 64, 0, 0.0),
+        (F16, F16, (4, 1), 80, 40, 0.0),
+        (BF16, BF16, (16, 1), 128, 0, 0.0),
+        (F16, F16, (18, 1), 128, 30, 0.0),  # more heads than one block takes
+        (F32, F32, (11, 1), 128, 0, 20.0),  # also here
+        (BF16, BF16, (2, 1), 256, 100, 30.0),
+        (BF16, E4M3, (4, 1), 128, 0, 0.0),
+        (F16, E4M3, (10, 1), 80, 100, 20.0),
     ],
 )
-def test_decodes_of_ragged_lengths(dtype, heads, head_dim, window, softcap):
-    cases.check_attention("cpu", dtype, heads, head_dim, [(1, 1), (1, 16), (1, 17), (1, 700)], window, softcap)
+def test_decodes_of_ragged_lengths(monkeypatch, arch, dtype, kv_dtype, heads, head_dim, window, softcap):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: arch)
+    lengths = [(1, 1), (1, 16), (1, 17), (1, 700)]
+    cases.check_attention("cpu", dtype, heads, head_dim, lengths, window, softcap, kv_dtype)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(
     "contexts",
     [
-        [3000],  # one list for all blocks of threads
-        [900, 1, 1, 1000, 1],  # lists that are cut beside lists that are not
-        [*range(1, 160, 4)],  # many lists in a share
+        [7000],  # one list for all blocks of threads
+        [2900, 1, 1, 3000, 1, 400, 400],  # lists that are cut beside lists that are not
+        [*range(1, 160, 4)],  # many lists in a share, of more tokens than a warp has lanes
+        [0, 30, 0, 0, 500, 0],  # requests that are padding
     ],
 )
-def test_decodes_are_shared_out_evenly_whatever_their_contexts(contexts):
+def test_decodes_are_shared_out_evenly_whatever_their_contexts(monkeypatch, arch, contexts):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: arch)
     for _ in range(2):  # a second launch finds the counters of the first at zero
         cases.check_attention("cpu", BF16, (4, 2), 64, [(1, context) for context in contexts])
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 ON_HOPPER = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper"
 )
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 HEADS = [(9, 3), (32, 8), (28, 4), (8, 8), (16, 1), (40, 8)]
 
 
@@ -103,7 +103,6 @@ def test_rotate_and_store(dtype, head_dim, rotary_dim, norm):
     cases.check_rotate_and_store("cuda", dtype, (32, 8), head_dim, rotary_dim, norm_dtype, num_tokens=3000)
 
 
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (100, 0.0), (0, 30.0), (1000, 50.0)])
@@ -111,6 +110,15 @@ def test_decodes_of_ragged_lengths(dtype, head_dim, window, softcap):
     for heads in HEADS:
         lengths = [(1, context) for context in (1, 15, 16, 17, 255, 1000, 4097)]
         cases.check_attention("cuda", dtype, heads, head_dim, lengths, window, softcap)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (333, 30.0)])
+def test_decodes_from_an_fp8_cache(dtype, head_dim, window, softcap):
+    for heads in HEADS:
+        lengths = [(1, context) for context in (1, 15, 16, 17, 255, 1000, 4097)]
+        cases.check_attention("cuda", dtype, heads, head_dim, lengths, window, softcap, E4M3)
 
 
 @pytest.mark.usefixtures("kernels")
@@ -188,6 +196,10 @@ def test_more_decodes_than_run_at_once():
     for _ in range(2):  # a second launch finds the counters of the first at zero
         lengths = [(1, 1 + 37 * i % 900) for i in range(200)] + [(1, 20_000)]
         cases.check_attention("cuda", BF16, (32, 8), 128, lengths)
+
+
+def test_padding_among_decodes():
+    cases.check_attention("cuda", BF16, (32, 8), 128, [(1, context) for context in (300, 0, 0, 5000, 0)])
 
 
 def test_caches_of_more_than_two_billion_numbers():
