@@ -43,11 +43,10 @@ class Attention:
             if norm is not None:
                 norm.load(ckpt)
 
-    def __call__(self, norm: RMSNorm, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
-        """Adds x to the residual, in place, and takes the norm of the sum. Returns what the heads of each token found,
-        [T, num_heads * head_dim]; `o_proj` makes hidden states of it."""
+    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """What the heads of each token found, [T, num_heads * head_dim]; `o_proj` makes hidden states of it."""
         q = ops.rotate_and_store(
-            self.qkv_proj.after(norm, x, residual),
+            self.qkv_proj(x),
             batch.positions,
             batch.slot_mapping,
             self.cos_sin,

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from engine import ops
 from engine.checkpoint import Checkpoint
-from engine.layers.norm import RMSNorm
 from engine.layers.placement import Placement
 
 
@@ -40,9 +39,8 @@ class ColumnParallelLinear:
                 ckpt.read(f"{name}.{kind}", into, dim=0, group=self.group)
             first += length
 
-    def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> Tensor:
-        """Adds x to the residual, in place, and projects the norm of the sum."""
-        return ops.add_norm_linear(x, residual, norm.weight, norm.eps, self.weight, self.bias)
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear:

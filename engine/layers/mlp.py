@@ -5,7 +5,6 @@ from torch import Tensor
 from engine import ops
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
-from engine.layers.norm import RMSNorm
 from engine.layers.placement import Placement
 from engine.model_config import ModelConfig
 
@@ -24,8 +23,6 @@ class MLP:
         self.gate_up_proj.load(ckpt)
         self.down_proj.load(ckpt)
 
-    def __call__(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> Tensor:
-        """Adds x to the residual, in place, and takes the norm of the sum."""
-        weight, bias = self.gate_up_proj.weight, self.gate_up_proj.bias
-        inner = ops.add_norm_gated_linear(x, residual, norm.weight, norm.eps, weight, bias, self.activation)
-        return self.down_proj(inner)
+    def __call__(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up_proj
+        return self.down_proj(ops.gated_linear(x, gate_up.weight, gate_up.bias, self.activation))

@@ -39,11 +39,11 @@ class GemmaLayer:
             norm.load(ckpt)
 
     def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
-        return self.attention(self.input_norm, x, residual, batch)
+        return self.attention(self.input_norm.add(x, residual), batch)
 
     def transform(self, heads: Tensor, residual: Tensor) -> Tensor:
         x = self.post_attention_norm(self.attention.o_proj(heads))
-        return self.post_mlp_norm(self.mlp(self.pre_mlp_norm, x, residual))
+        return self.post_mlp_norm(self.mlp(self.pre_mlp_norm.add(x, residual)))
 
 
 class Gemma(Model):

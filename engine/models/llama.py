@@ -32,10 +32,10 @@ class LlamaLayer:
         self.mlp.load(ckpt.scope("mlp"))
 
     def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
-        return self.attention(self.input_norm, x, residual, batch)
+        return self.attention(self.input_norm.add(x, residual), batch)
 
     def transform(self, heads: Tensor, residual: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_norm, self.attention.o_proj(heads), residual)
+        return self.mlp(self.post_attention_norm.add(self.attention.o_proj(heads), residual))
 
 
 class Llama(Model):

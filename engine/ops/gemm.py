@@ -10,21 +10,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return body(x).linear(x, weight, bias)
 
 
-def add_norm_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """linear(add_rms_norm(x, residual, norm, eps), weight, bias): residual += x in place, then the sum's norm is x."""
-    return body(x).add_norm_linear(x, residual, norm, eps, weight, bias)
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """f(x · gateᵀ) · (x · upᵀ), f = silu or gelu_tanh (kind); both products with their bias.
 
-
-def add_norm_gated_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, kind: str
-) -> Tensor:
-    """residual += x in place; f(y · gateᵀ) · (y · upᵀ), y the sum's norm, f = silu or gelu_tanh (kind).
-
-    x, residual [rows, in], norm [in], weight [2 · dim, in]: gate, then up; bias [2 · dim], result [rows, dim]
+    x [rows, in], weight [2 · dim, in]: gate, then up; bias [2 · dim], result [rows, dim]
     """
-    return body(x).add_norm_gated_linear(x, residual, norm, eps, weight, bias, kind)
+    return body(x).gated_linear(x, weight, bias, kind)
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:

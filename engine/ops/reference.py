@@ -31,16 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def add_norm_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    return linear(add_rms_norm(x, residual, norm, eps), weight, bias)
-
-
-def add_norm_gated_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, kind: str
-) -> Tensor:
-    return gated_activation(add_norm_linear(x, residual, norm, eps, weight, bias), kind)
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return gated_activation(linear(x, weight, bias), kind)
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:

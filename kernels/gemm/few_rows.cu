@@ -1,20 +1,16 @@
 // y = x · weightᵀ + bias for the few rows of a decode step.   x [rows, in], weight [out, in], bias [out], y [rows, out] of
-// the same type, or of float. Or gated (forms.cuh). In builds with a norm, residual += x comes before it, and in the place of
-// x stands residual / sqrt(mean(residual²) + eps) · norm, row by row.
+// the same type, or of float. Or gated (forms.cuh).
 //
-// Work: a block takes tiles of kOctets times eight outputs (gated: half of them gates), all inputs of each. Its eight warps
-// take turns at chunks of 64 inputs; their sums are added in shared memory, always in the same order. Copies of the weight
-// and of x go to a ring in shared memory, far ahead and over the ends of tiles; each warp multiplies what it copied itself,
-// so warps meet only where a tile ends. The tensor cores see x as A (16 rows) and eight outputs as B. They may add up the
-// inputs in any order: a lane reads 16 bytes at a time, eight inputs that stand at the places which the fragments of two
-// products give it. With a norm, every block computes that of all rows, while the weight is on its way.
+// Work: a block takes tiles of kOctets times eight outputs (gated: half of them gates), all inputs of each. Its eight warps take turns at chunks of 64
+// inputs; their sums are added in shared memory, always in the same order. Copies of the weight and of x go to a ring in
+// shared memory, far ahead and over the ends of tiles; each warp multiplies what it copied itself, so warps meet only where
+// a tile ends. The tensor cores see x as A (16 rows) and eight outputs as B. They may add up the inputs in any order: a lane
+// reads 16 bytes at a time, eight inputs that stand at the places which the fragments of two products give it.
 // Bound by bytes: the weight, once. As no kernel of a step writes it, its copies start before x is waited for.
 //
-// Built with SCALAR (bf16 or f16), ROWS (8 or 16: the most it takes), RING_BYTES (of shared memory) and NORM_BYTES of them for
-// the norms of all rows, 64 bytes more than its numbers each; 0: without a norm. At most 8 rows then.
+// Built with SCALAR (bf16 or f16), ROWS (8 or 16: the most it takes) and RING_BYTES (of shared memory).
 #include "types.cuh"
 #include "forms.cuh"
-#include "reduce.cuh"
 
 using Scalar = SCALAR;
 constexpr int kWarps = 8;
@@ -22,16 +18,13 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kHalves = ROWS / 8;  // eights of rows
 constexpr int kChunk = 64;         // inputs of a warp's step: 128 bytes, a line of the caches, in each of eight rows
 constexpr int kPieces = kChunk / kVec<Scalar>;
-constexpr bool kNorms = NORM_BYTES > 0;
-constexpr int kXParts = kNorms ? 0 : kHalves;  // of a stage, beside kOctets
-template <int kOctets>
-constexpr int kStagesThatFit = (RING_BYTES - NORM_BYTES) / ((kOctets + kXParts) * kWarps * 8 * kPieces * 16);
+template <int kOctets> constexpr int kStagesThatFit = RING_BYTES / ((kOctets + kHalves) * kWarps * 8 * kPieces * 16);
 // Where not even one fits, the kernel is not launched, but compiled.
 template <int kOctets> constexpr int kStages = kStagesThatFit<kOctets> > 0 ? kStagesThatFit<kOctets> : 1;
 
 // What is copied next, and where a warp's copies lie.
 template <int kOctets> struct Ring {
-  uint4* shared;  // [kStages][kOctets + kXParts][kWarps][8 rows][kPieces]
+  uint4* shared;  // [kStages][kOctets + kHalves][kWarps][8 rows][kPieces]
   const Scalar *weight, *x;
   int rows, in, out, num_steps, num_tiles;  // out: rows of the weight
   bool is_gated;
@@ -46,7 +39,7 @@ template <int kOctets> struct Ring {
   __device__ void copy_x(int stage) const {
     if (tile >= num_tiles) return;
 #pragma unroll
-    for (int half = 0; half < kXParts; ++half) copy_eight_rows(at(stage, kOctets + half), x, half * 8, rows);
+    for (int half = 0; half < kHalves; ++half) copy_eight_rows(at(stage, kOctets + half), x, half * 8, rows);
   }
   __device__ void advance() {
     if (++step == num_steps) step = 0, tile += gridDim.x;
@@ -65,7 +58,7 @@ template <int kOctets> struct Ring {
     return (tile * kHalf + octet % kHalf) * 8 + (octet < kHalf ? 0 : out / 2);
   }
   __device__ uint4* at(int stage, int part) const {
-    return shared + ((stage * (kOctets + kXParts) + part) * kWarps + threadIdx.x / 32) * 8 * kPieces;
+    return shared + ((stage * (kOctets + kHalves) + part) * kWarps + threadIdx.x / 32) * 8 * kPieces;
   }
   // The halves of odd rows are exchanged: the lanes that read at a time, four in each of two rows, then meet in no bank.
   __device__ static int place(int row, int piece) { return row * kPieces + (piece ^ (row % 2) * 4); }
@@ -79,76 +72,6 @@ template <int kOctets> struct Ring {
       const bool exists = first_row + row < num_rows && column < in;
       cp_async_16(to + place(row, piece), matrix + static_cast<i64>(first_row + row) * in + column, exists);
     }
-  }
-};
-
-__device__ int readers;  // blocks that have read the residual; zero between launches
-
-// The norms of all rows, in shared memory.
-struct Normed {
-  uint4* shared;  // [rows][in numbers and 64 bytes, so that the rows which lanes read at a time meet in no bank]
-  int rows, num_vecs;
-
-  // residual += x, and its norm. Every block reads all; the last to have read writes the residual.
-  __device__ void fill(const Scalar* x, Scalar* residual, const Scalar* norm, float eps) const {
-    constexpr int kWidth = kVec<Scalar>, kMaxVecs = 7;  // as many as NORM_BYTES lets a lane have
-    static_assert(NORM_BYTES <= 17 << 10);
-    __shared__ float squares[kWarps];
-    __shared__ int is_last;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int warps_each = kWarps / power_of_two_from(rows), row = warp / warps_each;
-    const auto place = [&](int i) { return (i * warps_each + warp % warps_each) * 32 + lane; };
-    const auto exists = [&](int i) { return row < rows && place(i) < num_vecs; };
-    uint4 held[kMaxVecs], added[kMaxVecs];
-#pragma unroll
-    for (int i = 0; i < kMaxVecs; ++i) {
-      if (!exists(i)) continue;
-      held[i] = load_bits(residual + (row * num_vecs + place(i)) * kWidth);
-      added[i] = load_bits(x + (row * num_vecs + place(i)) * kWidth);
-    }
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kMaxVecs; ++i) {
-      if (!exists(i)) continue;
-      float own[kWidth], more[kWidth];
-      unpack_vec<Scalar>(held[i], own);
-      unpack_vec<Scalar>(added[i], more);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) own[j] += more[j];
-      held[i] = pack_vec<Scalar>(own);
-      unpack_vec<Scalar>(held[i], own);  // as rounded
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum += own[j] * own[j];
-    }
-    sum = team_sum<32>(sum);
-    if (lane == 0) squares[warp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = arrive(&readers) == gridDim.x - 1;
-    float total = 0.0f;
-    for (int i = 0; i < warps_each; ++i) total += squares[row * warps_each + i];
-    const float factor = rsqrtf(total / (num_vecs * kWidth) + eps);
-#pragma unroll
-    for (int i = 0; i < kMaxVecs; ++i) {
-      if (!exists(i)) continue;
-      float own[kWidth], scale[kWidth];
-      unpack_vec<Scalar>(held[i], own);
-      load(norm + place(i) * kWidth, scale);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) own[j] *= factor * scale[j];
-      shared[row * (num_vecs + 4) + place(i)] = pack_vec<Scalar>(own);
-    }
-    __syncthreads();
-    if (!is_last) return;
-    if (threadIdx.x == 0) readers = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxVecs; ++i)
-      if (exists(i)) store_bits(residual + (row * num_vecs + place(i)) * kWidth, held[i]);
-  }
-
-  // What Ring::piece gives of x.
-  __device__ uint4 piece(int step, int half_chunk) const {
-    const int row = threadIdx.x % 32 / 4, vec = (step * kWarps + threadIdx.x / 32) * kPieces + half_chunk * 4 + threadIdx.x % 4;
-    return row < rows && vec < num_vecs ? shared[row * (num_vecs + 4) + vec] : make_uint4(0, 0, 0, 0);
   }
 };
 
@@ -191,8 +114,8 @@ __device__ inline void write_tile(const float (&sums)[kOctets][4], void* y, Form
 
 // Grid: as many blocks as run at once; they take the tiles in turns.
 template <int kOctets>
-__device__ inline void multiply(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, Scalar* residual,
-                                const Scalar* norm, float eps, Form form, int rows, int in, int out) {
+__device__ inline void multiply(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, Form form, int rows, int in,
+                                int out) {
   extern __shared__ uint4 shared[];
   // Stages filled before x is waited for. The rest is asked for after x, and keeps the memory busy until x has come.
   constexpr int kEarly = kStages<kOctets> * 7 / 8;
@@ -202,8 +125,6 @@ __device__ inline void multiply(void* y, const Scalar* x, const Scalar* weight, 
   for (int stage = 0; stage < kEarly; ++stage, ring.advance()) ring.copy_weight(stage);
   start_dependents();
   wait_for_inputs();
-  const Normed normed{shared + (RING_BYTES - NORM_BYTES) / 16, rows, in / kVec<Scalar>};
-  if constexpr (kNorms) normed.fill(x, residual, norm, eps);
   ring.tile = first_tile, ring.step = 0;
 #pragma unroll 1
   for (int stage = 0; stage < kEarly; ++stage, ring.advance()) ring.copy_x(stage);
@@ -224,7 +145,7 @@ __device__ inline void multiply(void* y, const Scalar* x, const Scalar* weight, 
       __syncwarp();
 #pragma unroll
       for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
-        const uint4 low = kNorms ? normed.piece(step, half_chunk) : ring.piece(stage, kOctets, half_chunk);
+        const uint4 low = ring.piece(stage, kOctets, half_chunk);
         const uint4 high = kHalves > 1 ? ring.piece(stage, kOctets + kHalves - 1, half_chunk) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int octet = 0; octet < kOctets; ++octet) {
@@ -245,22 +166,18 @@ __device__ inline void multiply(void* y, const Scalar* x, const Scalar* weight, 
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads)
-few_rows_2(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, Scalar* residual, const Scalar* norm, float eps,
-           int form, int rows, int in, int out) {
-  multiply<2>(y, x, weight, bias, residual, norm, eps, static_cast<Form>(form), rows, in, out);
+few_rows_2(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
+  multiply<2>(y, x, weight, bias, static_cast<Form>(form), rows, in, out);
 }
 extern "C" __global__ void __launch_bounds__(kThreads)
-few_rows_4(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, Scalar* residual, const Scalar* norm, float eps,
-           int form, int rows, int in, int out) {
-  multiply<4>(y, x, weight, bias, residual, norm, eps, static_cast<Form>(form), rows, in, out);
+few_rows_4(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
+  multiply<4>(y, x, weight, bias, static_cast<Form>(form), rows, in, out);
 }
 extern "C" __global__ void __launch_bounds__(kThreads)
-few_rows_6(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, Scalar* residual, const Scalar* norm, float eps,
-           int form, int rows, int in, int out) {
-  multiply<6>(y, x, weight, bias, residual, norm, eps, static_cast<Form>(form), rows, in, out);
+few_rows_6(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
+  multiply<6>(y, x, weight, bias, static_cast<Form>(form), rows, in, out);
 }
 extern "C" __global__ void __launch_bounds__(kThreads)
-few_rows_8(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, Scalar* residual, const Scalar* norm, float eps,
-           int form, int rows, int in, int out) {
-  multiply<8>(y, x, weight, bias, residual, norm, eps, static_cast<Form>(form), rows, in, out);
+few_rows_8(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
+  multiply<8>(y, x, weight, bias, static_cast<Form>(form), rows, in, out);
 }

@@ -12,13 +12,11 @@ from engine.ops import launcher
 from engine.ops.compiler import Build, cubins
 from engine.ops.cuda import attention, gemm, kernels, rows, sampling
 from engine.ops.cuda.attention import paged_attention
-from engine.ops.cuda.gemm import add_norm_gated_linear, add_norm_linear, gated_linear, linear, logits
+from engine.ops.cuda.gemm import gated_linear, linear, logits
 from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
 from engine.ops.cuda.sampling import gumbel_noise, logprobs, sample, take_best
 
 __all__ = [
-    "add_norm_gated_linear",
-    "add_norm_linear",
     "add_rms_norm",
     "gated_activation",
     "gated_linear",

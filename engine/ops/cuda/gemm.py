@@ -13,12 +13,11 @@ from engine.ops import launcher
 from engine.ops.compiler import Build
 from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
-from engine.ops.cuda.rows import add_rms_norm, gated_activation
+from engine.ops.cuda.rows import gated_activation
 
 FORMS = ("plain", "float", "silu", "gelu_tanh")  # of a product's result, as in gemm/forms.cuh
 GATED_FORMS = FORMS[2:]
 FEW_ROWS = (8, 16)  # builds of gemm/few_rows.cu, by the most rows they take
-NORM_BYTES = 17 << 10  # of shared memory, for the norms of rows in gemm/few_rows.cu
 FEW_ROWS_OCTETS = (2, 4, 6, 8)  # its kernels, by the eights of outputs in a tile
 MANY_ROWS = (16, 32, 64, 128)  # builds of gemm/many_rows.cu, by the rows of a tile
 MANY_ROWS_SHARED_BYTES = 227 << 10  # of a block of it: all that Hopper has
@@ -35,16 +34,16 @@ def use_batch_invariant(is_on: bool) -> None:
 def builds(arch: str, dtype: torch.dtype) -> Iterator[Build]:
     if dtype is torch.float32:
         return
-    for rows, norm_bytes in ((8, 0), (16, 0), (8, NORM_BYTES)):
-        yield few_rows_build(arch, dtype, rows, norm_bytes)
+    for rows in FEW_ROWS:
+        yield few_rows_build(arch, dtype, rows)
     if arch == "sm_90a":
         for rows in MANY_ROWS:
             yield many_rows_build(arch, dtype, rows)
 
 
-def few_rows_build(arch: str, dtype: torch.dtype, rows: int, norm_bytes: int) -> Build:
-    constants = {"rows": rows, "ring_bytes": few_rows_ring_bytes(arch), "norm_bytes": norm_bytes}
-    return define_build(arch, "gemm/few_rows.cu", constants["ring_bytes"], scalar=dtype, **constants)
+def few_rows_build(arch: str, dtype: torch.dtype, rows: int) -> Build:
+    ring_bytes = few_rows_ring_bytes(arch)
+    return define_build(arch, "gemm/few_rows.cu", ring_bytes, scalar=dtype, rows=rows, ring_bytes=ring_bytes)
 
 
 def many_rows_build(arch: str, dtype: torch.dtype, rows: int) -> Build:
@@ -62,32 +61,6 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> T
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return _product(hidden, weight, None, "float")
-
-
-def add_norm_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    return _add_norm_product(x, residual, norm, eps, weight, bias, "plain")
-
-
-def add_norm_gated_linear(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, kind: str
-) -> Tensor:
-    return _add_norm_product(x, residual, norm, eps, weight, bias, kind)
-
-
-def _add_norm_product(
-    x: Tensor, residual: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None, form: str
-) -> Tensor:
-    """For the fewest rows the norm is part of the product: its time passes while the weight is on its way."""
-    num_rows, inputs = x.shape
-    norm_bytes = num_rows * (inputs * x.itemsize + 64)
-    if num_rows <= FEW_ROWS[0] and norm_bytes <= NORM_BYTES and norm.dtype is x.dtype and not _is_batch_invariant:
-        octets = _octets(x, weight, form)
-        if octets:
-            check_rows(x, residual, norm)
-            return _few_rows(octets, x, weight, bias, form, (residual, norm, eps))
-    return _product(add_rms_norm(x, residual, norm, eps), weight, bias, form)
 
 
 @dataclass(frozen=True)
@@ -163,35 +136,24 @@ def many_rows_pays(num_rows: int, out: int, form: str, num_sms: int) -> bool:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """x · weightᵀ + bias in one of FORMS: by whatever is fastest, or by the kernel whose rows do not know the batch."""
     device, (num_rows, inputs), out = x.get_device(), x.shape, len(weight)
-    octets = 0 if _is_batch_invariant else _octets(x, weight, form)
-    if octets:
-        return _few_rows(octets, x, weight, bias, form)
-    num_sms, can = kernels.num_sms(device), kernels.arch(device) == "sm_90a" and _is_aligned(x, out, form)
-    if num_rows and can and (_is_batch_invariant or many_rows_pays(num_rows, out, form, num_sms)):
-        return many_rows(many_rows_tiling(num_rows, out, form, num_sms), x, weight, bias, form)
+    arch, num_sms, is_wide = kernels.arch(device), kernels.num_sms(device), x.dtype is torch.float32
+    is_aligned = inputs % 8 == 0 and out % {"float": 1, "plain": 8}.get(form, 16) == 0  # 16 bytes move at a time
+    if num_rows and is_aligned and not is_wide:
+        ring_bytes = few_rows_ring_bytes(arch)
+        octets = 0 if _is_batch_invariant else few_rows_octets(num_rows, inputs, out, num_sms, ring_bytes)
+        if octets:
+            return _few_rows(octets, x, weight, bias, form)
+        if arch == "sm_90a" and (_is_batch_invariant or many_rows_pays(num_rows, out, form, num_sms)):
+            return many_rows(many_rows_tiling(num_rows, out, form, num_sms), x, weight, bias, form)
     if num_rows and _is_batch_invariant:
         raise UserError(
             "--batch-invariant knows products in bfloat16 and float16 whose rows are multiples of 16 bytes, "
             f"not of {inputs} inputs and {out} outputs in {str(x.dtype).removeprefix('torch.')}: leave it out"
         )
-    if form == "float" and x.dtype is not torch.float32:
+    if form == "float" and not is_wide:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     y = F.linear(x, weight, bias)
     return gated_activation(y, form) if form in GATED_FORMS else y
-
-
-def _is_aligned(x: Tensor, out: int, form: str) -> bool:
-    """Both kernels move 16 bytes at a time. out: rows of the weight."""
-    unit = {"float": 1, "plain": 8}.get(form, 16)
-    return x.dtype is not torch.float32 and x.shape[1] % 8 == 0 and out % unit == 0
-
-
-def _octets(x: Tensor, weight: Tensor, form: str) -> int:
-    device, out = x.get_device(), len(weight)
-    if not _is_aligned(x, out, form):
-        return 0
-    num_rows, inputs = x.shape
-    return few_rows_octets(num_rows, inputs, out, kernels.num_sms(device), few_rows_ring_bytes(kernels.arch(device)))
 
 
 def _new_result(x: Tensor, weight: Tensor, form: str) -> Tensor:
@@ -202,23 +164,15 @@ def _new_result(x: Tensor, weight: Tensor, form: str) -> Tensor:
 # Both kernels read the weight while the one launched last may still run: that one must not be what writes it.
 
 
-def _few_rows(
-    octets: int,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    form: str,
-    norm: tuple[Tensor, Tensor, float] | None = None,  # the residual, the norm's weight and its eps
-) -> Tensor:
+def _few_rows(octets: int, x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
     (num_rows, inputs), out = x.shape, len(weight)
-    residual, norm_weight, eps = norm or (None, None, 0.0)
     y = _new_result(x, weight, form)
     check_rows(x, weight)
     rows = next(n for n in FEW_ROWS if num_rows <= n)
-    kernel(x, f"few_rows_{octets}", few_rows_build, x.dtype, rows, NORM_BYTES if norm else 0)(
+    kernel(x, f"few_rows_{octets}", few_rows_build, x.dtype, rows)(
         (min(kernels.num_sms(x.get_device()), -(-out // (8 * octets))), 1, 1),
         256,
-        *(y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias), pointer(residual), pointer(norm_weight), eps),
+        *(y.data_ptr(), x.data_ptr(), weight.data_ptr(), pointer(bias)),
         *(FORMS.index(form), num_rows, inputs, out),
     )
     return y

@@ -94,25 +94,6 @@ def check_gated_linear(
     assert_rows_close(y, _gated(gate_up if bias is None else gate_up + bias.double(), kind), dtype)
 
 
-def check_add_norm_linear(
-    device: str, dtype: torch.dtype, norm_dtype: torch.dtype, rows: int, inputs: int, out: int, has_bias: bool = False
-) -> None:
-    weight = random(out, inputs, device=device, dtype=dtype, scale=2 * inputs**-0.5)
-    bias = random(out, device=device, dtype=dtype) if has_bias else None
-    x, residual = (random(rows, inputs, device=device, dtype=dtype, scale=3) for _ in range(2))
-    norm, total = random(inputs, device=device, dtype=norm_dtype), residual + x
-    expected = _rms_norm(total, norm, 1e-5).to(dtype).double() @ weight.double().T
-    expected = expected if bias is None else expected + bias.double()
-    first, second = residual.clone(), residual.clone()
-    with poisoned():
-        y = cuda.add_norm_linear(x, first, norm, 1e-5, weight, bias)
-        gated = cuda.add_norm_gated_linear(x, second, norm, 1e-5, weight, bias, "silu")
-    assert_rows_close(y, expected, dtype)
-    assert_rows_close(gated, _gated(expected, "silu"), dtype)
-    assert torch.equal(first, total)
-    assert torch.equal(second, total)
-
-
 def check_many_rows(
     device: str, dtype: torch.dtype, tiling: Tiling, form: str, rows: int, inputs: int, out: int, has_bias: bool = False
 ) -> None:

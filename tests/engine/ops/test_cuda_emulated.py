@@ -78,24 +78,6 @@ def test_linear_of_few_rows(dtype, rows, inputs, out, has_bias):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "norm_dtype", "rows", "inputs", "out"),
-    [
-        (BF16, BF16, 1, 1024, 64),
-        (BF16, BF16, 1, 8168, 80),  # as much as there is room for
-        (F16, F16, 3, 2784, 272),  # lanes that have nothing to do
-        (BF16, BF16, 5, 72, 1104),
-        (F16, F16, 8, 1024, 560),
-        (BF16, BF16, 2, 4104, 64),  # no room: a norm of its own
-        (BF16, F32, 1, 328, 64),  # also here
-        (BF16, BF16, 9, 328, 64),
-    ],
-)
-def test_linear_after_a_norm(dtype, norm_dtype, rows, inputs, out):
-    for has_bias in (False, True):  # a second launch finds the counter of the first at zero
-        cases.check_add_norm_linear("cpu", dtype, norm_dtype, rows, inputs, out, has_bias)
-
-
-@pytest.mark.parametrize(
     ("dtype", "tiling", "form", "rows", "inputs", "out"),
     [
         (BF16, Tiling(16, 2, 2, 128), "plain", 5, 200, 136),  # inputs and outputs past the last

@@ -59,16 +59,6 @@ def test_gated_linear(dtype, kind, inputs, dim):
         cases.check_gated_linear("cuda", dtype, kind, rows, inputs, dim, has_bias=rows % 2 == 0)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
-@pytest.mark.parametrize(
-    ("inputs", "out"), [(4096, 6144), (4096, 28_672), (1024, 4096), (8168, 1024), (576, 960), (64, 16), (40, 8)]
-)
-def test_linear_after_a_norm(dtype, inputs, out):
-    for rows in (1, 2, 3, 4, 5, 7, 8, 9, 100):
-        cases.check_add_norm_linear("cuda", dtype, dtype, rows, inputs, out, has_bias=rows % 2 == 0)
-        cases.check_add_norm_linear("cuda", dtype, F32, rows, inputs, out)
-
-
 @ON_HOPPER
 def test_random_tilings():
     draw = random.Random()
