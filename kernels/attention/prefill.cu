@@ -161,7 +161,7 @@ prefill(const Cached* k_cache, const Cached* v_cache, Scalar* out, const Scalar*
 
   const Batch batch = {query_start, context_lens, rows, block_table, first_request, num_requests, table_width, num_heads,
                        num_kv_heads, window};
-  const Pieces pieces(batch, kRows);
+  const Pieces<kRows> pieces(batch);
   if (blockIdx.x >= pieces.total() * num_kv_heads) return;
   const Item item = find_item(pieces, blockIdx.x, batch);
   if (item.num_own_rows() <= 0) return;

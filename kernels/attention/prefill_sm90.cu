@@ -7,9 +7,7 @@
 // at a time, and two bring their queries, all of them ahead of the warpgroups that compute. Bound by FLOPs; beside the tensor
 // cores, exponentials take half of their time, so the two must overlap (Shah et al., "FlashAttention-3", 2024): a warpgroup
 // starts the scores of the next tile before it takes weights from those it has, and the warpgroups start their products in
-// turns, so that one is at its softmax while another multiplies. Blocks of threads in a cluster of two take neighbouring rows
-// of an item of twice the size, and each brings half of the tiles to both: bytes on their way from the L2 cache cost power, which
-// is what the clock of a busy GPU depends on. Items of few rows (single tokens) are the work of one
+// turns, so that one is at its softmax while another multiplies. Items of few rows (single tokens) are the work of one
 // warpgroup, bound by the bytes of their keys and values.
 //
 // The result of a row depends on its own query and context alone, bit for bit: tiles begin at multiples of kKeys of the
@@ -64,9 +62,6 @@ struct Shared {
   Item items[kItems];  // without rows after the last one
 };
 
-// Where the block stands in its cluster; a cluster of one is a block.
-struct Cluster { int rank, size; };
-
 template <int kCount> struct Ring {  // which place is next, and the parity of its phase
   int place = 0;
   u32 parity = 0;
@@ -88,67 +83,60 @@ struct Softmax {  // of this lane's rows, lane / 4 and lane / 4 + 8 of its warp;
 
 // Finding items: one warp.
 
-// In a cluster, the first block finds items for both.
-__device__ inline void hand_out_items(Shared& shared, const Batch& batch, const Cluster& cluster) {
-  const int lane = threadIdx.x % 32, num_clusters = gridDim.x / cluster.size, first_index = blockIdx.x / cluster.size;
-  const Pieces pieces(batch, kRows * cluster.size);
+__device__ inline void hand_out_items(Shared& shared, const Batch& batch) {
+  const int lane = threadIdx.x % 32;
+  const Pieces<kRows> pieces(batch);
   const int num_items = pieces.total() * batch.num_kv_heads;
   Ring<kItems> ring;
-  const auto hand_out = [&](Item item) {
+  const auto hand_out = [&](const Item& item) {
     barrier_wait(shared.item_left[ring.place], ring.parity ^ 1);
-    if (lane < cluster.size) {
-      item.first_row += lane * kRows;
-      const_cast<Item&>(*in_block(&shared.items[ring.place], lane)) = item;
-      barrier_arrive_in(shared.item_came[ring.place], lane);
+    if (lane == 0) {
+      shared.items[ring.place] = item;
+      barrier_arrive(shared.item_came[ring.place]);
     }
     __syncwarp();
     ring.advance(1);
   };
-  for (int index = first_index; index < num_items;) {
+  for (int index = blockIdx.x; index < num_items;) {
     const Item item = find_item(pieces, index, batch);
     if (item.num_own_rows() > 0) hand_out(item);  // else: room that was not needed
-    if (index == first_index) wait_for_inputs();  // what was read so far is older than the kernel before this one
-    if (num_items <= num_clusters) break;
+    if (index == blockIdx.x) wait_for_inputs();   // what was read so far is older than the kernel before this one
+    if (num_items <= gridDim.x) break;
     int taken = 0;
     if (lane == 0) {
       taken = atomicAdd(&num_taken, 1);
       if (taken == num_items - 1) num_taken = 0;  // one was taken after each item: this was the last
     }
-    index = num_clusters + __shfl_sync(kAllLanes, taken, 0);
+    index = gridDim.x + __shfl_sync(kAllLanes, taken, 0);
   }
   wait_for_inputs();
   hand_out({});
 }
 
 // Items one after the other, each at its place of kItems, until there are no more.
-template <class Work> __device__ inline void for_each_item(Shared& shared, const Cluster& cluster, Work work) {
+template <class Work> __device__ inline void for_each_item(Shared& shared, Work work) {
   for (Ring<kItems> ring;; ring.advance(1)) {
     barrier_wait(shared.item_came[ring.place], ring.parity);
-    if (cluster.size > 1) see_cluster();
     const Item& item = shared.items[ring.place];
     if (uniform(item.num_rows) == 0) return;
     work(item, ring);
   }
 }
 
-// Bringing keys and values: one warp. Lane i brings block i of each tile, or leaves it to the cluster's other block; KV blocks
-// that hold no visible key are not touched.
+// Bringing keys and values: one warp. Lane i brings block i of each tile; blocks that hold no visible key are not touched.
 
 __device__ inline void copy_tile(Shared& shared, const Ring<kStages>& ring, const TensorMap& map, int num_blocks, bool is_mine,
-                                 int octet, const Cluster& cluster) {
+                                 int octet) {
   const int lane = threadIdx.x % 32;
-  Barrier& came = shared.tile_came[ring.place];
   barrier_wait(shared.tile_left[ring.place], ring.parity ^ 1);
-  if (lane == 0) barrier_arrive_expecting(came, num_blocks * kBlockSize * kHeadDim * 2);
+  if (lane == 0) barrier_arrive_expecting(shared.tile_came[ring.place], num_blocks * kBlockSize * kHeadDim * 2);
   __syncwarp();
-  if (!is_mine) return;
-  void* target = &shared.tiles[ring.place].numbers[lane * (kBlockSize / 8)];
-  if (cluster.size == 1) copy_octets(target, map, octet, came);
-  else copy_octets_to_all(target, map, octet, came, cluster.size);
+  if (is_mine)
+    copy_octets(&shared.tiles[ring.place].numbers[lane * (kBlockSize / 8)], map, octet, shared.tile_came[ring.place]);
 }
 
 __device__ inline void bring_tiles(Shared& shared, Tiles& tiles, const TensorMap& k_map, const TensorMap& v_map, const Item& item,
-                                   const Batch& batch, const Cluster& cluster) {
+                                   const Batch& batch) {
   const int* table = batch.block_table + static_cast<i64>(item.table_row) * batch.table_width;
   const int first_block = item.begin / kBlockSize, end_block = ceil_div(item.end, kBlockSize), kv_head = item.kv_head;
   const auto block_of = [&](int tile) {  // -1: none
@@ -161,9 +149,8 @@ __device__ inline void bring_tiles(Shared& shared, Tiles& tiles, const TensorMap
     next = block_of(tile - 1);  // on its way while this tile waits for its place
     const int num_blocks = min(end_block, (tile + 1) * kBlocks) - max(first_block, tile * kBlocks);
     const int octet = (block * batch.num_kv_heads + kv_head) * (kBlockSize / 8);
-    const bool is_mine = block >= 0 && threadIdx.x % cluster.size == cluster.rank;
-    copy_tile(shared, tiles.keys, k_map, num_blocks, is_mine, octet, cluster);
-    copy_tile(shared, tiles.values, v_map, num_blocks, is_mine, octet, cluster);
+    copy_tile(shared, tiles.keys, k_map, num_blocks, block >= 0, octet);
+    copy_tile(shared, tiles.values, v_map, num_blocks, block >= 0, octet);
     tiles.keys.advance(2);
     tiles.values.advance(2);
   }
@@ -249,20 +236,6 @@ __device__ inline void bring_queries(Shared& shared, const Scalar* q, const Item
 }
 
 // Computing: kConsumers warpgroups.
-
-// This warp has no more use for the tile at this place; who brings the next one waits for all warps of the cluster.
-__device__ inline void leave_tile(Shared& shared, Ring<kStages>& ring, const Cluster& cluster) {
-  if (threadIdx.x % 32 < cluster.size) barrier_arrive_in(shared.tile_left[ring.place], threadIdx.x % 32);
-  ring.advance(2);
-}
-// Tiles, from the last one on, of which this warp has no rows that see them.
-__device__ inline void skip_tiles(Shared& shared, Tiles& tiles, int count, const Cluster& cluster) {
-  for (; count > 0; --count)
-    for (Ring<kStages>* ring : {&tiles.keys, &tiles.values}) {
-      barrier_wait(shared.tile_came[ring->place], ring->parity);
-      leave_tile(shared, *ring, cluster);
-    }
-}
 
 // Values outside [begin, end) become zero: their weights are zero, but 0 · (what lies there) may be NaN.
 __device__ inline void clear_unseen(Tile& values, int first_key, int begin, int end, int warpgroup) {
@@ -371,11 +344,22 @@ __device__ inline void write_out(Scalar* out, Scalar (&place)[kRows / 8][kPanels
   }
 }
 
+// Who has no rows of an item gives its tiles back.
+__device__ inline void skip_tiles(Shared& shared, Tiles& tiles, const Item& item) {
+  const int first = first_tile(item);
+  for (int tile = last_tile(item); tile >= first; --tile)
+    for (Ring<kStages>* ring : {&tiles.keys, &tiles.values}) {
+      barrier_wait(shared.tile_came[ring->place], ring->parity);
+      if (threadIdx.x % 32 == 0) barrier_arrive(shared.tile_left[ring->place]);
+      ring->advance(2);
+    }
+}
 
 // One warpgroup: its 64 rows of an item.
 __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const Item& item, const Ring<kItems>& place,
-                               const Batch& batch, const Cluster& cluster, int warpgroup, float scale, float softcap) {
+                               const Batch& batch, int warpgroup, float scale, float softcap) {
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
+  const bool is_first_lane = lane == 0;
   const int num_workers = uniform(min(kConsumers, ceil_div(item.num_own_rows(), 64)));
   const bool takes_turns = num_workers > 1;
   const int own_turn = 1 + kConsumers + warpgroup, next_turn = 1 + kConsumers + (warpgroup + 1 == num_workers ? 0 : warpgroup + 1);
@@ -383,8 +367,7 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   const float factor = softcap > 0.0f ? kLog2e : scale * kLog2e;
 
   const int begin = uniform(item.begin), end = uniform(item.end), window = batch.window, first = first_tile(item);
-  const int first_position = item.position_of(item.first_row, batch);
-  const int last_position = uniform(item.position_of(min(item.first_row + kRows, item.num_rows) - 1, batch)), own_row = item.first_row + warp_row + lane / 4;
+  const int first_position = item.position_of(item.first_row, batch), own_row = item.first_row + warp_row + lane / 4;
   const int positions[2] = {item.position_of(own_row, batch), item.position_of(own_row + 8, batch)};
   Softmax state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}, {1.0f, 1.0f}};
   float sums[kHeadDim / 2] = {};
@@ -396,7 +379,7 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
     if (softcap > 0.0f)
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) scores[i] = capped(scores[i] * scale, softcap);
-    if (first_key + kKeys - 1 > first_position || (window > 0 && last_position - first_key >= window))
+    if (first_key + kKeys - 1 > first_position || (window > 0 && end - 1 - first_key >= window))
       hide_unseen(scores, positions, first_key, window);
     add_scores(state, scores, factor);
     pin(scores);  // now, while the tensor cores are at the last tile's values
@@ -404,17 +387,17 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   };
 
   Ring<kStages>&keys = tiles.keys, &values = tiles.values;
-  int tile = last_position / kKeys;
-  skip_tiles(shared, tiles, last_tile(item) - tile, cluster);
+  int tile = last_tile(item);
   barrier_wait(shared.queries_came[place.place], place.parity);
   barrier_wait(shared.tile_came[keys.place], keys.parity);
   start_scores(scores, queries, shared.tiles[keys.place]);
   warpgroup_wait<0>();
   pin(scores);
-  leave_tile(shared, keys, cluster);
+  if (is_first_lane) barrier_arrive(shared.tile_left[keys.place]);
+  keys.advance(2);
   take_weights(tile * kKeys);
   round_weights(weights, scores);
-  if (!kIsNarrow && end < (tile + 1) * kKeys) {
+  if (!kIsNarrow && end % kKeys != 0) {
     barrier_wait(shared.tile_came[values.place], values.parity);
     clear_unseen(shared.tiles[values.place], tile * kKeys, begin, end, warpgroup);
   }
@@ -428,7 +411,8 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
     if (takes_turns) pass_threads(next_turn, 256);
     warpgroup_wait<1>();
     pin(scores);
-    leave_tile(shared, keys, cluster);
+    if (is_first_lane) barrier_arrive(shared.tile_left[keys.place]);
+    keys.advance(2);
     take_weights(tile * kKeys);
     // Waiting here for the next keys, the compiler moves no part of the softmax behind the wait for the values.
     if (tile > first) barrier_wait(shared.tile_came[keys.place], keys.parity);
@@ -436,7 +420,8 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
     pin(sums);
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) pin(weights[step]);
-    leave_tile(shared, values, cluster);
+    if (is_first_lane) barrier_arrive(shared.tile_left[values.place]);
+    values.advance(2);
     fade_out(sums, state);
     round_weights(weights, scores);
   }
@@ -447,78 +432,69 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   start_values(sums, weights, shared.tiles[values.place]);
   warpgroup_wait<0>();
   pin(sums);
-  leave_tile(shared, values, cluster);
+  if (is_first_lane) barrier_arrive(shared.tile_left[values.place]);
+  values.advance(2);
   meet_threads(1 + warpgroup, 128);  // tensor cores have read all queries
   write_out(out, shared.queries[place.place], sums, state, item, warp_row, batch);
 }
 
-__device__ inline void consume(Shared& shared, Scalar* out, const Batch& batch, const Cluster& cluster, int warpgroup, float scale,
-                               float softcap) {
+__device__ inline void consume(Shared& shared, Scalar* out, const Batch& batch, int warpgroup, float scale, float softcap) {
   const int first_turn = 1 + kConsumers;
   if (warpgroup == kConsumers - 1) pass_threads(first_turn, 256);
   Tiles tiles;
-  for_each_item(shared, cluster, [&](const Item& item, const Ring<kItems>& place) {
-    if (warpgroup * 64 < uniform(item.num_own_rows()))
-      compute(shared, tiles, out, item, place, batch, cluster, warpgroup, scale, softcap);
-    else
-      skip_tiles(shared, tiles, last_tile(item) - first_tile(item) + 1, cluster);
+  for_each_item(shared, [&](const Item& item, const Ring<kItems>& place) {
+    if (warpgroup * 64 < uniform(item.num_own_rows())) compute(shared, tiles, out, item, place, batch, warpgroup, scale, softcap);
+    else skip_tiles(shared, tiles, item);
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive_in(shared.item_left[place.place], 0);
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_left[place.place]);
   });
   if (warpgroup == 0) meet_threads(first_turn, 256);  // after an item it is the first one's turn
 }
 
-// Grid: as many as run at once, no more than there is room for items; alone or in clusters of two.
+// Grid: as many as run at once, no more than there is room for items.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Cached* k_cache,
-        const Cached* v_cache, Scalar* out, const Scalar* q, const int* query_start, const int* context_lens, const int* rows,
-        const int* block_table, int first_request, int num_requests, int table_width, int num_heads, int num_kv_heads, float scale,
-        int window, float softcap) {
+        const Cached* v_cache, Scalar* out, const Scalar* q, const int* query_start, const int* context_lens, const int* rows, const int* block_table, int first_request,
+        int num_requests, int table_width, int num_heads, int num_kv_heads, float scale, int window, float softcap) {
   extern __shared__ uint4 dynamic[];
   Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<u64>(dynamic) + 1023) / 1024 * 1024);
   const Batch batch = {query_start, context_lens, rows, block_table, first_request, num_requests, table_width, num_heads,
                        num_kv_heads, window};
-  const Cluster cluster = {cluster_rank(), cluster_size()};
   start_dependents();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       barrier_init(shared.tile_came[stage], kIsNarrow ? 4 : 1);
-      barrier_init(shared.tile_left[stage], 4 * kConsumers * cluster.size);  // one for each warp
+      barrier_init(shared.tile_left[stage], 4 * kConsumers);  // one for each warp
     }
     for (int place = 0; place < kItems; ++place) {
       barrier_init(shared.item_came[place], 1);
-      barrier_init(shared.item_left[place], 4 * kConsumers * cluster.size);
+      barrier_init(shared.item_left[place], 4 * kConsumers);
       barrier_init(shared.queries_came[place], kQueryLoaders);
     }
     barrier_init_fence();
   }
   __syncthreads();
-  if (cluster.size > 1) meet_cluster();
 
   const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
-  if (warp == 0) {
+  if (warpgroup == 0) {
     shrink_registers<kHelperRegisters>();
-    if (cluster.rank == 0) hand_out_items(shared, batch, cluster);
-    else wait_for_inputs();
-  } else if (warpgroup == 0) {
-    shrink_registers<kHelperRegisters>();
+    if (warp == 0) return hand_out_items(shared, batch);
     wait_for_inputs();
     Tiles tiles;
-    for_each_item(shared, cluster, [&](const Item& item, const Ring<kItems>& place) {
+    for_each_item(shared, [&](const Item& item, const Ring<kItems>& place) {
       if (warp > 1) bring_queries(shared, q, item, place.place, batch, threadIdx.x - 64);
-      else if (!kIsNarrow) bring_tiles(shared, tiles, k_map, v_map, item, batch, cluster);
+      else if (!kIsNarrow) bring_tiles(shared, tiles, k_map, v_map, item, batch);
     });
   } else if (kIsNarrow && warpgroup == 1) {
     shrink_registers<kWidenerRegisters>();
     wait_for_inputs();
     Tiles tiles;
-    for_each_item(shared, cluster, [&](const Item& item, const Ring<kItems>&) {
+    for_each_item(shared, [&](const Item& item, const Ring<kItems>&) {
       widen_tiles(shared, tiles, k_cache, v_cache, item, batch);
     });
   } else {
     grow_registers<kConsumerRegisters>();
     wait_for_inputs();
-    consume(shared, out, batch, cluster, warpgroup - kIsNarrow - 1, scale, softcap);
+    consume(shared, out, batch, warpgroup - kIsNarrow - 1, scale, softcap);
   }
-  if (cluster.size > 1) meet_cluster();  // until then, the other block may still write here
 }

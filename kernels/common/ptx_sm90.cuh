@@ -25,14 +25,12 @@ __device__ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                ::"r"(shared_address(&barrier)), "r"(bytes) : "memory");
 }
-// Arrive at the barrier that lies there in the block of this rank in the cluster.
-__device__ inline void barrier_arrive_in(Barrier& barrier, int rank) {
-  asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }"
+// Arrive at the barrier that lies here in another block of the cluster.
+__device__ inline void barrier_arrive_in_block(Barrier& barrier, int rank) {
+  asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
                ::"r"(shared_address(&barrier)), "r"(rank) : "memory");
 }
-// After a wait: what threads of other blocks of the cluster wrote before they arrived is seen.
-__device__ inline void see_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 // Wait for the end of the phase of this parity; the one before the first has parity 1 and is over.
 __device__ inline void barrier_wait(Barrier& barrier, u32 parity) {
 #if __CUDA_ARCH__ >= 900
@@ -92,15 +90,6 @@ __device__ inline void copy_box_to_blocks(void* shared, const TensorMap& map, in
 __device__ inline void copy_octets(void* shared, const TensorMap& map, int octet, Barrier& barrier) {
   asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %2, %2, %3}], [%4];"
                ::"r"(shared_address(shared)), "l"(&map), "r"(0), "r"(octet), "r"(shared_address(&barrier)) : "memory");
-}
-
-// The same to all blocks of a cluster of this size, with word to the barrier of each.
-__device__ inline void copy_octets_to_all(void* shared, const TensorMap& map, int octet, Barrier& barrier, int cluster) {
-  const u16 blocks = (1 << cluster) - 1;
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-               "[%0], [%1, {%2, %2, %2, %3}], [%4], %5;"
-               ::"r"(shared_address(shared)), "l"(&map), "r"(0), "r"(octet), "r"(shared_address(&barrier)), "h"(blocks)
-               : "memory");
 }
 
 // Start the copy of a row of bytes, whole pieces of 16 from a boundary of 16 to another.

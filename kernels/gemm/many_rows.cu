@@ -152,7 +152,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     if (threadIdx.x % 32 != 0) return;
     if (cluster_size() == 1) barrier_arrive(shared.left[stage]);
     else
-      for (int rank = 0; rank < cluster_size(); ++rank) barrier_arrive_in(shared.left[stage], rank);
+      for (int rank = 0; rank < cluster_size(); ++rank) barrier_arrive_in_block(shared.left[stage], rank);
   }
 
   using Sums = float[kParts][kRows / 2];

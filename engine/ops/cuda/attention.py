@@ -256,28 +256,18 @@ def _prefill(
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     num_requests = len(batch.context_lens) - batch.num_decodes
     is_sm90, is_narrow = file == "attention/prefill_sm90.cu", k_cache.dtype is not q.dtype
-    num_rows = 64 * prefill_sm90_tile(head_dim)[0] if is_sm90 else 16 * prefill_tile(head_dim)[0]  # of a thread block
+    num_rows = 64 * prefill_sm90_tile(head_dim)[0] if is_sm90 else 16 * prefill_tile(head_dim)[0]  # of an item
     num_stacked = (len(q) - batch.num_decodes) * (num_heads // num_kv_heads)
-    cluster = prefill_cluster(num_stacked, num_requests, num_rows) if is_sm90 and not is_narrow else 1
-    # Room for the items, and no less.
-    num_items = num_kv_heads * ((num_stacked + num_requests * (cluster * num_rows - 1)) // (cluster * num_rows))
-    if is_sm90:
-        num_items = min(kernels.num_sms(q.get_device()) // cluster, num_items)
+    num_items = num_kv_heads * ((num_stacked + num_requests * (num_rows - 1)) // num_rows)  # room for them, and no less
     maps = [_octets_map(cache) for cache in (k_cache, v_cache)] if is_sm90 else []
     kernel(q, "prefill", PREFILL_BUILDS[file], q.dtype, k_cache.dtype, head_dim)(
-        (cluster * num_items, 1, 1),
+        (min(kernels.num_sms(q.get_device()), num_items) if is_sm90 else num_items, 1, 1),
         2 * num_rows + 128 * (1 + is_narrow) * is_sm90,
         *maps,
         *(k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
         *(batch.num_decodes, num_requests, batch.block_table.shape[1], num_heads, num_kv_heads),
         *(scale, window, softcap),
-        cluster=cluster,
     )
-
-
-def prefill_cluster(num_stacked: int, num_requests: int, num_rows: int) -> int:
-    """Thread blocks of attention/prefill_sm90.cu that share tiles: two, where requests have rows enough for eight."""
-    return 2 if num_stacked >= 8 * num_rows * num_requests else 1
 
 
 def _octets_map(cache: Tensor) -> bytes:

@@ -41,8 +41,7 @@ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
   state.settle();
 }
 inline void barrier_arrive(Barrier& barrier) { barrier_arrive_expecting(barrier, 0); }
-inline void barrier_arrive_in(Barrier& barrier, int rank) { barrier_arrive(const_cast<Barrier&>(*in_block(&barrier, rank))); }
-inline void see_cluster() {}
+inline void barrier_arrive_in_block(Barrier& barrier, int rank) { barrier_arrive(const_cast<Barrier&>(*in_block(&barrier, rank))); }
 inline void cp_async_arrive(Barrier& barrier) {
   BarrierState& state = barrier_states.at(&barrier);
   state.copies.push_back([&state, copies = std::move(fiber->open)] {
@@ -122,11 +121,6 @@ inline void copy_octets(void* shared, const TensorMap& map, int octet, Barrier& 
             std::memcpy(shared_base() + swizzled(to), source + row * row_length + panel + piece * 8, 16);
     return static_cast<int>(box_rows * row_length * 2);
   });
-}
-
-inline void copy_octets_to_all(void* shared, const TensorMap& map, int octet, Barrier& barrier, int cluster) {
-  for (int rank = 0; rank < cluster; ++rank)
-    copy_octets(shared, map, octet, const_cast<Barrier&>(*in_block(&barrier, rank)));
 }
 
 inline void copy_bytes(void* shared, const void* global, int bytes, Barrier& barrier) {

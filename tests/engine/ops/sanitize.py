@@ -38,6 +38,11 @@ def rows() -> None:
 def gemm() -> None:
     for num_rows, out in ((5, 1096), (16, 4224), (9, 6336), (1, 8448), (130, 1096)):  # tiles of all sizes
         cases.check_linear("cuda", BF16, num_rows, 584, out, has_bias=True)
+    for groups, parts, form in ((1, 1, "float"), (1, 2, "silu"), (2, 1, "plain"), (2, 2, "gelu_tanh")):
+        tiling = cuda.gemm.Tiling(64, groups, parts, 64 * groups, cluster=groups)
+        cases.check_many_rows("cuda", BF16, tiling, form, 130, 584, 1104, has_bias=True)
+    cases.check_gated_linear("cuda", BF16, "silu", 5, 584, 1096, has_bias=True)
+    cases.check_add_norm_linear("cuda", BF16, F32, 3, 584, 1104, has_bias=True)
 
 
 def attention() -> None:

@@ -187,17 +187,6 @@ def test_chunks_and_decodes_on_hopper(monkeypatch, dtype, heads, head_dim, windo
     cases.check_attention("cpu", dtype, heads, head_dim, lengths, window, softcap)
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(
-    ("dtype", "heads", "head_dim", "window"), [(BF16, (8, 2), 128, 0), (F16, (6, 1), 64, 0), (BF16, (3, 1), 128, 150)]
-)
-@pytest.mark.parametrize("lengths", [[(300, 300)], [(1, 300), (2, 2), (70, 500), (200, 233)]])
-def test_clusters_on_hopper(monkeypatch, dtype, heads, head_dim, window, lengths):
-    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
-    monkeypatch.setattr(cuda.attention, "prefill_cluster", lambda *_: 2)
-    cases.check_attention("cpu", dtype, heads, head_dim, lengths, window)
-
-
 def test_more_chunks_on_hopper_than_lanes_look_for(monkeypatch):
     monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
     lengths = [(2 + i % 3 * 60, 2 + i % 3 * 60 + i) for i in range(70)]
