@@ -202,11 +202,11 @@ def test_products_of_many_rows_are_shared_out_evenly(rows, out, form, tiling):
     assert gemm.many_rows_tiling(rows, out, form, num_sms=132) == tiling
 
 
-def test_many_rows_are_for_hopper_and_for_products_that_fill_it():
+def test_many_rows_are_for_hopper_and_for_decodes():
     assert any("many_rows" in build.file for build in gemm.builds("sm_90a", torch.bfloat16))
     assert not any("many_rows" in build.file for build in gemm.builds("sm_80", torch.bfloat16))
-    assert gemm.many_rows_pays(8192, 28_672, "silu", 132)
-    assert not gemm.many_rows_pays(512, 28_672, "silu", 132)  # a last turn with few tiles
+    assert gemm.many_rows_pays(128, 28_672, "silu", 132)
+    assert not gemm.many_rows_pays(129, 28_672, "silu", 132)
 
 
 def test_small_gpus_take_small_tiles():
