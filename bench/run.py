@@ -202,6 +202,7 @@ def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
     is_main = threading.current_thread() is threading.main_thread()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
+    handlers = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
     try:
         result = _run(main())
     finally:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,9 @@ SMALL_RUN = ["--device", "cpu", "--max-num-seqs", "8", "--kv-cache-memory", "16M
 def start_bench(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "vcli", "bench", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
+    # Where the tests run in the background, their children would be born deaf to Ctrl-C.
+    hear = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=hear, **pipes)
 
 
 def run_bench(*arguments: str) -> tuple[int, str, str]:
