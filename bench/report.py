@@ -184,15 +184,13 @@ def results_table(results: list[BenchResult]) -> str:
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
     """The rows of bench/speed.py: a table for each model, each figure beside its floor, the peer's and the target."""
-    columns = ["measured", "unit", "floor", PEER, "target", ""]
+    columns = ["measured", "unit", "floor", PEER, "target", "", "revision"]
     verdicts = {True: "met", False: "**missed**", None: ""}
+    keys = ["figure", "value", "unit", "floor", "peer", "target"]
     tables = []
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
-        lines = [
-            [row["figure"], row["value"], row["unit"], row["floor"], row["peer"], row["target"], verdicts[row["met"]]]
-            for row in rows
-            if (row["model"], row["dtype"]) == (model, dtype)
-        ]
+        own = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+        lines = [[*(row[key] for key in keys), verdicts[row["met"]], (row["git_revision"] or "-")[:9]] for row in own]
         tables.append(markdown_table([f"{model}, {dtype}", *columns], lines))
     return "\n\n".join(tables)
 
@@ -201,8 +199,7 @@ def speed_section(path: Path) -> str:
     """What the README says of a file of bench/speed.py."""
     values = json.loads(path.read_text(encoding="utf-8"))
     env, rows = values["environment"], values["rows"]
-    revisions = dict.fromkeys((row["git_revision"] or "-")[:9] for row in rows)
-    machine = f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}; revision {', '.join(revisions)}"
+    machine = f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}"
     parts = [f"{machine}:", speed_table(rows)]
     for model, shares in values["time"].items():
         parts += [f"Where the time of a decode step of {model} at batch 64 goes:", time_table(shares)]

@@ -155,15 +155,15 @@ def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed
     once = readme.read_text()
     assert not report.update_readme(tmp_path, readme)
 
-    assert "| big, bfloat16 | measured | unit | floor | vLLM 0.26 | target |  |" in once
-    assert "| a | 3.50 | ms | 3.20 | 4.85 | 3.60 | met |" in once
-    assert "| b | 3.71 | ms | 3.20 | 4.85 | 3.60 | **missed** |" in once
-    assert "| c | 9.00 | ms | 3.20 | 4.85 | - |  |" in once
+    assert "| big, bfloat16 | measured | unit | floor | vLLM 0.26 | target |  | revision |" in once
+    assert "| a | 3.50 | ms | 3.20 | 4.85 | 3.60 | met | 012345678 |" in once
+    assert "| b | 3.71 | ms | 3.20 | 4.85 | 3.60 | **missed** | 012345678 |" in once
+    assert "| c | 9.00 | ms | 3.20 | 4.85 | - |  | 012345678 |" in once
     assert once.index("| big, bfloat16") < once.index("| b |") < once.index("| small, bfloat16")
     assert "| o | 6.50 | 5.00 | 2 | gemm, splitK |" in once
     assert "| all | 6.75 | 5.00 | 2 |  |" in once
     assert "```text\napi all\n```" in once
-    assert "NVIDIA H200, driver 580, torch 2.11.0; revision 012345678:" in once
+    assert "NVIDIA H200, driver 580, torch 2.11.0:" in once
     assert "old" not in once
     assert once.endswith(f"{report.SPEED_END}\nEnd\n")
 
