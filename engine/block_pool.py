@@ -7,6 +7,7 @@ ref_count is zero, and `_block_of_hash` and `_hash_of_block` are each other's in
 
 import hashlib
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 
@@ -16,7 +17,8 @@ class BlockPool:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = dict.fromkeys(range(num_blocks))  # an ordered set: the block freed longest ago comes first
+        # An ordered set: the block freed longest ago comes first. (A dict would look for it behind all that left it.)
+        self._free = OrderedDict.fromkeys(range(num_blocks))
         self._ref_counts = [0] * num_blocks
         self._hash_of_block: dict[int, bytes] = {}
         self._block_of_hash: dict[bytes, int] = {}
@@ -33,8 +35,7 @@ class BlockPool:
         assert num_blocks <= len(self._free), f"{num_blocks} blocks wanted, {len(self._free)} free"
         block_ids = []
         for _ in range(num_blocks):
-            block_id = next(iter(self._free))
-            del self._free[block_id]
+            block_id, _ = self._free.popitem(last=False)
             if (block_hash := self._hash_of_block.pop(block_id, None)) is not None:
                 del self._block_of_hash[block_hash]
             self._ref_counts[block_id] = 1

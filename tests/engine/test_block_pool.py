@@ -1,4 +1,5 @@
 import random
+import time
 
 import pytest
 
@@ -104,3 +105,16 @@ def test_a_random_walk_agrees_with_a_brute_force_pool(seed: int):
             held.append(expected)
         assert pool.num_free == sum(count == 0 for count in owners.values())
         pool.check()
+
+
+def test_blocks_come_as_quickly_from_a_pool_that_has_given_away_most_of_its_blocks():
+    pool = BlockPool(1 << 17, 16)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        pool.allocate(64)
+        return time.perf_counter() - start
+
+    fresh = min(seconds() for _ in range(5))
+    pool.allocate(pool.num_free - 1024)
+    assert min(seconds() for _ in range(5)) < 20 * fresh
