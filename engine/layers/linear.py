@@ -5,9 +5,9 @@ A column-parallel layer followed by a row-parallel one needs one sum over the ra
 
 from torch import Tensor
 
-from engine import ops
 from engine.checkpoint import Checkpoint
 from engine.layers.placement import Placement
+from engine.layers.weights import PlainWeight, Weight
 
 
 class ColumnParallelLinear:
@@ -19,43 +19,48 @@ class ColumnParallelLinear:
     def __init__(
         self, in_features: int, parts: dict[str, int], has_bias: bool, placement: Placement, fused_name: str = ""
     ) -> None:
-        self.parts, self.fused_name, self.group = parts, fused_name, placement.group
+        self.in_features, self.parts, self.fused_name, self.placement = in_features, parts, fused_name, placement
         self.shares = [placement.share(num_rows) for num_rows in parts.values()]
-        self.weight = placement.empty(sum(self.shares), in_features)
+        self.weight: Weight  # from `load` on
         self.bias = placement.empty(sum(self.shares)) if has_bias else None
 
     def load(self, ckpt: Checkpoint) -> None:
-        for kind, tensor in (("weight", self.weight), ("bias", self.bias)):
-            if tensor is not None:
-                self._load(ckpt, kind, tensor)
+        tensor = self.placement.empty(sum(self.shares), self.in_features)
+        self.weight = PlainWeight(tensor)
+        self._read(ckpt, "weight", tensor)
+        if self.bias is not None:
+            self._read(ckpt, "bias", self.bias)
 
-    def _load(self, ckpt: Checkpoint, kind: str, tensor: Tensor) -> None:
+    def _read(self, ckpt: Checkpoint, kind: str, tensor: Tensor) -> None:
         is_fused = self.fused_name and ckpt.has(f"{self.fused_name}.{kind}")
         first, num_rows = 0, sum(self.parts.values())
         for (name, length), into in zip(self.parts.items(), tensor.split(self.shares), strict=True):
             if is_fused:
-                ckpt.read(f"{self.fused_name}.{kind}", into, dim=0, group=self.group, fused=(first, num_rows))
+                ckpt.read(f"{self.fused_name}.{kind}", into, dim=0, group=self.placement.group, fused=(first, num_rows))
             else:
-                ckpt.read(f"{name}.{kind}", into, dim=0, group=self.group)
+                ckpt.read(f"{name}.{kind}", into, dim=0, group=self.placement.group)
             first += length
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        return self.weight.apply(x, self.bias)
 
 
 class RowParallelLinear:
     """y = x · Wᵀ + b with the columns of W split over the ranks, each of which holds its part of x."""
 
     def __init__(self, name: str, in_features: int, out_features: int, has_bias: bool, placement: Placement) -> None:
-        self.name, self.group = name, placement.group
-        self.weight = placement.empty(out_features, placement.share(in_features))
-        adds_bias = has_bias and self.group.rank == 0  # once in the sum
+        self.name, self.placement = name, placement
+        self.shape = (out_features, placement.share(in_features))
+        self.weight: Weight  # from `load` on
+        adds_bias = has_bias and placement.group.rank == 0  # once in the sum
         self.bias = placement.empty(out_features) if adds_bias else None
 
     def load(self, ckpt: Checkpoint) -> None:
-        ckpt.read(f"{self.name}.weight", self.weight, dim=1, group=self.group)
+        tensor = self.placement.empty(*self.shape)
+        self.weight = PlainWeight(tensor)
+        ckpt.read(f"{self.name}.weight", tensor, dim=1, group=self.placement.group)
         if self.bias is not None:
             ckpt.read(f"{self.name}.bias", self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.group.all_reduce(ops.linear(x, self.weight, self.bias))
+        return self.placement.group.all_reduce(self.weight.apply(x, self.bias))

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from engine import ops
 from engine.checkpoint import Checkpoint
 from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from engine.layers.placement import Placement
@@ -25,4 +24,4 @@ class MLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up_proj
-        return self.down_proj(ops.gated_linear(x, gate_up.weight, gate_up.bias, self.activation))
+        return self.down_proj(gate_up.weight.apply_gated(x, gate_up.bias, self.activation))

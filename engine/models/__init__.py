@@ -32,7 +32,10 @@ def build_model(
     group: Group = Group(),  # noqa: B008 (frozen)
     max_model_len: int | None = None,
 ) -> Model:
-    """The model with its memory taken and no weights in it yet. max_model_len: the longest sequence that may come."""
+    """The model before its weights; linear layers take their memory when they are loaded.
+
+    max_model_len: the longest sequence that may come.
+    """
     for what, count in (("key-value heads", config.num_kv_heads), ("rows of vocabulary", config.vocab_size)):
         if count % group.size:
             raise UserError(f"{count} {what} cannot be split evenly over {group.size} ranks: use fewer")

@@ -6,13 +6,14 @@ native CPU code (`kernels/cpu/`).
 
 from engine.ops.attention import paged_attention
 from engine.ops.dispatch import set_batch_invariant, warm_up
-from engine.ops.gemm import gated_linear, linear, logits
+from engine.ops.gemm import gated_activation, gated_linear, linear, logits
 from engine.ops.norm import add_rms_norm, rms_norm
 from engine.ops.rotary import rotate_and_store
 from engine.ops.sampling import gumbel_noise, logprobs, sample, take_best
 
 __all__ = [
     "add_rms_norm",
+    "gated_activation",
     "gated_linear",
     "gumbel_noise",
     "linear",

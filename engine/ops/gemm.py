@@ -18,6 +18,11 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> T
     return body(x).gated_linear(x, weight, bias, kind)
 
 
+def gated_activation(gate_up: Tensor, kind: str) -> Tensor:
+    """f(gate) · up, f = silu or gelu_tanh (kind).   gate_up [rows, 2 · dim]: gate, then up; result [rows, dim]"""
+    return body(gate_up).gated_activation(gate_up, kind)
+
+
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden · weightᵀ in float32: 16 bits would make ties of what lies close together.
 

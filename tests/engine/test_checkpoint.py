@@ -60,7 +60,7 @@ def test_many_files_give_what_one_file_gives(tiny_checkpoint):
     one, many = tiny_checkpoint("llama"), tiny_checkpoint("llama", max_shard_size="100KB")
     assert len(list(many.glob("*.safetensors"))) > 2
     for a, b in zip(linears(load(one)), linears(load(many)), strict=True):
-        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.weight.tensor, b.weight.tensor)
 
 
 def test_weights_are_converted_on_the_way(tiny_checkpoint):
@@ -68,7 +68,7 @@ def test_weights_are_converted_on_the_way(tiny_checkpoint):
     stored = load_file(tiny_checkpoint("llama", dtype="bfloat16") / "model.safetensors")
     down = stored["model.layers.1.mlp.down_proj.weight"]
     assert down.dtype == torch.bfloat16
-    assert torch.equal(model.layers[1].mlp.down_proj.weight, down.float())
+    assert torch.equal(model.layers[1].mlp.down_proj.weight.tensor, down.float())
 
 
 def test_progress_counts_every_byte_once(tiny_checkpoint):
@@ -87,11 +87,16 @@ def test_the_shards_of_two_ranks_make_the_whole(family, tiny_checkpoint):
     whole, first, second = load(path), load(path, SoloGroup(0, 2)), load(path, SoloGroup(1, 2))
     for full, a, b in zip(linears(whole), linears(first), linears(second), strict=True):
         if isinstance(full, RowParallelLinear):
-            assert torch.equal(full.weight, torch.cat([a.weight, b.weight], dim=1))
+            assert torch.equal(full.weight.tensor, torch.cat([a.weight.tensor, b.weight.tensor], dim=1))
             assert b.bias is None, "a bias is added once in the sum of the ranks"
             continue
         sizes = list(full.parts.values())
-        parts = zip(full.weight.split(sizes), a.weight.split(a.shares), b.weight.split(b.shares), strict=True)
+        parts = zip(
+            full.weight.tensor.split(sizes),
+            a.weight.tensor.split(a.shares),
+            b.weight.tensor.split(b.shares),
+            strict=True,
+        )
         assert all(torch.equal(x, torch.cat([y, z])) for x, y, z in parts)
     assert torch.equal(whole.embedding.weight, torch.cat([first.embedding.weight, second.embedding.weight]))
 
@@ -131,11 +136,11 @@ def test_dummy_weights_depend_on_seed_and_name_only(tiny_checkpoint):
     path = tiny_checkpoint("llama")
     first, again, other = (load(path, opened=open_checkpoint(path, "dummy", seed=seed)) for seed in (1, 1, 2))
     rank = load(path, SoloGroup(1, 2), open_checkpoint(path, "dummy", seed=1))
-    a, b, c = (model.layers[0].mlp.down_proj.weight for model in (first, again, other))
+    a, b, c = (model.layers[0].mlp.down_proj.weight.tensor for model in (first, again, other))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
-    assert not torch.equal(a, first.layers[1].mlp.down_proj.weight)
-    assert torch.equal(rank.layers[0].mlp.down_proj.weight, a[:, 48:])
+    assert not torch.equal(a, first.layers[1].mlp.down_proj.weight.tensor)
+    assert torch.equal(rank.layers[0].mlp.down_proj.weight.tensor, a[:, 48:])
     assert a.std().item() == pytest.approx(96**-0.5, rel=0.05)
     assert torch.equal(first.norm.weight, torch.ones(64))
 
@@ -297,7 +302,7 @@ def test_a_gguf_holds_the_model_it_was_made_from(arch, tiny_checkpoint, tmp_path
     file = write_gguf(tmp_path / "model.gguf", folder, arch)
     expected, found = load(folder), load(file)
     for a, b in zip(linears(expected), linears(found), strict=True):
-        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.weight.tensor, b.weight.tensor)
         assert a.bias is None or torch.equal(a.bias, b.bias)
     torch.testing.assert_close(found.norm.weight, expected.norm.weight)
     assert torch.equal(found.lm_head.weight, expected.lm_head.weight)
@@ -318,7 +323,7 @@ def test_a_gpu_gets_the_weights_that_a_cpu_gets(form, arch, rank, tiny_checkpoin
     group = None if rank is None else SoloGroup(rank, 2)
     expected, found = load(path, group), load(path, group, device=torch.device("cuda"))
     for a, b in zip(linears(expected), linears(found), strict=True):
-        assert torch.equal(a.weight, b.weight.cpu())
+        assert torch.equal(a.weight.tensor, b.weight.tensor.cpu())
         assert a.bias is None or torch.equal(a.bias, b.bias.cpu())
     for a, b in zip(expected.layers, found.layers, strict=True):
         assert torch.equal(a.input_norm.weight, b.input_norm.weight.cpu())
@@ -330,10 +335,15 @@ def test_two_ranks_share_a_gguf(tiny_checkpoint, tmp_path):
     whole, first, second = load(file), load(file, SoloGroup(0, 2)), load(file, SoloGroup(1, 2))
     for full, a, b in zip(linears(whole), linears(first), linears(second), strict=True):
         if isinstance(full, RowParallelLinear):
-            assert torch.equal(full.weight, torch.cat([a.weight, b.weight], dim=1))
+            assert torch.equal(full.weight.tensor, torch.cat([a.weight.tensor, b.weight.tensor], dim=1))
         else:
             sizes = list(full.parts.values())
-            parts = zip(full.weight.split(sizes), a.weight.split(a.shares), b.weight.split(b.shares), strict=True)
+            parts = zip(
+                full.weight.tensor.split(sizes),
+                a.weight.tensor.split(a.shares),
+                b.weight.tensor.split(b.shares),
+                strict=True,
+            )
             assert all(torch.equal(x, torch.cat([y, z])) for x, y, z in parts)
 
 
@@ -361,7 +371,7 @@ def test_quantized_blocks_are_worked_out_as_the_format_says(default_model):
         d, m = np.frombuffer(data, "<f2", 2, at).astype(np.float32)
         packed = data[at + 4 + column % 16]
         q = packed >> 4 if column % 32 >= 16 else packed & 15
-        assert model.layers[7].mlp.down_proj.weight[row, column].item() == d * np.float32(q) + m
+        assert model.layers[7].mlp.down_proj.weight.tensor[row, column].item() == d * np.float32(q) + m
     table = header.tensors["token_embd.weight"]
     for row, column in ((0, 0), (49151, 575), (1234, 100)):
         at = table.offset + (row * 576 + column) // 32 * 34
