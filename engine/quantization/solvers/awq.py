@@ -16,7 +16,7 @@ def awq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedWeight:
 
 
 def awq_scales(weights: list[Tensor], inputs: Inputs, scheme: Scheme) -> Tensor:
-    """What to multiply the columns of weights [out, in] of the same inputs with, and divide the inputs by.   [in] float32
+    """What to multiply the columns of weights [out, in] of the same inputs by, and divide the inputs by.   [in]
 
     Powers of the inputs' mean magnitude are tried, 0 (no scaling) to 1, with weights rounded to nearest; the least
     output error wins.

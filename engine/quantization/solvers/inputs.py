@@ -23,7 +23,7 @@ class Inputs:
 
     @property
     def hessian(self) -> Tensor:
-        """Mean of xᵀx, [in, in]: an error E in a weight makes one of trace(E · hessian · Eᵀ) in the outputs, squared."""
+        """Mean of xᵀx, [in, in]: an error E in a weight makes one of trace(E · hessian · Eᵀ) in its outputs."""
         return self._products / max(self.num_rows, 1)
 
     @property
