@@ -1,6 +1,7 @@
 """`vcli bench`: measure a model through a server started for it, a server that runs somewhere, or without one."""
 
-from typing import TYPE_CHECKING, Self
+from functools import partial
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,6 +12,7 @@ from vcli.flags import flags_of, with_flags
 if TYPE_CHECKING:
     from bench.result import BenchResult
     from bench.serving import RunProgress
+    from vcli.console import Status
 
 EXIT_UNDECIDED = 4
 
@@ -25,12 +27,13 @@ def bench(engine: EngineConfig, options: BenchConfig) -> None:
     """
     from bench import report
     from bench.run import with_baseline
+    from vcli.console import Status
 
     if options.output:
         report.check_extension(options.output)
     result = _offline(engine, options) if options.offline else _serving(engine, options)
     if options.baseline != "none":
-        with _Status() as status:
+        with Status() as status:
             status.show("running the transformers baseline")
             result = with_baseline(result, engine, options)
     _print(result, as_json=options.json)
@@ -43,14 +46,15 @@ def bench(engine: EngineConfig, options: BenchConfig) -> None:
 def _serving(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
     from bench.run import run_serving, serving_requests
     from bench.server import running_server
+    from vcli.console import Status
 
     requests = serving_requests(engine, options)
-    with _Status() as status:
+    with Status() as status:
         if options.url:
-            return run_serving(engine, options, options.url, requests, status.show_run)
+            return run_serving(engine, options, options.url, requests, partial(_show_run, status))
         status.show("starting the server")
-        with running_server(serve_arguments(engine), status.show_start) as url:
-            return run_serving(engine, options, url, requests, status.show_run)
+        with running_server(serve_arguments(engine), partial(_show_start, status)) as url:
+            return run_serving(engine, options, url, requests, partial(_show_run, status))
 
 
 def serve_arguments(config: EngineConfig) -> list[str]:
@@ -69,13 +73,14 @@ def serve_arguments(config: EngineConfig) -> list[str]:
 
 def _offline(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
     from bench.run import run_offline
+    from vcli.console import Status
 
-    with _Status() as status:
+    with Status() as status:
 
         def show_run(num_done: int, num_tokens: int) -> None:
             status.show("measuring", num_done, options.num_requests, detail=f"{num_tokens:,} tokens")
 
-        return run_offline(engine, options, status.show_start, show_run)
+        return run_offline(engine, options, partial(_show_start, status), show_run)
 
 
 def _print(result: "BenchResult", as_json: bool) -> None:
@@ -97,30 +102,11 @@ def _print(result: "BenchResult", as_json: bool) -> None:
         console.print(f"not a valid result: {reason}", style="red", markup=False)
 
 
-class _Status:
-    """What is going on, on stderr: a live bar on a terminal, elsewhere one line for each stage."""
+def _show_start(status: "Status", stage: str, fraction: float) -> None:
+    status.show(f"starting: {stage}", round(fraction * 100), 100)
 
-    def __enter__(self) -> Self:
-        from vcli.console import console, progress_bar
 
-        self._console, self._bar, self._stage = console, progress_bar(), ""
-        self._bar.start()
-        self._task = self._bar.add_task("")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def show(self, stage: str, num_done: int = 0, num_total: int | None = None, detail: str = "") -> None:
-        self._bar.update(self._task, description=f"{stage}  {detail}", completed=num_done, total=num_total)
-        if stage != self._stage and not self._console.is_terminal:
-            self._console.print(stage, markup=False)
-        self._stage = stage
-
-    def show_start(self, stage: str, fraction: float) -> None:
-        self.show(f"starting: {stage}", round(fraction * 100), 100)
-
-    def show_run(self, progress: "RunProgress") -> None:
-        rate = progress.num_output_tokens / progress.elapsed_s if progress.elapsed_s else 0.0
-        failed = f", {progress.num_failed} failed" if progress.num_failed else ""
-        self.show(progress.stage, progress.num_done, progress.num_requests, detail=f"{rate:,.0f} tok/s{failed}")
+def _show_run(status: "Status", progress: "RunProgress") -> None:
+    rate = progress.num_output_tokens / progress.elapsed_s if progress.elapsed_s else 0.0
+    failed = f", {progress.num_failed} failed" if progress.num_failed else ""
+    status.show(progress.stage, progress.num_done, progress.num_requests, detail=f"{rate:,.0f} tok/s{failed}")

@@ -6,6 +6,7 @@ honours NO_COLOR by itself.
 
 import sys
 from collections.abc import Sequence
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -40,6 +41,27 @@ def progress_bar(unit: str = "") -> Progress:
         TimeElapsedColumn(),
     )
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+
+class Status:
+    """What is going on, on stderr: a live bar on a terminal, elsewhere one line for each stage."""
+
+    def __init__(self) -> None:
+        self._bar, self._stage = progress_bar(), ""
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._task = self._bar.add_task("")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, stage: str, num_done: int = 0, num_total: int | None = None, detail: str = "") -> None:
+        self._bar.update(self._task, description=f"{stage}  {detail}", completed=num_done, total=num_total)
+        if stage != self._stage and not console.is_terminal:
+            console.print(stage, markup=False)
+        self._stage = stage
 
 
 def format_seconds(seconds: float) -> str:

@@ -34,14 +34,21 @@ class Flag:
     help: str
     default: Any
     is_secret: bool  # declared with field(repr=False): its value is never printed
+    options: tuple[str, ...] = ()  # further words of its Annotated: its spellings, where not the field's
 
     @property
     def name(self) -> str:
+        if self.options:
+            return self.options[0].partition("/")[0]
         return "--" + self.field.removesuffix("_s").replace("_", "-")  # the unit is written with the value: 30s, 500ms
 
     @property
     def variable(self) -> str:
         return "VCLI_" + self.field.removesuffix("_s").upper()
+
+    @property
+    def is_switch(self) -> bool:
+        return bool in (self.type, *get_args(self.type))
 
     @property
     def is_seconds(self) -> bool:
@@ -122,8 +129,8 @@ def flags_of(config: type) -> list[Flag]:
     hints = get_type_hints(config, include_extras=True)
     flags = []
     for field in fields(config):
-        value_type, help_sentence = get_args(hints[field.name])[:2]
-        flags.append(Flag(field.name, value_type, help_sentence, field.default, is_secret=not field.repr))
+        value_type, help_sentence, *options = get_args(hints[field.name])
+        flags.append(Flag(field.name, value_type, help_sentence, field.default, not field.repr, tuple(options)))
     return flags
 
 
@@ -218,12 +225,12 @@ def _parameter(flag: Flag, panel: str) -> inspect.Parameter:
     if flag.field == "model":
         argument = typer.Argument(metavar="MODEL", help=help_text, show_default=False, rich_help_panel="Model")
         return _keyword(flag.field, Annotated[str | None, argument])
-    if flag.type is bool:
-        switch = typer.Option(
-            f"{flag.name}/--no-{flag.name[2:]}", help=help_text, show_default=False, rich_help_panel=panel
-        )
+    if flag.is_switch:
+        names = flag.options or (f"{flag.name}/--no-{flag.name[2:]}",)
+        switch = typer.Option(*names, help=help_text, show_default=False, rich_help_panel=panel)
         return _keyword(flag.field, Annotated[bool | None, switch])
-    option = typer.Option(flag.name, metavar=_metavar(flag), help=help_text, show_default=False, rich_help_panel=panel)
+    names = flag.options or (flag.name,)
+    option = typer.Option(*names, metavar=_metavar(flag), help=help_text, show_default=False, rich_help_panel=panel)
     return _keyword(flag.field, Annotated[str | None, option])
 
 
@@ -242,11 +249,13 @@ def _metavar(flag: Flag) -> str:
     if get_origin(flag.type) is Literal:
         return "|".join(members)
     value_type = members[0] if members else flag.type
+    if get_origin(value_type) is Literal:
+        return "|".join(get_args(value_type))
     return {int: "INT", float: "NUMBER", Path: "FILE"}.get(value_type, "TEXT")
 
 
 def _default_note(flag: Flag) -> str:
-    if flag.default in (None, "") or flag.is_secret:
+    if flag.default in (None, "") or flag.is_secret or (flag.is_switch and flag.options):
         return "."
     return f" (default: {_shown(flag.default)}{'s' if flag.is_seconds else ''})."
 
