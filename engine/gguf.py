@@ -191,6 +191,7 @@ class GGUFFile:
         embedding = self.tensors.get("token_embd.weight")
         config = {
             "architectures": [ARCHITECTURES.get(self.family, f"{self.family} (GGUF)")],
+            "model_type": "gemma3_text" if self.family == "gemma3" else self.family,
             "vocab_size": embedding.shape[0] if embedding else None,
             "hidden_size": self._get("embedding_length"),
             "intermediate_size": self._get("feed_forward_length"),
@@ -217,7 +218,8 @@ class GGUFFile:
             is_27b = self._get("block_count") in (46, 62)
             share = self._get("embedding_length") // self._get("attention.head_count")
             config["query_pre_attn_scalar"] = share if is_27b else self._head_dim
-        return config | {"rope_scaling": self._rope_scaling()}
+        scaling = self._rope_scaling()
+        return config | {"rope_scaling": scaling} if scaling else config
 
     def _rope_scaling(self) -> dict[str, Any]:
         original = self._get("rope.scaling.original_context_length", self._get("context_length"))

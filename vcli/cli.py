@@ -8,6 +8,7 @@ import typer
 from engine.errors import UserError
 from vcli.bench import bench
 from vcli.flags import Command, FlagError
+from vcli.quantize import quantize
 from vcli.serve import serve
 
 app = typer.Typer(
@@ -52,3 +53,4 @@ def _vcli(
 
 app.command(cls=Command)(serve)
 app.command(cls=Command, short_help="Measure latency and throughput of a model.")(bench)
+app.command(cls=Command, short_help="Make a quantized checkpoint of a model.")(quantize)

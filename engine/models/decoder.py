@@ -12,6 +12,7 @@ from engine.batch import ForwardBatch
 from engine.checkpoint import Checkpoint
 from engine.layers.attention import Attention
 from engine.layers.embedding import VocabEmbedding
+from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
 from engine.layers.placement import Placement
 from engine.layers.rotary import rotary_table
@@ -19,7 +20,10 @@ from engine.model_config import ModelConfig, RopeConfig
 
 
 class DecoderLayer(Protocol):
+    input_norm: RMSNorm  # makes what goes into the attention's projections
     attention: Attention
+    pre_mlp_norm: RMSNorm  # makes what goes into the MLP
+    mlp: MLP
 
     def __init__(self, config: ModelConfig, layer: int, cos_sin: Tensor, placement: Placement) -> None: ...
 
@@ -61,20 +65,34 @@ class Model:
         return [layer.attention for layer in self.layers]
 
     def load(self, ckpt: Checkpoint) -> None:
-        prefix = next((name for name in self.prefixes if ckpt.has(f"{name}.norm.weight")), self.prefixes[0])
-        stem = ckpt.scope(prefix)
-        self.embedding.load(stem)
-        for i, layer in enumerate(self.layers):
-            layer.load(stem.scope(f"layers.{i}"))
-        self.norm.load(stem)
+        self.load_embedding(ckpt)
+        for i in range(len(self.layers)):
+            self.load_layer(i, ckpt)
+        self.load_head(ckpt)
+
+    def load_embedding(self, ckpt: Checkpoint) -> None:
+        self.embedding.load(self._stem(ckpt))
+
+    def load_layer(self, layer: int, ckpt: Checkpoint) -> None:
+        self.layers[layer].load(self._stem(ckpt).scope(f"layers.{layer}"))
+
+    def load_head(self, ckpt: Checkpoint) -> None:
+        """The last norm, and the head where it is not the embedding again."""
+        self.norm.load(self._stem(ckpt))
         if self.lm_head is not self.embedding:
             self.lm_head.load(ckpt)
 
+    def _stem(self, ckpt: Checkpoint) -> Checkpoint:
+        return ckpt.scope(next((name for name in self.prefixes if ckpt.has(f"{name}.norm.weight")), self.prefixes[0]))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """What the first layer gets, [T, hidden_size]."""
+        x = self.embedding(token_ids)
+        return x * self.embedding_scale if self.embedding_scale != 1.0 else x
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """The hidden states after the last norm, [S, hidden_size], of the tokens that the batch wants them of."""
-        x = self.embedding(batch.token_ids)
-        if self.embedding_scale != 1.0:
-            x = x * self.embedding_scale
+        x = self.embed(batch.token_ids)
         residual = torch.zeros_like(x)
         for i, layer in enumerate(self.layers):
             heads = layer.attend(x, residual, batch)

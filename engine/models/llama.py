@@ -22,20 +22,20 @@ class LlamaLayer:
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.input_norm = RMSNorm("input_layernorm", dim, eps, placement)
         self.attention = Attention(config, layer, cos_sin, placement)
-        self.post_attention_norm = RMSNorm("post_attention_layernorm", dim, eps, placement)
+        self.pre_mlp_norm = RMSNorm("post_attention_layernorm", dim, eps, placement)
         self.mlp = MLP(config, placement)
 
     def load(self, ckpt: Checkpoint) -> None:
         self.input_norm.load(ckpt)
         self.attention.load(ckpt.scope("self_attn"))
-        self.post_attention_norm.load(ckpt)
+        self.pre_mlp_norm.load(ckpt)
         self.mlp.load(ckpt.scope("mlp"))
 
     def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
         return self.attention(self.input_norm.add(x, residual), batch)
 
     def transform(self, heads: Tensor, residual: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_norm.add(self.attention.o_proj(heads), residual))
+        return self.mlp(self.pre_mlp_norm.add(self.attention.o_proj(heads), residual))
 
 
 class Llama(Model):

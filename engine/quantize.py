@@ -1,0 +1,187 @@
+"""From a recipe to a checkpoint: all that can be refused is, then the model is walked part by part, then the folder is
+put together. What is on the disk already is not made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.calibration import Walk, list_tensors, sample_tokens
+from engine.errors import UserError
+from engine.files import write_json
+from engine.hub import resolve_model
+from engine.model_config import ModelConfig
+from engine.quantization import checkpoint_folder
+from engine.quantization.formats import Format, make_format
+from engine.quantization.recipe import Recipe
+from engine.quantization.unfinished import Unfinished, remove_unfinished
+from engine.quantization.weight import Scheme
+from engine.tokenizer import Tokenizer
+from engine.worker import pick_device
+
+VERSION = 1  # counts up when the same choices make another checkpoint
+RECORD = "quantization.json"  # in the checkpoint: the choices, and the error of each layer
+TEXT = Path(__file__).parent / "quantization" / "texts" / "pride-and-prejudice.txt"
+DIGEST_PIECES, PIECE_BYTES = 64, 64 << 10
+
+OnProgress = Callable[[str, int, int], None]  # what is going on, parts of the model done, parts in all
+
+
+def quantize(recipe: Recipe, on_progress: OnProgress) -> Path:
+    """Make the checkpoint that a recipe describes, in memory of a layer at a time. Returns its folder.
+
+    Raises UserError, before hours are spent, where the recipe, the model, the text, the disk and the output do not go
+    together.
+    """
+    plan = Plan.of(recipe)
+    if plan.is_made():
+        remove_unfinished(plan.output)
+        return plan.output
+    device = pick_device(recipe.device)
+    tokens = sample_tokens(Tokenizer.load(str(plan.source)), plan.text(), recipe) if recipe.is_calibrated else None
+    with Unfinished(plan.output, plan.choices | {"device": device.type}) as unfinished:
+        plan.check_space(unfinished.folder, 0 if tokens is None else tokens.numel())
+        walk = Walk(plan.source, plan.config, recipe, plan.scheme, plan.format, device, tokens)
+        for part in range(unfinished.num_finished, walk.num_parts):
+            on_progress(walk.describe(part), part, walk.num_parts)
+            made = walk.make(part, unfinished.hidden(device))
+            unfinished.finish_part(made.tensors, made.errors, made.hidden)
+        on_progress("putting the folder together", walk.num_parts, walk.num_parts)
+        folder = unfinished.join_parts()
+        checkpoint_folder.fill(folder, plan.source, plan.source_config, plan.format)
+        write_json(folder / RECORD, plan.choices | {"device": device.type, "errors": unfinished.report()})
+        unfinished.finish()
+    return plan.output
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe means for a model: which layers become what."""
+
+    recipe: Recipe
+    source: Path
+    source_config: dict[str, Any]
+    config: ModelConfig
+    shapes: dict[str, tuple[int, int]]  # of the linear layers to quantize, [out, in], by name
+    num_kept: int  # numbers that stay as they are
+    scheme: Scheme
+    format: Format
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Plan:
+        """Raises UserError for a model that this recipe is not for."""
+        if recipe.output is None:
+            raise UserError("say where the checkpoint goes: --output FOLDER")
+        source = resolve_model(recipe.model, recipe.revision)
+        source_config = checkpoint_folder.read_config(source)
+        if quantization := source_config.get("quantization_config"):
+            method = quantization.get("quant_method", "method unnamed")
+            raise UserError(f"{source} is quantized already ({method}): give the model that it was made from")
+        config = ModelConfig.from_path(source)
+        listed = list_tensors(source, config)
+        shapes = {name: shape for product in listed.products for name, shape in product.items()}
+        _check_skipped(recipe, listed.products)
+        ignored = [name for name in shapes if recipe.skips(name)]
+        shapes = {name: shape for name, shape in shapes.items() if name not in ignored}
+        if not shapes:
+            raise UserError(f"--skip {recipe.skip} leaves nothing to quantize")
+        scheme = recipe.scheme(shapes)
+        stored = make_format(recipe.format, scheme, act_order=recipe.desc_act, ignored=ignored)
+        for name, shape in shapes.items():
+            stored.check(name, shape)
+        num_kept = listed.num_numbers - sum(map(prod, shapes.values()))
+        return cls(recipe, source, source_config, config, shapes, num_kept, scheme, stored)
+
+    @property
+    def output(self) -> Path:
+        assert self.recipe.output is not None
+        return self.recipe.output.expanduser().absolute()
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """All that the checkpoint's bytes depend on, but for the machine."""
+        chosen = asdict(self.recipe)
+        for name in ("output", "device", "calibration", "model", "revision"):
+            del chosen[name]
+        text = hashlib.sha256(self.text().encode()).hexdigest()[:16] if self.recipe.is_calibrated else None
+        return {"version": VERSION, "source": _digest(self.source), **chosen, "text": text}
+
+    def is_made(self) -> bool:
+        """Whether the output is what this recipe makes. Raises UserError if it is something else."""
+        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+            return False
+        try:
+            found = json.loads((self.output / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"{self.output} is there already, and is not ours: choose another --output") from None
+        choices = json.loads(json.dumps(self.choices))
+        changed = [key for key, value in choices.items() if found.get(key) != value]
+        if changed:
+            was = ", ".join(f"{key} {found.get(key)!r}" for key in changed)
+            raise UserError(f"{self.output} is there already, made otherwise ({was}): choose another --output")
+        return True
+
+    def text(self) -> str:
+        """What is calibrated with. Raises UserError."""
+        file = self.recipe.calibration or TEXT
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--calibration {file} cannot be read as text ({error})") from None
+        if not text.strip():
+            raise UserError(f"--calibration {file} is empty: give a text like what the model is for")
+        return text
+
+    def check_space(self, folder: Path, num_tokens: int) -> None:
+        """Raises UserError unless the disk has room for the parts, the checkpoint made of them, and the state."""
+        kept_bytes = self.num_kept * getattr(torch, self.config.dtype).itemsize
+        quantized = sum(
+            out * inputs * self.scheme.bits // 8 + prod(self.scheme.grid_shape(out, inputs)) * 4
+            for out, inputs in self.shapes.values()
+        )
+        needed = 2 * (kept_bytes + quantized) + 2 * num_tokens * self.config.hidden_size * 4 + (64 << 20)
+        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        free = shutil.disk_usage(folder).free
+        if free + there < needed:
+            raise UserError(
+                f"{folder.parent} has {free / 1e9:,.1f} GB free, but quantizing takes up to {needed / 1e9:,.1f} GB "
+                "there: free some, or choose an --output elsewhere"
+            )
+
+
+def _check_skipped(recipe: Recipe, linears: list[dict[str, tuple[int, int]]]) -> None:
+    """Raises UserError for a pattern that no layer matches, and for one that tears apart what is one product."""
+    names = [name for linear in linears for name in linear]
+    for pattern in recipe.skip_patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(f"--skip {pattern} matches no linear layer; they are called like {names[0]}")
+    for linear in linears:
+        skipped = [name for name in linear if recipe.skips(name)]
+        if skipped and len(skipped) < len(linear):
+            raise UserError(
+                f"--skip leaves out {', '.join(skipped)}, but not all of {', '.join(linear)}, which run as one "
+                "product: skip all of them or none"
+            )
+
+
+def _digest(source: Path) -> str:
+    """Of a model's weights: of their sizes, and of pieces all over them."""
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for piece in range(DIGEST_PIECES):
+                stream.seek(size * piece // DIGEST_PIECES)
+                digest.update(stream.read(PIECE_BYTES))
+    return digest.hexdigest()[:16]
