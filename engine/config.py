@@ -19,6 +19,10 @@ class EngineConfig:
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"], "number type of weights and activations; auto: the model's"
     ] = "auto"
+    quantization: Annotated[
+        Literal["auto", "fp8", "int8"],
+        "fp8 (e4m3), int8: round weights as they load, inputs token by token; auto: what the checkpoint says",
+    ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to run; auto: a GPU where there is one"] = "auto"
     max_model_len: Annotated[int | None, "longest prompt plus output, in tokens; default: the model's"] = None
     max_num_seqs: Annotated[int, "requests that run in one step at most"] = 256

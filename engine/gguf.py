@@ -106,6 +106,17 @@ class GGUFFile:
         tensor = self.tensors.get(self._stored_name(name))
         return tensor.shape if tensor else None
 
+    def has_layer(self, name: str) -> bool:
+        return self.shape(f"{name}.weight") is not None
+
+    def whole(self, name: str) -> tuple[Tensor, int]:
+        import torch
+
+        shape = self.tensors[self._stored_name(name)].shape
+        found = torch.empty(shape)
+        whole = tuple(slice(0, length) for length in shape)
+        return found, sum(job() for job in self.jobs(name, whole, found, 0.0))
+
     def jobs(self, name: str, index: tuple[slice, ...], into: Tensor, plus: float) -> Iterator[Callable[[], int]]:
         tensor = self.tensors[self._stored_name(name)]
         stored = self._rows(name, tensor)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from engine.errors import UserError
@@ -68,6 +69,7 @@ class ModelConfig:
     attention_softcap: float = 0.0  # 0: none
     final_softcap: float = 0.0
     embedding_scale: float = 1.0
+    quantization: Mapping[str, Any] = field(default_factory=dict, hash=False)  # quantization_config, as it is there
     default_sampling: tuple[tuple[str, float], ...] = ()  # what a request that does not say gets, by parameter
 
     @classmethod
@@ -177,6 +179,7 @@ def _read(c: _Fields, generation: _Fields) -> ModelConfig:
         "rms_norm_eps": c.number("rms_norm_eps", 1e-6),
         "activation": _activation(c),
         "attention_scale": head_dim**-0.5,
+        "quantization": MappingProxyType(c.mapping("quantization_config")),
         "default_sampling": _default_sampling(generation),
     }
     return ModelConfig(**(fields | habits(c)))
@@ -188,9 +191,6 @@ def _architecture(c: _Fields) -> str:
     if supported is None:
         what = f"architecture {', '.join(named)} is not supported" if named else "names no architecture"
         raise UserError(f"{c.source}: {what}; supported are {', '.join(FAMILIES)}")
-    if quantization := c.mapping("quantization_config"):
-        method = quantization.get("quant_method", "method unnamed")
-        raise UserError(f"{c.source}: quantized weights ({method}) are not supported: use the unquantized model")
     return supported
 
 

@@ -23,7 +23,15 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.staging import Staging
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = FLOATS | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,21 @@ class SafetensorsFolder:
     def shape(self, name: str) -> tuple[int, ...] | None:
         return self.tensors[name].shape if name in self.tensors else None
 
-    def jobs(self, name: str, index: tuple[slice, ...], into: Tensor, plus: float) -> Iterator[Callable[[], int]]:
+    def has_layer(self, name: str) -> bool:
+        return any(tensor.startswith(f"{name}.") for tensor in self.tensors)
+
+    def whole(self, name: str) -> tuple[Tensor, int]:
         tensor = self.tensors[name]
         if tensor.dtype not in DTYPES:
             raise UserError(f"{self.path}: tensor {name} is stored as {tensor.dtype}, supported are {tuple(DTYPES)}")
+        found = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+        _read_bytes(tensor, 0, found.view(-1).view(torch.uint8))
+        return found, found.nbytes
+
+    def jobs(self, name: str, index: tuple[slice, ...], into: Tensor, plus: float) -> Iterator[Callable[[], int]]:
+        tensor = self.tensors[name]
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{self.path}: tensor {name} is stored as {tensor.dtype}, supported are {tuple(FLOATS)}")
         self._staging = staging = self._staging or self._make_staging(into.device)
         rows, columns, row_shape = index[0], index[1:], tensor.shape[1:]
         assert into.is_contiguous(), f"the place of {name} has gaps: {into.stride()} for {into.shape}"

@@ -14,6 +14,7 @@ from engine.hub import resolve_model
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner, StepResult
 from engine.models import build_model
+from engine.quantization.at_load import find_format
 from engine.sampling_params import SamplingParams
 
 LONGEST_PAUSE_S = 0.045  # between two tokens of a stream, where prompts are computed beside many; the half beside few
@@ -28,6 +29,7 @@ class Worker:
         on_progress("finding the model", 0.0)
         path = resolve_model(config.model, config.revision)
         self.model_config = ModelConfig.from_path(path)
+        linear_format = find_format(self.model_config, config.quantization, path)
         on_progress("starting the device", 0.0)
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.model_config.dtype, self.device)
@@ -56,7 +58,9 @@ class Worker:
             on_progress("loading weights", done / max(total, 1))
 
         with ExitStack() as loading:
-            ckpt = loading.enter_context(open_checkpoint(path, config.load_format, config.seed, on_bytes))
+            ckpt = loading.enter_context(
+                open_checkpoint(path, config.load_format, config.seed, on_bytes, linear_format)
+            )
             self.model.load(ckpt)
             on_progress("compiling kernels", 0.0)
             ops.warm_up(self.device, self.dtype, self.kv_dtype, self.model_config)

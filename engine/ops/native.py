@@ -206,6 +206,10 @@ def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids:
 
 
 take_best = reference.take_best
+empty_grouped, put_grouped = reference.empty_grouped, reference.put_grouped
+grouped_linear, grouped_gated_linear = reference.grouped_linear, reference.grouped_gated_linear
+rounded_linear, rounded_gated_linear = reference.rounded_linear, reference.rounded_gated_linear
+blockwise_linear = reference.blockwise_linear
 logprobs = reference.logprobs
 
 

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.ops import sampling_line
+from engine.ops.grouped import GroupedWeight
 from engine.ops.sampling_line import OUT_OF_REACH, STEPS_PER_NAT, Line
+
+TILE_NUMBERS = 1 << 20  # of a quantized weight, worked out at a time
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,6 +40,110 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> T
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.float() @ weight.float().t()
+
+
+def empty_grouped(
+    out_features: int, in_features: int, bits: int, group_size: int, has_zeros: bool, empty: Callable[..., Tensor]
+) -> GroupedWeight:
+    groups = in_features // group_size
+    return GroupedWeight(
+        out_features,
+        bits,
+        group_size,
+        empty(out_features, in_features * bits // 8, dtype=torch.uint8),
+        empty(out_features, groups, dtype=torch.float32),
+        empty(out_features, groups, dtype=torch.int16) if has_zeros else None,
+    )
+
+
+def put_grouped(weight: GroupedWeight, first_row: int, numbers: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    rows = slice(first_row, first_row + len(numbers))
+    packed = (numbers + (1 << weight.bits - 1)).to(torch.uint8) if weight.bits == 4 else numbers.view(torch.uint8)
+    if weight.bits == 4:  # the two halves of a row in the two halves of its bytes
+        low, high = packed.chunk(2, dim=1)
+        packed = low | high << 4
+    weight.packed[rows] = packed.to(weight.packed.device)
+    weight.scales[rows] = scales.to(weight.scales.device, weight.scales.dtype)
+    if weight.zeros is not None:
+        weight.zeros[rows] = 0 if zeros is None else zeros.to(weight.zeros.device)
+
+
+def grouped_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
+    return _by_tiles(x, x.shape[1], weight.out_features, lambda rows: _dequantize(weight, rows).to(x.dtype), bias)
+
+
+def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, kind: str) -> Tensor:
+    return gated_activation(grouped_linear(x, weight, bias), kind)
+
+
+def _dequantize(weight: GroupedWeight, rows: slice) -> Tensor:
+    """Rows of a weight in groups, [rows, in] float32."""
+    packed = weight.packed[rows]
+    numbers = torch.cat([packed & 15, packed >> 4], dim=1).float() - 8 if weight.bits == 4 else packed.view(torch.int8)
+    groups = numbers.unflatten(1, (-1, weight.group_size)).float()
+    if weight.zeros is not None:
+        groups = groups - weight.zeros[rows].unsqueeze(2)
+    return (groups * weight.scales[rows].unsqueeze(2)).flatten(1)
+
+
+def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    rounded, x_scales = round_rows(x.float(), numbers.dtype)
+    if numbers.dtype == torch.int8:
+        y = _int_product(rounded, numbers).float() * scales
+    else:
+        y = _by_tiles(rounded.float(), x.shape[1], len(numbers), lambda rows: numbers[rows].float(), None) * scales
+    y = y * x_scales
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def rounded_gated_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return gated_activation(rounded_linear(x, numbers, scales, bias), kind)
+
+
+def blockwise_linear(
+    x: Tensor, numbers: Tensor, scales: Tensor, block: tuple[int, int], rounds_inputs: bool, bias: Tensor | None
+) -> Tensor:
+    (block_rows, block_columns), in_features = block, x.shape[1]
+    wide = x.float()
+    if rounds_inputs:
+        padded = F.pad(wide, (0, -in_features % block_columns)).unflatten(1, (-1, block_columns))
+        rounded, x_scales = round_rows(padded, numbers.dtype)
+        wide = (rounded.float() * x_scales).flatten(1)[:, :in_features]
+
+    def tile(rows: slice) -> Tensor:
+        lines = torch.arange(rows.start, rows.stop, device=x.device) // block_rows
+        return numbers[rows].float() * scales[lines].repeat_interleave(block_columns, 1)[:, :in_features]
+
+    y = _by_tiles(wide, in_features, len(numbers), tile, None)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Vectors x [..., dim] float32 as int8 or e4m3, and the scale of each, [..., 1]. One of zeros has a scale too."""
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scales = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    steps = x / scales
+    return (steps.round() if dtype == torch.int8 else steps.clamp(-largest, largest)).to(dtype), scales
+
+
+def _int_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ in int32, of int8. cuBLAS takes more than 16 rows only, and eights of them."""
+    if not x.is_cuda:
+        return torch._int_mm(x, weight.t())
+    padded = F.pad(x, (0, 0, 0, max(24, -(-len(x) // 8) * 8) - len(x)))
+    return torch._int_mm(padded, weight.t())[: len(x)]
+
+
+def _by_tiles(
+    x: Tensor, in_features: int, out_features: int, tile: Callable[[slice], Tensor], bias: Tensor | None
+) -> Tensor:
+    """x · Wᵀ + bias of a W that `tile` makes some rows of at a time, so that there never is all of it."""
+    y = x.new_empty(len(x), out_features)
+    step = max(1, TILE_NUMBERS // in_features)
+    for first in range(0, out_features, step):
+        rows = slice(first, min(first + step, out_features))
+        y[:, rows] = F.linear(x, tile(rows), None if bias is None else bias[rows])
+    return y
 
 
 def rotate_and_store(

@@ -59,6 +59,15 @@ class QuantizedWeight:
             wide = wide - self._expand(self.zeros)
         return wide * self._expand(self.scales)
 
+    def cut(self, rows: slice, columns: slice) -> QuantizedWeight:
+        """Some rows and columns, views of these. They begin where blocks do; mixed groups cannot be cut by columns."""
+        lines, places = (_blocks_of(part, side) for part, side in zip((rows, columns), self.scheme.block, strict=True))
+        assert self.group_of is None or columns == slice(0, self.numbers.shape[1]), columns
+        zeros = None if self.zeros is None else self.zeros[lines, places]
+        return QuantizedWeight(
+            self.scheme, self.numbers[rows, columns], self.scales[lines, places], zeros, self.group_of
+        )
+
     def _expand(self, grid: Tensor) -> Tensor:
         """Each weight's own value of the grid, [out or 1, in or 1] float32."""
         rows, columns = self.scheme.block
@@ -69,6 +78,12 @@ class QuantizedWeight:
         if self.group_of is not None:
             return grid.index_select(1, self.group_of.long())
         return grid if columns == ALL else grid.repeat_interleave(columns, 1)[:, :in_features]
+
+
+def _blocks_of(part: slice, side: int) -> slice:
+    """The blocks, `side` long, of a part of a dimension."""
+    assert side == ALL or part.start % side == 0, f"{part} begins inside a block of {side}"
+    return slice(None) if side == ALL else slice(part.start // side, -(-part.stop // side))
 
 
 def round_to_grid(weight: Tensor, scheme: Scheme, scales: Tensor, zeros: Tensor | None = None) -> QuantizedWeight:

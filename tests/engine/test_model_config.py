@@ -181,7 +181,7 @@ def test_what_is_wrong_with_a_config_is_told(tmp_path):
     fails(tmp_path, LLAMA | {"torch_dtype": "int8"}, "'int8'", "bfloat16")
     fails(tmp_path, LLAMA | {"rope_scaling": {"rope_type": "spiral"}}, "'spiral'", "yarn")
     fails(tmp_path, LLAMA | {"rope_scaling": 8}, "rope_scaling")
-    fails(tmp_path, LLAMA | {"quantization_config": {"quant_method": "gptq"}}, "gptq")
+    fails(tmp_path, LLAMA | {"quantization_config": "gptq"}, "quantization_config", "'gptq'")
 
 
 def test_a_config_that_is_no_json_is_told(tmp_path):

@@ -15,19 +15,35 @@ from engine.ops.cuda.attention import paged_attention
 from engine.ops.cuda.gemm import gated_linear, linear, logits
 from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
 from engine.ops.cuda.sampling import gumbel_noise, logprobs, sample, take_best
+from engine.ops.reference import (
+    blockwise_linear,
+    empty_grouped,
+    grouped_gated_linear,
+    grouped_linear,
+    put_grouped,
+    rounded_gated_linear,
+    rounded_linear,
+)
 
 __all__ = [
     "add_rms_norm",
+    "blockwise_linear",
+    "empty_grouped",
     "gated_activation",
     "gated_linear",
+    "grouped_gated_linear",
+    "grouped_linear",
     "gumbel_noise",
     "linear",
     "logits",
     "logprobs",
     "model_builds",
     "paged_attention",
+    "put_grouped",
     "rms_norm",
     "rotate_and_store",
+    "rounded_gated_linear",
+    "rounded_linear",
     "sample",
     "set_batch_invariant",
     "take_best",

@@ -1,0 +1,61 @@
+"""Matrix products with weights of few bits. No float copy of a whole weight is made."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from engine.ops.dispatch import body
+from engine.ops.grouped import GroupedWeight
+
+
+def empty_grouped(
+    out_features: int, in_features: int, bits: int, group_size: int, has_zeros: bool, empty: Callable[..., Tensor]
+) -> GroupedWeight:
+    """The memory, taken by empty(*shape, dtype=), of a weight of 4 or 8 bits in groups of inputs; without zeros they
+    are 0. `grouped_linear` knows it as it comes out of `empty`, whatever was there."""
+    assert in_features % group_size == in_features % 2 == 0, (in_features, group_size)
+    return body(empty(0)).empty_grouped(out_features, in_features, bits, group_size, has_zeros, empty)
+
+
+def put_grouped(weight: GroupedWeight, first_row: int, numbers: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+    """Fill the rows from `first_row` on. Several threads may, each other rows.
+
+    numbers [rows, in] int8 of the weight's bits, scales [rows, groups] of any float, zeros [rows, groups] int16, all on
+    any device.
+    """
+    body(weight.packed).put_grouped(weight, first_row, numbers, scales, zeros)
+
+
+def grouped_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
+    """x · Wᵀ + bias, W rounded to x's type.   x [rows, in], bias [out], result [rows, out]"""
+    return body(x).grouped_linear(x, weight, bias)
+
+
+def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, kind: str) -> Tensor:
+    """As gated_linear; W [2 · dim, in], result [rows, dim]."""
+    return body(x).grouped_gated_linear(x, weight, bias, kind)
+
+
+def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """(x̂ · numbersᵀ) · x_scale · scales + bias: x̂ is x with each row rounded to the weight's type, its largest number
+    to the largest there is (int8: 127, e4m3: 448), by a float32 x_scale.
+
+    x [rows, in], numbers [out, in] int8 or e4m3, scales [out] float32, bias [out], result [rows, out] as x
+    """
+    return body(x).rounded_linear(x, numbers, scales, bias)
+
+
+def rounded_gated_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """As gated_linear; numbers [2 · dim, in], result [rows, dim]."""
+    return body(x).rounded_gated_linear(x, numbers, scales, bias, kind)
+
+
+def blockwise_linear(
+    x: Tensor, numbers: Tensor, scales: Tensor, block: tuple[int, int], rounds_inputs: bool, bias: Tensor | None
+) -> Tensor:
+    """x · Wᵀ + bias of e4m3 with a scale for each block of rows and columns, the last of which may stick out.
+
+    rounds_inputs: each row of x is rounded to e4m3 as well, with a scale for as many columns as a block has.
+    x [rows, in], numbers [out, in] e4m3, scales [blocks of out, blocks of in] float32, result [rows, out]
+    """
+    return body(x).blockwise_linear(x, numbers, scales, block, rounds_inputs, bias)
