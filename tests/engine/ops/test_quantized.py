@@ -1,0 +1,105 @@
+"""Products with weights of few bits equal, in float64, those of the numbers that the weights stand for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engine import ops
+from engine.layers.weights import quantized_weight
+from engine.ops import reference
+from engine.quantization.weight import ALL, QuantizedWeight, Scheme, round_to_nearest
+
+DTYPES = [torch.float32, torch.bfloat16]
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+SCHEMES = {
+    "int4": Scheme("int", 4, (1, 32)),
+    "int4, zeros": Scheme("int", 4, (1, 16), is_symmetric=False),
+    "int4, squares": Scheme("int", 4, (8, 8)),
+    "int8": Scheme("int", 8, (1, 32)),
+    "int8, a scale an output, zeros": Scheme("int", 8, (1, ALL), is_symmetric=False),
+    "fp8": Scheme("float", 8, (1, ALL)),
+    "fp8, one scale": Scheme("float", 8, (ALL, ALL)),
+    "int8 by int8": Scheme("int", 8, (1, ALL), rounds_inputs=True),
+    "fp8 by fp8": Scheme("float", 8, (1, ALL), rounds_inputs=True),
+    "fp8 by fp8, one scale": Scheme("float", 8, (ALL, ALL), rounds_inputs=True),
+    "fp8 by fp8, blocks": Scheme("float", 8, (16, 32), rounds_inputs=True),
+    "fp8 by fp8, blocks that stick out": Scheme("float", 8, (24, 40), rounds_inputs=True),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tile_numbers", [reference.TILE_NUMBERS, 300])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", SCHEMES)
+def test_a_product_is_exact_to_rounding(case, dtype, tile_numbers, device, monkeypatch):
+    monkeypatch.setattr(reference, "TILE_NUMBERS", tile_numbers)
+    scheme, generator = SCHEMES[case], torch.Generator().manual_seed(len(case))
+    for rows, in_features, out_features in ((1, 96, 48), (3, 64, 40), (40, 160, 16)):
+        weight = round_to_nearest(torch.randn(out_features, in_features, generator=generator), scheme)
+        x = torch.randn(rows, in_features, generator=generator).to(dtype)
+        bias = torch.randn(out_features, generator=generator).to(dtype) if rows > 1 else None
+        exact = as_rounded(x, scheme) @ exact_weight(weight, dtype).t() + (0 if bias is None else bias.double())
+        held = quantized_weight([weight], dtype, torch.device(device))
+        y = held.apply(x.to(device), None if bias is None else bias.to(device)).cpu()
+        tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * exact.std().item())
+        gated = held.apply_gated(x.to(device), None if bias is None else bias.to(device), "silu").cpu()
+        torch.testing.assert_close(gated, ops.gated_activation(y, "silu"))
+
+
+def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
+    """In float64; as QuantizedWeight rounds, each row and block of columns to the nearest."""
+    if not scheme.rounds_inputs:
+        return x.double()
+    block = scheme.block[1] or x.shape[1]
+    parts = []
+    for part in x.double().split(block, 1):
+        largest = 127.0 if scheme.kind == "int" else 448.0
+        scale = part.abs().amax(1, keepdim=True) / largest
+        steps = part / scale
+        parts.append((steps.round() if scheme.kind == "int" else steps.to(torch.float8_e4m3fn).double()) * scale)
+    return torch.cat(parts, 1)
+
+
+def exact_weight(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """Integers that are multiplied with inputs as they are become numbers of the inputs' type first."""
+    exact = weight.dequantize()
+    is_converted = weight.scheme.kind == "int" and not weight.scheme.rounds_inputs
+    return (exact.to(dtype) if is_converted else exact).double()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([2, 6, 32]),
+    groups=st.integers(1, 5),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    has_zeros=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_parts_come_out_of_a_grouped_weight_as_they_were_put_in(bits, group_size, groups, sizes, has_zeros, seed):
+    """Bit for bit, the extremes too: the product with each input alone is its column."""
+    generator, limit = torch.Generator().manual_seed(seed), 1 << bits - 1
+    in_features = group_size * groups
+    weight = ops.empty_grouped(sum(sizes), in_features, bits, group_size, has_zeros, torch.empty)
+    first, columns = 0, []
+    for rows in sizes:
+        numbers = torch.randint(-limit, limit, (rows, in_features), dtype=torch.int8, generator=generator)
+        scales = torch.randint(1, 9, (rows, groups), generator=generator) / 8
+        zeros = torch.randint(-limit, limit + 1, (rows, groups), dtype=torch.int16, generator=generator)
+        ops.put_grouped(weight, first, numbers, scales, zeros if has_zeros else None)
+        each = (numbers.float() - zeros.repeat_interleave(group_size, 1) * has_zeros) * scales.repeat_interleave(
+            group_size, 1
+        )
+        columns.append(each)
+        first += rows
+    assert torch.equal(ops.grouped_linear(torch.eye(in_features), weight, None).t(), torch.cat(columns))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_row_of_zeros_is_rounded_to_zeros(dtype):
+    weight = torch.ones(4, 8).to(dtype)
+    y = ops.rounded_linear(torch.zeros(2, 8), weight, torch.ones(4), None)
+    assert torch.equal(y, torch.zeros(2, 4))
