@@ -111,7 +111,9 @@ def products(layer: DecoderLayer, noted: list[ReadTensor]) -> Iterator[Product]:
     """Those of a layer, given what was read when it was loaded."""
     for linear in (*vars(layer.attention).values(), *vars(layer.mlp).values()):
         if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
-            names = (linear.name,) if isinstance(linear, RowParallelLinear) else (*linear.parts, linear.fused_name)
+            names = (
+                (linear.stored.name,) if isinstance(linear, RowParallelLinear) else (*linear.parts, linear.fused_name)
+            )
             assert isinstance(linear.weight, PlainWeight), "what is quantized is not quantized yet"
             yield Product(linear, linear.weight.tensor, _rows(names, noted))
 
