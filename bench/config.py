@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 DEFAULT_CONCURRENCY = 64
+HELD_OUT_TEXT = Path(__file__).parent / "texts" / "persuasion.txt"
 MIN_PROMPTS = 16
 PROMPTS_PER_CLIENT = 4
 
@@ -33,6 +34,9 @@ class BenchConfig:
     baseline: Annotated[
         Literal["none", "transformers"], "afterwards run the same prompts through transformers' generate, and compare"
     ] = "none"
+    quality: Annotated[
+        str, "no load: hold MODEL against the checkpoint named here, on held-out text, in memory and in speed"
+    ] = ""
     output: Annotated[Path | None, "write the result to FILE: .json, .csv, .md or .html"] = None
     json: Annotated[bool, "print the result as JSON instead of a table"] = False
 
@@ -53,6 +57,11 @@ class BenchConfig:
             raise ValueError("--url and --offline exclude each other: one measures a server, the other needs none")
         if self.url and self.baseline != "none":
             raise ValueError("--baseline needs the weights on this machine: it cannot be combined with --url")
+        if self.quality and (self.url or self.offline or self.baseline != "none"):
+            other = "--url" if self.url else "--offline" if self.offline else "--baseline"
+            raise ValueError(
+                f"--quality and {other} exclude each other: quality is measured by itself, in this process"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -62,3 +71,25 @@ class BenchConfig:
     @property
     def num_requests(self) -> int:
         return self.num_prompts or max(MIN_PROMPTS, PROMPTS_PER_CLIENT * self.batch_size)
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """On what text two checkpoints are compared, and how far apart they may be. Raises ValueError."""
+
+    text: Annotated[Path | None, "held-out text to compare on, UTF-8; default: the first chapters of Persuasion"] = None
+    windows: Annotated[int, "pieces of 2,048 tokens of the text (or of the model's length) to compare on"] = 8
+    max_ppl_increase: Annotated[
+        float | None, "gate: exit code 3 if the perplexity rises by more than so many percent"
+    ] = None
+    max_kl: Annotated[
+        float | None, "gate: exit code 3 if the mean KL divergence of the next token is more than so many nats"
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.windows < 1:
+            raise ValueError(f"windows must be at least 1, got {self.windows}")
+        for name in ("max_ppl_increase", "max_kl"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value:g}")

@@ -1,15 +1,20 @@
-"""`vcli bench`: measure a model through a server started for it, a server that runs somewhere, or without one."""
+"""`vcli bench`: measure a model through a server started for it, a server that runs somewhere, or without one.
 
+With --quality it holds one checkpoint against another.
+"""
+
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
 
-from bench.config import BenchConfig
+from bench.config import BenchConfig, QualityConfig
 from engine.config import EngineConfig
-from vcli.flags import flags_of, with_flags
+from vcli.flags import FlagError, flags_of, with_flags
 
 if TYPE_CHECKING:
+    from bench.quality import Quality
     from bench.result import BenchResult
     from bench.serving import RunProgress
     from vcli.console import Status
@@ -18,12 +23,16 @@ EXIT_UNDECIDED = 4
 
 
 @with_flags
-def bench(engine: EngineConfig, options: BenchConfig) -> None:
-    """Measure latency and throughput of a model, or of a server that runs already.
+def bench(engine: EngineConfig, options: BenchConfig, quality: QualityConfig) -> None:
+    """Measure latency and throughput of a model, or of a server that runs already; or what a checkpoint lost.
 
     Starts a server for MODEL (or takes --url), warms up, sends requests that generate exactly their output length,
     and prints the percentiles with their definitions. Exit code 4: the client was too slow for the server, and the
     figures say nothing about it.
+
+    `vcli bench --quality BEFORE AFTER` compares two checkpoints with one vocabulary: perplexity, KL divergence, size
+    and speed. Flags hold for both, --kv-cache-dtype for AFTER alone, so that BEFORE may be the same model without it.
+    Exit code 3: a gate, --max-ppl-increase or --max-kl, was not passed.
     """
     from bench import report
     from bench.run import with_baseline
@@ -31,6 +40,11 @@ def bench(engine: EngineConfig, options: BenchConfig) -> None:
 
     if options.output:
         report.check_extension(options.output)
+    if options.quality:
+        _compare(engine, options, quality)
+        return
+    if quality != QualityConfig():
+        raise FlagError("--text, --windows, --max-ppl-increase and --max-kl belong to --quality BEFORE AFTER")
     result = _offline(engine, options) if options.offline else _serving(engine, options)
     if options.baseline != "none":
         with Status() as status:
@@ -41,6 +55,38 @@ def bench(engine: EngineConfig, options: BenchConfig) -> None:
         report.write(result, options.output)
     if not result.is_valid:
         raise typer.Exit(EXIT_UNDECIDED if result.metrics["completed"] else 1)
+
+
+def _compare(engine: EngineConfig, options: BenchConfig, gates: QualityConfig) -> None:
+    from bench.quality import measure
+    from bench.quality_report import write_file
+    from vcli.console import Status
+
+    if not engine.model:
+        raise FlagError("--quality needs two checkpoints: vcli bench --quality BEFORE AFTER")
+    before = replace(engine, model=options.quality, kv_cache_dtype="auto")
+    with Status() as status:
+        quality = measure(before, engine, gates, on_progress=status.show_share)
+    if options.output:
+        write_file(quality, options.output)
+    show_quality(quality, gates, as_json=options.json)
+
+
+def show_quality(quality: "Quality", gates: QualityConfig, as_json: bool = False) -> None:
+    """A comparison on stdout. If it does not pass the gates, the command ends with exit code 3, and says why."""
+    from bench import quality_report
+    from bench.quality import EXIT_GATE
+    from vcli.console import console, out, print_table
+
+    if as_json:
+        out.out(quality_report.to_json(quality), end="", highlight=False)
+    else:
+        notes = ["", *quality_report.notes(quality)]
+        print_table(quality_report.describe(quality), *quality_report.quality_table(quality), notes=notes)
+    if failures := quality.failures(gates):
+        for sentence in failures:
+            console.print(f"vcli: {sentence}", style="red", markup=False)
+        raise typer.Exit(EXIT_GATE)
 
 
 def _serving(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
@@ -103,7 +149,7 @@ def _print(result: "BenchResult", as_json: bool) -> None:
 
 
 def _show_start(status: "Status", stage: str, fraction: float) -> None:
-    status.show(f"starting: {stage}", round(fraction * 100), 100)
+    status.show_share(f"starting: {stage}", fraction)
 
 
 def _show_run(status: "Status", progress: "RunProgress") -> None:

@@ -4,6 +4,7 @@ On a terminal both have colour and shape; anywhere else they are plain text that
 honours NO_COLOR by itself.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Self
@@ -63,6 +64,9 @@ class Status:
             console.print(stage, markup=False)
         self._stage = stage
 
+    def show_share(self, stage: str, share: float) -> None:
+        self.show(stage, round(share * 100), 100)
+
 
 def format_seconds(seconds: float) -> str:
     """0.0123 -> '12.3 ms', 75 -> '1 min 15 s'"""
@@ -98,8 +102,9 @@ def _print_plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequen
 
 
 def _is_numeric(rows: Sequence[Sequence[object]], index: int) -> bool:
-    values = [row[index] for row in rows if row[index] is not None]
-    return bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    """A column of numbers, written ones too: 1,234 and +3.5%."""
+    cells = [cell for row in rows if (cell := _cell(row[index])) != "-"]
+    return bool(cells) and all(re.fullmatch(r"[-+]?[\d,.]+(e[-+]\d+)?%?", cell) for cell in cells)
 
 
 def _cell(value: object) -> str:

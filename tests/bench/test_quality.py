@@ -1,0 +1,304 @@
+"""Two checkpoints held against each other; the same figures by brute force, from transformers' logits in float64."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bench import report
+from bench.baseline import load_transformers
+from bench.config import HELD_OUT_TEXT, QualityConfig
+from bench.quality import LayerError, Quality, held_out_windows, measure
+from bench.quality_report import quality_table, read, shown, to_csv, to_markdown, write, write_file
+from engine.config import EngineConfig
+from engine.errors import UserError
+from engine.quantization.weight import Scheme, round_to_nearest
+
+INT4 = Scheme("int", 4, (1, 32))
+TWO_WINDOWS = QualityConfig(windows=2)
+
+
+def engine_of(path: Path, **changes: object) -> EngineConfig:
+    values = {"device": "cpu", "max_num_seqs": 16, "kv_cache_memory": 16 << 20}
+    return EngineConfig(model=str(path), **(values | changes))
+
+
+def changed_copy(path: Path, copy: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    """A checkpoint of one file with every tensor changed."""
+    shutil.copytree(path, copy)
+    tensors = load_file(copy / "model.safetensors")
+    changed = {name: change(name, tensor).contiguous() for name, tensor in tensors.items()}
+    save_file(changed, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@pytest.fixture(scope="session")
+def original(tiny_checkpoint) -> Path:
+    return tiny_checkpoint("llama")
+
+
+@pytest.fixture(scope="session")
+def rounded(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original with its linear layers rounded to 4 bits."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return round_to_nearest(tensor, INT4).dequantize() if "_proj" in name else tensor
+
+    return changed_copy(original, tmp_path_factory.mktemp("rounded") / "tiny-rounded", change)
+
+
+@pytest.fixture(scope="session")
+def quality(original: Path, rounded: Path) -> Quality:
+    return measure(engine_of(original), engine_of(rounded), TWO_WINDOWS, recipe={"name": "int4 rtn g32", "seconds": 75})
+
+
+def transformers_figures(before: Path, after: Path, windows: list[list[int]]) -> dict[str, float]:
+    """Perplexities, KL divergence and agreement, from transformers' float32 logits, position by position in float64."""
+    models = [load_transformers(path, "auto", torch.device("cpu"), torch.float32) for path in (before, after)]
+    costs: list[list[float]] = [[], []]
+    divergences, agreements = [], []
+    for window in windows:
+        logits = [model(torch.tensor([window])).logits[0].double().numpy() for model in models]
+        for position, target in enumerate(window[1:]):
+            p, q = (np.exp(each[position] - each[position].max()) for each in logits)
+            p, q = p / p.sum(), q / q.sum()
+            costs[0].append(-np.log(p[target]))
+            costs[1].append(-np.log(q[target]))
+            divergences.append((p * np.log(p / q)).sum())
+            agreements.append(p.argmax() == q.argmax())
+    in_order = sorted(divergences)
+    place = 0.99 * (len(in_order) - 1)
+    below, above = in_order[int(place)], in_order[int(place) + 1]
+    return {
+        "before": np.exp(np.mean(costs[0])),
+        "after": np.exp(np.mean(costs[1])),
+        "mean": np.mean(divergences),
+        "p99": below + (above - below) * (place - int(place)),
+        "top1": np.mean(agreements),
+    }
+
+
+def figures_of(quality: Quality) -> dict[str, float]:
+    kl = {name: quality.kl[name] for name in ("mean", "p99")}
+    return {**quality.perplexity, **kl, "top1": quality.top1_agreement}
+
+
+def test_the_figures_are_those_of_transformers_logits(original, rounded, quality):
+    windows = held_out_windows(TWO_WINDOWS, engine_of(original))
+    assert [len(window) for window in windows] == [512, 512], "the model's length"
+
+    expected = transformers_figures(original, rounded, windows)
+
+    assert figures_of(quality) == pytest.approx(expected, rel=2e-4)
+    assert expected["mean"] > 0.005
+    assert quality.text["scored_tokens"] == 2 * 511
+
+
+def test_the_default_models_perplexity_is_that_of_transformers_logits(default_model):
+    """One window of 96 tokens in float32, and bfloat16 held against it: its figures are not the same, but near."""
+    exact = engine_of(default_model, dtype="float32", max_model_len=96, max_num_seqs=1)
+    options = QualityConfig(windows=1)
+
+    quality = measure(exact, replace(exact, dtype="bfloat16"), options)
+    token_ids = torch.tensor(held_out_windows(options, exact))
+    logits = load_transformers(default_model, "auto", torch.device("cpu"), torch.float32)(token_ids).logits[0].double()
+    expected = torch.nn.functional.cross_entropy(logits[:-1], token_ids[0, 1:]).exp().item()
+
+    assert quality.perplexity["before"] == pytest.approx(expected, rel=1e-4)
+    assert quality.perplexity["after"] == pytest.approx(expected, rel=0.02)
+    assert 0 < quality.kl["mean"] < 0.01
+
+
+def test_every_time_the_same_is_measured_but_the_speed(original, rounded, quality):
+    again = measure(engine_of(original), engine_of(rounded, max_num_batched_tokens=512), TWO_WINDOWS)
+
+    assert figures_of(again) == figures_of(quality)
+    assert again.layers == quality.layers
+    assert again.kl_histogram == quality.kl_histogram
+
+
+def test_a_checkpoint_held_against_itself_has_lost_nothing(original):
+    quality = measure(engine_of(original), engine_of(original), QualityConfig(windows=1))
+
+    assert quality.kl == {"mean": 0, "p50": 0, "p99": 0, "max": 0}
+    assert quality.top1_agreement == 1
+    assert quality.ppl_increase_perc == 0
+    assert {layer.error for layer in quality.layers} == {0}
+    assert quality.failures(QualityConfig(max_ppl_increase=0, max_kl=0)) == []
+
+
+def test_text_goes_through_the_engine_in_chunks_as_prompts_do(original, rounded, quality):
+    """Of 100 tokens: sums are then made in another order."""
+    chunked = measure(
+        engine_of(original, max_num_batched_tokens=100), engine_of(rounded, max_num_batched_tokens=100), TWO_WINDOWS
+    )
+
+    assert figures_of(chunked) == pytest.approx(figures_of(quality), rel=1e-4)
+
+
+def test_the_error_of_a_layer_is_its_own_and_goes_on_in_those_above_it(tiny_checkpoint, tmp_path: Path):
+    path = tiny_checkpoint("llama", num_hidden_layers=4)
+    worse = changed_copy(
+        path, tmp_path / "worse", lambda name, tensor: tensor * 1.5 if "layers.1.mlp.down_proj" in name else tensor
+    )
+
+    quality = measure(engine_of(path), engine_of(worse), QualityConfig(windows=1))
+
+    alone, up_to = (
+        [layer.error for layer in quality.layers if layer.part == part] for part in ("layer alone", "up to the layer")
+    )
+    assert [error > 0.05 for error in alone] == [False, True, False, False]
+    assert [error > 0.05 for error in up_to] == [False, True, True, True]
+    assert alone[0] == alone[2] == alone[3] == up_to[0] == 0
+
+
+def test_models_of_unlike_layers_are_compared_without_them(tiny_checkpoint, original):
+    deeper = tiny_checkpoint("llama", num_hidden_layers=3)
+
+    quality = measure(engine_of(original), engine_of(deeper), QualityConfig(windows=1))
+
+    assert quality.layers == []
+    assert quality.kl["mean"] > 0
+
+
+def test_size_is_that_of_the_weights_in_memory_and_of_their_files(original, quality):
+    tensors = load_file(original / "model.safetensors")
+
+    assert quality.bytes["before"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert quality.file_bytes["before"] == (original / "model.safetensors").stat().st_size
+
+
+def test_speed_is_measured_where_there_is_room_for_the_batch(quality):
+    assert list(quality.tokens_per_s) == ["decode_1", "decode_16", "decode_64", "prefill"]
+    assert quality.tokens_per_s.pop("decode_64") == {"before": None, "after": None}, "16 requests at most"
+    assert all(pair["before"] > 0 and pair["after"] > 0 for pair in quality.tokens_per_s.values())
+    quality.tokens_per_s["decode_64"] = {"before": None, "after": None}
+
+
+def test_a_gate_that_is_not_passed_says_what_was_found_and_what_is_allowed(quality):
+    low = QualityConfig(max_ppl_increase=0.5, max_kl=0.001)
+    worse = replace(quality, perplexity={"before": 31.4, "after": 42.2})
+
+    perplexity, divergence = worse.failures(low)
+
+    assert perplexity == "the perplexity rose by 34.39%, from 31.40 to 42.20: --max-ppl-increase allows 0.5%"
+    assert divergence.endswith("nats a token: --max-kl allows 0.001")
+    assert worse.failures(QualityConfig(max_ppl_increase=worse.ppl_increase_perc, max_kl=worse.kl["mean"])) == []
+    assert worse.failures(QualityConfig()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (QualityConfig(text=Path("nowhere.txt")), r"--text nowhere\.txt cannot be read"),
+        (QualityConfig(windows=10**6), r"persuasion\.txt has [\d,]+ tokens, but 1000000 windows of 512"),
+    ],
+)
+def test_a_text_that_will_not_do_is_told_before_a_model_is_loaded(original, options, words):
+    with pytest.raises(UserError, match=words):
+        measure(engine_of(original), engine_of(original), options, on_progress=must_not_run)
+
+
+def test_text_that_is_no_text_is_told(original, tmp_path: Path):
+    text = tmp_path / "text.bin"
+    text.write_bytes(b"\xff\xfe\x00")
+
+    with pytest.raises(UserError, match="cannot be read as UTF-8"):
+        held_out_windows(QualityConfig(text=text), engine_of(original))
+
+
+def test_models_of_two_vocabularies_are_refused_before_one_is_loaded(original, tiny_checkpoint, tmp_path: Path):
+    other_size = tiny_checkpoint("llama", vocab_size=640)
+    with pytest.raises(UserError, match=r"the vocabularies have 512 and 640 tokens"):
+        measure(engine_of(original), engine_of(other_size), TWO_WINDOWS, on_progress=must_not_run)
+
+    other_words = tmp_path / "other-words"
+    shutil.copytree(original, other_words)
+    tokenizer = json.loads((other_words / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:20]
+    (other_words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match=r"read persuasion\.txt as different tokens"):
+        measure(engine_of(original), engine_of(other_words), TWO_WINDOWS, on_progress=must_not_run)
+
+
+def test_what_is_not_a_model_is_refused_before_one_is_loaded(original, tmp_path: Path):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        measure(engine_of(original), engine_of(tmp_path), TWO_WINDOWS, on_progress=must_not_run)
+
+
+def must_not_run(stage: str, fraction: float) -> None:
+    raise AssertionError(f"got as far as {stage}")
+
+
+def test_broken_weights_are_named(original, tmp_path: Path):
+    broken = changed_copy(
+        original, tmp_path / "broken", lambda name, t: t * float("nan") if name == "model.norm.weight" else t
+    )
+
+    with pytest.raises(UserError, match="broken makes logits of the text that are no numbers"):
+        measure(engine_of(original), engine_of(broken), QualityConfig(windows=1))
+
+
+def test_quality_json_comes_back_as_it_was_and_has_the_agreed_names(quality, tmp_path: Path):
+    quality = replace(quality, layers=[*quality.layers, LayerError(1, "self_attn.q_proj", 0.08)])
+
+    write(quality, tmp_path)
+
+    assert read(tmp_path / "quality.json") == quality
+    values = json.loads((tmp_path / "quality.json").read_text())
+    assert values["kind"] == "quality"
+    assert set(values["perplexity"]) == set(values["bytes"]) == {"before", "after"}
+    assert {"mean", "p99"} <= set(values["kl"])
+    assert sum(values["kl_histogram"]["shares"]) == pytest.approx(1)
+    assert values["layers"][-1] == {"layer": 1, "part": "self_attn.q_proj", "error": 0.08}
+    assert values["text"]["name"] == HELD_OUT_TEXT.name
+    assert values["environment"]["torch"] == torch.__version__
+
+
+def test_the_table_says_what_changed(quality):
+    quality = replace(quality, perplexity={"before": 20.0, "after": 21.0}, bytes={"before": 10**8, "after": 25 * 10**6})
+
+    columns, rows = quality_table(quality)
+
+    assert columns == ["figure", "before", "after", "change"]
+    lines = {row[0]: row[1:] for row in rows}
+    assert lines["perplexity"] == ["20.00", "21.00", "+5.00%"]
+    assert lines["weights in memory (MB)"] == ["100.0", "25.0", "-75.00%"]
+    assert lines["decode, batch 64 (tok/s)"] == ["-", "-", "-"]
+    assert "| perplexity | 20.00 | 21.00 | +5.00% |" in to_markdown(quality)
+
+
+def test_numbers_are_shown_with_four_digits_that_count():
+    values = (0, 0.00421337, 0.31234, 31.4159, 9.99999, 123.44, 1234.5, 45678.0, None)
+    assert [shown(value) for value in values] == [
+        "0", "0.004213", "0.3123", "31.42", "10.00", "123.4", "1,234", "45,678", "-",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("extension", report.EXTENSIONS)
+def test_every_extension_writes_a_file_that_names_the_checkpoint(quality, tmp_path: Path, extension: str):
+    path = tmp_path / "new" / f"compared{extension}"
+
+    write_file(quality, path)
+
+    assert "tiny-rounded" in path.read_text()
+
+
+def test_csv_is_one_line(quality):
+    header, line = to_csv(quality).splitlines()
+
+    assert "perplexity.before" in header
+    assert "tiny-rounded" in line
+
+
+def test_a_file_that_is_no_comparison_is_named(tmp_path: Path):
+    (tmp_path / "x.json").write_text('{"kind": "serving"}')
+
+    with pytest.raises(UserError, match=r"x\.json is not a result of `vcli bench --quality`"):
+        read(tmp_path / "x.json")
