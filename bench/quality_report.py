@@ -40,14 +40,19 @@ def describe(quality: Quality) -> str:
 
 def notes(quality: Quality) -> list[str]:
     """On what it was measured, which layer lost most, and what the figures mean."""
-    text, env = quality.text, quality.environment
-    machine = env.get("gpu") or f"{env.get('cpu')} ({env.get('cpu_count')} cores)"
+    text = quality.text
     lines = [
-        f"text: {text['name']}, {text['windows']} x {text['window_tokens']:,} tokens; {quality.dtype} on {machine}",
+        f"text: {text['name']}, {text['windows']} x {text['window_tokens']:,} tokens; "
+        f"{quality.dtype} on {describe_machine(quality)}"
     ]
     if worst := worst_layer(quality):
         lines.append(f"largest error of a layer: {shown(worst.error)}, layer {worst.layer}")
     return [*lines, *(f"{name}: {meaning}" for name, meaning in quality.definitions.items())]
+
+
+def describe_machine(quality: Quality) -> str:
+    env = quality.environment
+    return env["gpu"] if quality.device.startswith("cuda") else f"{env['cpu']} ({env['cpu_count']} cores)"
 
 
 def worst_layer(quality: Quality) -> LayerError | None:
@@ -124,7 +129,7 @@ def quality_section(paths: list[Path]) -> str:
                 f"{quality.top1_agreement:.1%}",
                 *_shown_pair(quality.bytes, megabytes),
                 minutes(recipe["seconds"]) if "seconds" in recipe else None,
-                env.get("gpu") or env.get("cpu"),
+                describe_machine(quality),
                 (env.get("git_revision") or "-")[:9] + ("+" if env.get("git_dirty") else ""),
             ]
         )
