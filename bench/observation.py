@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -139,7 +140,8 @@ def layer_states(core: EngineCore, token_ids: Tensor, given: list[State] | None 
     """
     model, layers = core.worker.model, core.worker.model.layers
     states: list[State] = []
-    model.layers = [_Tap(layer, states, given[i] if given else None) for i, layer in enumerate(layers)]
+    taps = [_Tap(layer, states, given[i] if given else None) for i, layer in enumerate(layers)]
+    model.layers = cast(list[DecoderLayer], taps)
     try:
         next(last_hidden_states(core, token_ids[: core.worker.max_num_batched_tokens]))
     finally:
@@ -148,11 +150,10 @@ def layer_states(core: EngineCore, token_ids: Tensor, given: list[State] | None 
 
 
 class _Tap:
-    """A layer that keeps what comes out of it."""
+    """A layer that keeps what comes out of it: as much of one as a forward pass needs."""
 
     def __init__(self, layer: DecoderLayer, states: list[State], given: State | None) -> None:
         self.layer, self.states, self.given = layer, states, given
-        self.attention, self.load = layer.attention, layer.load
 
     def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
         if self.given is not None:

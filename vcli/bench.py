@@ -31,8 +31,8 @@ def bench(engine: EngineConfig, options: BenchConfig, quality: QualityConfig) ->
     figures say nothing about it.
 
     `vcli bench --quality BEFORE AFTER` compares two checkpoints with one vocabulary: perplexity, KL divergence, size
-    and speed. Flags hold for both, --kv-cache-dtype for AFTER alone, so that BEFORE may be the same model without it.
-    Exit code 3: a gate, --max-ppl-increase or --max-kl, was not passed.
+    and speed. Flags hold for both, but --quantization and --kv-cache-dtype for AFTER alone: so their price can be told,
+    too. Exit code 3: a gate, --max-ppl-increase or --max-kl, was not passed.
     """
     from bench import report
     from bench.run import with_baseline
@@ -64,7 +64,7 @@ def _compare(engine: EngineConfig, options: BenchConfig, gates: QualityConfig) -
 
     if not engine.model:
         raise FlagError("--quality needs two checkpoints: vcli bench --quality BEFORE AFTER")
-    before = replace(engine, model=options.quality, kv_cache_dtype="auto")
+    before = replace(engine, model=options.quality, quantization="auto", kv_cache_dtype="auto")
     with Status() as status:
         quality = measure(before, engine, gates, on_progress=status.show_share)
     if options.output:
