@@ -8,9 +8,8 @@ runs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,25 +17,25 @@ from torch import Tensor
 
 from engine import kv_cache
 from engine.batch import ForwardBatch
-from engine.checkpoint import Reads, Source, StoredCheckpoint, open_checkpoint
+from engine.checkpoint import StoredCheckpoint, open_checkpoint
 from engine.config import BLOCK_SIZE
 from engine.errors import UserError
-from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from engine.folding import Maker, find_makers
 from engine.layers.weights import PlainWeight, Weight
 from engine.model_config import ModelConfig
-from engine.models import Model, build_model
+from engine.models import build_model
 from engine.models.decoder import DecoderLayer
-from engine.parallel.groups import Group
+from engine.products import Product, ReadTensor, load_part, products
 from engine.quantization.formats import Format
 from engine.quantization.recipe import NUM_SAMPLES, SEQ_LEN, Recipe
+from engine.quantization.solvers.awq import awq, awq_scales
 from engine.quantization.solvers.gptq import gptq
 from engine.quantization.solvers.inputs import Inputs, output_error
 from engine.quantization.weight import QuantizedWeight, Scheme, round_to_grid, round_to_nearest
-from engine.safetensors import SafetensorsFolder
 from engine.tokenizer import Tokenizer
 
+NUM_STREAMS = 2
 CHUNK_ROWS = 4096  # tokens of a gated product at a time: what it makes in between is twice as wide as its result
-UNUSED = ("rotary_emb.inv_freq",)  # in old checkpoints, and worked out by everybody who reads them
 
 
 def sample_tokens(tokenizer: Tokenizer, text: str, recipe: Recipe) -> Tensor:
@@ -60,137 +59,19 @@ def sample_tokens(tokenizer: Tokenizer, text: str, recipe: Recipe) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ReadTensor:
-    """A tensor of the checkpoint, or some of its rows, and where it went."""
-
-    name: str
-    into: Tensor
-    plus: float
-
-
-@dataclass(frozen=True)
-class NotingCheckpoint(StoredCheckpoint):
-    """Notes all that is read from it."""
-
-    noted: list[ReadTensor] = field(default_factory=list)
-
-    def read(
-        self,
-        name: str,
-        into: Tensor,
-        dim: int | None = None,
-        group: Group | None = None,
-        fused: tuple[int, int] | None = None,
-        plus: float = 0.0,
-    ) -> None:
-        self.noted.append(ReadTensor(self.prefix + name, into, plus))
-        super().read(name, into, dim, group, fused, plus)
-
-
-class _NoReads(Reads):
-    """Names and shapes are looked at, and nothing is read."""
-
-    def submit(self, jobs: object) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Product:
-    """A linear layer of ours, and the rows of its weight that each linear layer of the checkpoint has."""
-
-    linear: ColumnParallelLinear | RowParallelLinear
-    weight: Tensor  # [out, in], as it was loaded
-    rows: dict[str, slice]  # by name, as model.layers.0.self_attn.q_proj
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """[out, in] of each layer."""
-        return {name: (rows.stop - rows.start, self.weight.shape[1]) for name, rows in self.rows.items()}
-
-
-def products(layer: DecoderLayer, noted: list[ReadTensor]) -> Iterator[Product]:
-    """Those of a layer, given what was read when it was loaded."""
-    for linear in (*vars(layer.attention).values(), *vars(layer.mlp).values()):
-        if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
-            names = (
-                (linear.stored.name,) if isinstance(linear, RowParallelLinear) else (*linear.parts, linear.fused_name)
-            )
-            assert isinstance(linear.weight, PlainWeight), "what is quantized is not quantized yet"
-            yield Product(linear, linear.weight.tensor, _rows(names, noted))
-
-
-def _rows(names: tuple[str, ...], noted: list[ReadTensor]) -> dict[str, slice]:
-    rows: dict[str, slice] = {}
-    end = 0
-    for read in noted:
-        name, _, kind = read.name.rpartition(".")
-        if kind == "weight" and name.rpartition(".")[2] in names:
-            start = rows[name].start if name in rows else end
-            end += len(read.into)
-            rows[name] = slice(start, end)
-    return rows
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a checkpoint holds."""
-
-    products: list[dict[str, tuple[int, int]]]  # the linear layers of each, [out, in] by name
-    num_numbers: int  # in all tensors
-
-
-def list_tensors(source: Path, config: ModelConfig) -> Listing:
-    """Raises UserError for a checkpoint that is not what its config says, or holds layers that are not ours."""
-    model = build_model(config, torch.float32, torch.device("meta"))
-    all_noted: list[ReadTensor] = []
-    found: list[dict[str, tuple[int, int]]] = []
-    with open_checkpoint(source) as ckpt:
-        assert isinstance(ckpt, StoredCheckpoint)
-        for part in range(config.num_layers + 2):
-            noted = _load_part(model, part, ckpt, _NoReads())
-            all_noted += noted
-            if 0 < part <= config.num_layers:
-                found += [product.shapes() for product in products(model.layers[part - 1], noted)]
-        _check_all_known(ckpt.source, {read.name for read in all_noted})
-    return Listing(found, sum(read.into.numel() for read in all_noted))
-
-
-def _check_all_known(source: Source, known: set[str]) -> None:
-    """Raises UserError if there are tensors that our models do not read: the checkpoint would come out without them."""
-    if not isinstance(source, SafetensorsFolder):
-        return
-    unknown = [name for name in source.tensors if name not in known and not name.endswith(UNUSED)]
-    if unknown:
-        raise UserError(
-            f"{source.path} has {len(unknown):,} tensors of layers that cannot be quantized, as {sorted(unknown)[0]}: "
-            "only text models without adapters and other additions can be"
-        )
-
-
-def _load_part(model: Model, part: int, ckpt: StoredCheckpoint, reads: Reads) -> list[ReadTensor]:
-    """Load the embedding, a layer, or the norm and head. Returns what is read of the checkpoint."""
-    noting = NotingCheckpoint(source=ckpt.source, reads=reads)
-    if part == 0:
-        model.load_embedding(noting)
-    elif part <= len(model.layers):
-        model.load_layer(part - 1, noting)
-    else:
-        model.load_head(noting)
-    return noting.noted
-
-
-@dataclass(frozen=True)
 class Part:
     """What became of a part of the model."""
 
     tensors: dict[str, Tensor]  # as they are stored
     errors: dict[str, float]  # of each quantized layer: squared error of its outputs, relative to their size
-    hidden: Tensor | None  # [T, hidden_size], what goes into the next part
+    hidden: Tensor | None  # [streams, T, hidden_size], what goes into the next part
 
 
 class Walk:
     """Makes the parts of a checkpoint, one after the other.
 
-    tokens [samples, seq_len] go through the model; None: nothing does, and weights are rounded to nearest.
+    tokens [samples, seq_len] go through the model; None: nothing does, and weights are rounded to nearest. They go
+    through it in two streams side by side: past the original weights, and past what has become of them.
     """
 
     def __init__(
@@ -204,8 +85,9 @@ class Walk:
         tokens: Tensor | None,
     ) -> None:
         self.source, self.recipe, self.scheme, self.stored = source, recipe, scheme, stored
-        self.device, self.tokens = device, tokens
+        self.device = device
         self.dtype: torch.dtype = getattr(torch, config.dtype)  # of what is stored
+        self.streams = None if tokens is None else tokens.repeat(NUM_STREAMS, 1)
         longest = BLOCK_SIZE if tokens is None else tokens.shape[1]
         self.model = build_model(config, torch.float32, device, max_model_len=longest)
         self.num_parts = config.num_layers + 2
@@ -216,72 +98,41 @@ class Walk:
         return f"layer {part} of {self.num_parts - 2}" if part < self.num_parts - 1 else "norm and head"
 
     def make(self, part: int, hidden: Tensor | None) -> Part:
-        """The part, given the hidden states [T, hidden_size] that go into it."""
+        """The part, given the hidden states [streams · T, hidden_size] that go into it."""
         with open_checkpoint(self.source) as ckpt:
             assert isinstance(ckpt, StoredCheckpoint)
-            noted = _load_part(self.model, part, ckpt, ckpt.reads)
+            noted = load_part(self.model, part, ckpt, ckpt.reads)
         return self._make(part, noted, hidden)
 
     @torch.inference_mode()  # loading is not in it: threads that fill a tensor are in no mode of ours
     def _make(self, part: int, noted: list[ReadTensor], hidden: Tensor | None) -> Part:
         if 0 < part <= len(self.model.layers):
-            return self._make_layer(part - 1, noted, hidden)
-        if part == 0 and self.tokens is not None:
-            hidden = self.model.embed(self.tokens.flatten().to(self.device))
+            return self._make_layer(self.model.layers[part - 1], noted, hidden)
+        if part == 0 and self.streams is not None:
+            hidden = self.model.embed(self.streams.flatten().to(self.device))
         return Part(self._as_stored(noted, {}), {}, hidden)
 
-    def _make_layer(self, number: int, noted: list[ReadTensor], hidden: Tensor | None) -> Part:
-        layer = self.model.layers[number]
-        solved: dict[str, QuantizedWeight] = {}
-        errors: dict[str, float] = {}
-        todo = [p for p in products(layer, noted) if not any(self.recipe.skips(name) for name in p.rows)]
-        for product in todo:
-            if hidden is None:
-                self._round(product, solved, errors)
-            else:
-                solve = partial(self._solve, product, solved, errors)
-                product.linear.weight = Observer(product.linear, solve)
-        if hidden is not None:
+    def _make_layer(self, layer: DecoderLayer, noted: list[ReadTensor], hidden: Tensor | None) -> Part:
+        all_products = list(products(layer, noted))
+        todo = [product for product in all_products if not any(map(self.recipe.skips, product.rows))]
+        work = LayerWork(self.recipe, self.scheme, self.stored.scale_dtype(self.dtype))
+        if hidden is None:
+            for product in todo:
+                work.round(product)
+        else:
+            makers = find_makers(layer, all_products, work.solved, self.dtype)
+            for product in todo:
+                product.linear.weight = Observer(product, makers.get(product.linear), work.solve)
             hidden = self._forward(layer, hidden)
-        for product in todo:
+        for product in all_products:
             del product.linear.weight  # of this layer only its norms stay in memory
-        return Part(self._as_stored(noted, solved), errors, hidden)
-
-    def _round(self, product: Product, solved: dict[str, QuantizedWeight], errors: dict[str, float]) -> None:
-        for name, rows in product.rows.items():
-            weight = product.weight[rows]
-            solved[name] = self._rounded(weight)
-            error = (solved[name].dequantize() - weight).square().sum() / weight.square().sum()
-            errors[name] = _shown(error)
-
-    def _solve(
-        self, product: Product, solved: dict[str, QuantizedWeight], errors: dict[str, float], x: Tensor
-    ) -> Weight:
-        """What stands for a product's weight from now on. x [T, in]: all that it is multiplied with here."""
-        inputs = Inputs(x.shape[1], x.device)
-        inputs.add(x)
-        hessian = inputs.hessian
-        whole = gptq(product.weight, hessian, self.scheme, act_order=self.recipe.desc_act)
-        whole = replace(whole, scales=whole.scales.to(self.stored.scale_dtype(self.dtype)))
-        dequantized = whole.dequantize()
-        for name, rows in product.rows.items():
-            solved[name] = _some_rows(whole, rows)
-            weight = product.weight[rows]
-            error = output_error(dequantized[rows] - weight, hessian).sum() / output_error(weight, hessian).sum()
-            errors[name] = _shown(error)
-        return PlainWeight(dequantized)
-
-    def _rounded(self, weight: Tensor) -> QuantizedWeight:
-        """To nearest, on the grid whose scales are as they are stored."""
-        grid = round_to_nearest(weight, self.scheme)
-        return round_to_grid(weight, self.scheme, grid.scales.to(self.stored.scale_dtype(self.dtype)), grid.zeros)
+        return Part(self._as_stored(noted, work.solved), work.errors, hidden)
 
     def _forward(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
-        """Hidden states [T, hidden_size] behind the layer, of those before it."""
-        assert self.tokens is not None
-        batch = _batch(self.tokens, self.device)
-        num_blocks = batch.block_table.numel()
-        kv_cache.allocate([layer.attention], num_blocks, torch.float32, self.device)
+        """Hidden states [streams · T, hidden_size] behind the layer, of those before it."""
+        assert self.streams is not None
+        batch = _batch(self.streams, self.device)
+        kv_cache.allocate([layer.attention], batch.block_table.numel(), torch.float32, self.device)
         residual = torch.zeros_like(hidden)
         heads = layer.attend(hidden, residual, batch)
         kv_cache.release([layer.attention])
@@ -300,19 +151,85 @@ class Walk:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-class Observer(Weight):
-    """Stands for a linear layer's weight until its inputs come, has it solved for them, and gives way to the result."""
+class LayerWork:
+    """What becomes of the products of one layer: by name, their weights and errors."""
 
-    def __init__(self, linear: ColumnParallelLinear | RowParallelLinear, solve: Callable[[Tensor], Weight]) -> None:
-        self.linear, self.solve = linear, solve
+    def __init__(self, recipe: Recipe, scheme: Scheme, scale_dtype: torch.dtype) -> None:
+        self.recipe, self.scheme, self.scale_dtype = recipe, scheme, scale_dtype
+        self.solved: dict[str, QuantizedWeight] = {}
+        self.errors: dict[str, float] = {}
+
+    def round(self, product: Product) -> None:
+        """Take a product in, its weights rounded to nearest."""
+        for name, rows in product.rows.items():
+            weight = product.weight[rows]
+            self.solved[name] = rounded = self._round(weight)
+            self.errors[name] = _shown((rounded.dequantize() - weight).square().sum() / weight.square().sum())
+
+    def solve(self, product: Product, maker: Maker | None, original_x: Tensor, x: Tensor) -> Weight:
+        """Take a product in, its weights solved for x [T, in], what they get in the end; original_x: before any error.
+
+        Returns the new weight, which x is multiplied with as it is.
+        """
+        inputs = Inputs(x.shape[1], x.device)
+        inputs.add(x)
+        weight = product.weight
+        factors = None
+        if maker is not None and self.recipe.solver == "awq":
+            factors = maker.divide(awq_scales([weight[rows] for rows in product.rows.values()], inputs, self.scheme))
+            weight = weight * factors
+            inputs = Inputs(x.shape[1], x.device)
+            inputs.add(x / factors)
+        hessian = inputs.hessian
+        whole = self._solve(weight, inputs)
+        dequantized = whole.dequantize()
+        for name, rows in product.rows.items():
+            self.solved[name] = whole.cut(rows, slice(0, weight.shape[1]))
+            error = output_error(dequantized[rows] - weight[rows], hessian).sum()
+            self.errors[name] = _shown(error / output_error(weight[rows], hessian).sum())
+        return PlainWeight(dequantized if factors is None else dequantized / factors)
+
+    def _solve(self, weight: Tensor, inputs: Inputs) -> QuantizedWeight:
+        if self.recipe.solver == "awq":
+            whole = awq(weight, inputs, self.scheme)
+        else:
+            whole = gptq(weight, inputs.hessian, self.scheme, act_order=self.recipe.desc_act)
+        return replace(whole, scales=whole.scales.to(self.scale_dtype))
+
+    def _round(self, weight: Tensor) -> QuantizedWeight:
+        """To nearest, on the grid whose scales are as they are stored."""
+        grid = round_to_nearest(weight, self.scheme)
+        return round_to_grid(weight, self.scheme, grid.scales.to(self.scale_dtype), grid.zeros)
+
+
+Solve = Callable[[Product, Maker | None, Tensor, Tensor], Weight]
+
+
+class Observer(Weight):
+    """Stands for a product's weight until its inputs come, and has it solved for them.
+
+    The first half of the rows is the stream that meets no errors: it is multiplied with the original weight.
+    """
+
+    def __init__(self, product: Product, maker: Maker | None, solve: Solve) -> None:
+        self.product, self.maker, self.solve = product, maker, solve
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        self.linear.weight = self.solve(x)
-        return self.linear.weight.apply(x, bias)
+        return self._both(x, lambda weight, rows: weight.apply(rows, bias))
 
     def apply_gated(self, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        self.linear.weight = weight = self.solve(x)
-        return torch.cat([weight.apply_gated(rows, bias, kind) for rows in x.split(CHUNK_ROWS)])
+        return self._both(x, lambda weight, rows: weight.apply_gated(rows, bias, kind))
+
+    def _both(self, x: Tensor, apply: Callable[[Weight, Tensor], Tensor]) -> Tensor:
+        halves = x.chunk(NUM_STREAMS)
+        weights = PlainWeight(self.product.weight), self.solve(self.product, self.maker, *halves)
+        return torch.cat(
+            [
+                apply(weight, rows)
+                for weight, half in zip(weights, halves, strict=True)
+                for rows in half.split(CHUNK_ROWS)
+            ]
+        )
 
 
 def _batch(tokens: Tensor, device: torch.device) -> ForwardBatch:
@@ -333,12 +250,6 @@ def _batch(tokens: Tensor, device: torch.device) -> ForwardBatch:
         max_query_len=seq_len,
         max_context_len=seq_len,
     )
-
-
-def _some_rows(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
-    """Of a weight whose rows have scales of their own."""
-    zeros = None if weight.zeros is None else weight.zeros[rows]
-    return replace(weight, numbers=weight.numbers[rows], scales=weight.scales[rows], zeros=zeros)
 
 
 def _shown(error: Tensor) -> float:

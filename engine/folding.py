@@ -1,0 +1,86 @@
+"""Scales of a product's inputs are taken back by what makes them: a norm, or rows of a product before it.
+
+norm → q, k, v and norm → gate, up: the norm's weight. up → down and v → o: rows of the weight, and their bias, as these
+inputs are linear in them; v only where each head of the attention has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
+from engine.layers.norm import RMSNorm
+from engine.models.decoder import DecoderLayer
+from engine.products import Product
+from engine.quantization.weight import QuantizedWeight
+
+
+class Maker(Protocol):
+    """What makes the inputs of a product."""
+
+    def divide(self, scales: Tensor) -> Tensor:
+        """Have it make inputs divided by scales [in] from now on. Returns what they are divided by in fact."""
+
+
+@dataclass(frozen=True)
+class NormMaker:
+    norm: RMSNorm
+    dtype: torch.dtype  # that its weight is stored in
+
+    def divide(self, scales: Tensor) -> Tensor:
+        weight, offset = self.norm.weight.float(), self.norm.offset
+        stored = (weight / scales - offset).to(self.dtype).float() + offset
+        stored = torch.where(stored == 0, weight, stored)  # what became too small to be stored stays
+        self.norm.weight.copy_(stored)
+        return torch.where(stored == 0, 1.0, weight / stored)
+
+
+@dataclass(frozen=True)
+class RowsMaker:
+    product: Product
+    rows: slice  # of its weight
+    solved: dict[str, QuantizedWeight]  # those that are quantized already, by name; the others are changed in place
+
+    def divide(self, scales: Tensor) -> Tensor:
+        for name, rows in self.product.rows.items():
+            first, last = max(rows.start, self.rows.start), min(rows.stop, self.rows.stop)
+            if first >= last:
+                continue
+            divisors = scales[first - self.rows.start : last - self.rows.start].unsqueeze(1)
+            if name in self.solved:
+                weight = self.solved[name]
+                grid = weight.scales.clone()
+                grid[first - rows.start : last - rows.start] /= divisors
+                self.solved[name] = replace(weight, scales=grid)
+            else:
+                self.product.weight[first:last] /= divisors
+        if self.product.linear.bias is not None:
+            self.product.linear.bias[self.rows] /= scales
+        return scales
+
+
+def find_makers(
+    layer: DecoderLayer, products: Sequence[Product], solved: dict[str, QuantizedWeight], dtype: torch.dtype
+) -> dict[ColumnParallelLinear | RowParallelLinear, Maker]:
+    """What makes the inputs of a layer's products, by product, where scales can be taken back there.
+
+    dtype: of the weights that are stored unquantized.
+    """
+    by_linear = {product.linear: product for product in products}
+    attention, mlp = layer.attention, layer.mlp
+    qkv, gate_up = attention.qkv_proj, mlp.gate_up_proj
+    inner = sum(gate_up.shares) // 2
+    makers: dict[ColumnParallelLinear | RowParallelLinear, Maker] = {
+        qkv: NormMaker(layer.input_norm, dtype),
+        gate_up: NormMaker(layer.pre_mlp_norm, dtype),
+        mlp.down_proj: RowsMaker(by_linear[gate_up], slice(inner, 2 * inner), solved),
+    }
+    q_size, _, v_size = qkv.shares
+    if q_size == v_size:
+        makers[attention.o_proj] = RowsMaker(by_linear[qkv], slice(2 * q_size, 3 * q_size), solved)
+    return makers
