@@ -34,7 +34,6 @@ from engine.quantization.solvers.inputs import Inputs, output_error
 from engine.quantization.weight import QuantizedWeight, Scheme, round_to_grid, round_to_nearest
 from engine.tokenizer import Tokenizer
 
-NUM_STREAMS = 2
 CHUNK_ROWS = 4096  # tokens of a gated product at a time: what it makes in between is twice as wide as its result
 
 
@@ -64,14 +63,13 @@ class Part:
 
     tensors: dict[str, Tensor]  # as they are stored
     errors: dict[str, float]  # of each quantized layer: squared error of its outputs, relative to their size
-    hidden: Tensor | None  # [streams, T, hidden_size], what goes into the next part
+    hidden: Tensor | None  # [T, hidden_size], what goes into the next part
 
 
 class Walk:
     """Makes the parts of a checkpoint, one after the other.
 
-    tokens [samples, seq_len] go through the model; None: nothing does, and weights are rounded to nearest. They go
-    through it in two streams side by side: past the original weights, and past what has become of them.
+    tokens [samples, seq_len] go through the model; None: nothing does, and weights are rounded to nearest.
     """
 
     def __init__(
@@ -85,9 +83,8 @@ class Walk:
         tokens: Tensor | None,
     ) -> None:
         self.source, self.recipe, self.scheme, self.stored = source, recipe, scheme, stored
-        self.device = device
+        self.device, self.tokens = device, tokens
         self.dtype: torch.dtype = getattr(torch, config.dtype)  # of what is stored
-        self.streams = None if tokens is None else tokens.repeat(NUM_STREAMS, 1)
         longest = BLOCK_SIZE if tokens is None else tokens.shape[1]
         self.model = build_model(config, torch.float32, device, max_model_len=longest)
         self.num_parts = config.num_layers + 2
@@ -98,7 +95,7 @@ class Walk:
         return f"layer {part} of {self.num_parts - 2}" if part < self.num_parts - 1 else "norm and head"
 
     def make(self, part: int, hidden: Tensor | None) -> Part:
-        """The part, given the hidden states [streams · T, hidden_size] that go into it."""
+        """The part, given the hidden states [T, hidden_size] that go into it."""
         with open_checkpoint(self.source) as ckpt:
             assert isinstance(ckpt, StoredCheckpoint)
             noted = load_part(self.model, part, ckpt, ckpt.reads)
@@ -108,8 +105,8 @@ class Walk:
     def _make(self, part: int, noted: list[ReadTensor], hidden: Tensor | None) -> Part:
         if 0 < part <= len(self.model.layers):
             return self._make_layer(self.model.layers[part - 1], noted, hidden)
-        if part == 0 and self.streams is not None:
-            hidden = self.model.embed(self.streams.flatten().to(self.device))
+        if part == 0 and self.tokens is not None:
+            hidden = self.model.embed(self.tokens.flatten().to(self.device))
         return Part(self._as_stored(noted, {}), {}, hidden)
 
     def _make_layer(self, layer: DecoderLayer, noted: list[ReadTensor], hidden: Tensor | None) -> Part:
@@ -129,9 +126,9 @@ class Walk:
         return Part(self._as_stored(noted, work.solved), work.errors, hidden)
 
     def _forward(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
-        """Hidden states [streams · T, hidden_size] behind the layer, of those before it."""
-        assert self.streams is not None
-        batch = _batch(self.streams, self.device)
+        """Hidden states [T, hidden_size] behind the layer, of those before it."""
+        assert self.tokens is not None
+        batch = _batch(self.tokens, self.device)
         kv_cache.allocate([layer.attention], batch.block_table.numel(), torch.float32, self.device)
         residual = torch.zeros_like(hidden)
         heads = layer.attend(hidden, residual, batch)
@@ -166,11 +163,8 @@ class LayerWork:
             self.solved[name] = rounded = self._round(weight)
             self.errors[name] = _shown((rounded.dequantize() - weight).square().sum() / weight.square().sum())
 
-    def solve(self, product: Product, maker: Maker | None, original_x: Tensor, x: Tensor) -> Weight:
-        """Take a product in, its weights solved for x [T, in], what they get in the end; original_x: before any error.
-
-        Returns the new weight, which x is multiplied with as it is.
-        """
+    def solve(self, product: Product, maker: Maker | None, x: Tensor) -> Weight:
+        """Take a product in, its weights solved for inputs x [T, in]. Returns what x is multiplied with from now on."""
         inputs = Inputs(x.shape[1], x.device)
         inputs.add(x)
         weight = product.weight
@@ -202,34 +196,21 @@ class LayerWork:
         return round_to_grid(weight, self.scheme, grid.scales.to(self.scale_dtype), grid.zeros)
 
 
-Solve = Callable[[Product, Maker | None, Tensor, Tensor], Weight]
+Solve = Callable[[Product, Maker | None, Tensor], Weight]
 
 
 class Observer(Weight):
-    """Stands for a product's weight until its inputs come, and has it solved for them.
-
-    The first half of the rows is the stream that meets no errors: it is multiplied with the original weight.
-    """
+    """Stands for a product's weight until its inputs come, and has it solved for them."""
 
     def __init__(self, product: Product, maker: Maker | None, solve: Solve) -> None:
         self.product, self.maker, self.solve = product, maker, solve
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self._both(x, lambda weight, rows: weight.apply(rows, bias))
+        return self.solve(self.product, self.maker, x).apply(x, bias)
 
     def apply_gated(self, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        return self._both(x, lambda weight, rows: weight.apply_gated(rows, bias, kind))
-
-    def _both(self, x: Tensor, apply: Callable[[Weight, Tensor], Tensor]) -> Tensor:
-        halves = x.chunk(NUM_STREAMS)
-        weights = PlainWeight(self.product.weight), self.solve(self.product, self.maker, *halves)
-        return torch.cat(
-            [
-                apply(weight, rows)
-                for weight, half in zip(weights, halves, strict=True)
-                for rows in half.split(CHUNK_ROWS)
-            ]
-        )
+        weight = self.solve(self.product, self.maker, x)
+        return torch.cat([weight.apply_gated(rows, bias, kind) for rows in x.split(CHUNK_ROWS)])
 
 
 def _batch(tokens: Tensor, device: torch.device) -> ForwardBatch:

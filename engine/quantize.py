@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.calibration import NUM_STREAMS, Walk, sample_tokens
+from engine.calibration import Walk, sample_tokens
 from engine.errors import UserError
 from engine.files import write_json
 from engine.hub import resolve_model
@@ -149,7 +149,7 @@ class Plan:
             out * inputs * self.scheme.bits // 8 + prod(self.scheme.grid_shape(out, inputs)) * 4
             for out, inputs in self.shapes.values()
         )
-        needed = 2 * (kept_bytes + quantized) + 2 * NUM_STREAMS * num_tokens * self.config.hidden_size * 4 + (64 << 20)
+        needed = 2 * (kept_bytes + quantized) + 2 * num_tokens * self.config.hidden_size * 4 + (64 << 20)
         there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         free = shutil.disk_usage(folder).free
         if free + there < needed:
