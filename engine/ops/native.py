@@ -6,6 +6,7 @@ is that of a contiguous tensor which a local name keeps alive.
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.ops import reference
+from engine.ops.grouped import GroupedWeight
 from engine.ops.native_build import load_library
 
 TYPES = {torch.bfloat16: 0, torch.float32: 1}
@@ -22,6 +24,8 @@ NORM_TYPES = {  # of the vectors and of the norm's weight
     (torch.bfloat16, torch.float32): (0, 1),
     (torch.float32, torch.float32): (1, 1),
 }
+INT4, INT8, FP8 = 0, 1, 2  # kinds of numbers of few bits, as in kernels/cpu/quantized.c
+SUM_TYPES = {torch.bfloat16: 0, torch.float32: 1, torch.int32: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 BLOCK_SIZE = 16
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -31,6 +35,9 @@ SIGNATURES = {
     "rotate_and_store": [_POINTER] * 9 + [_SIZE] * 6 + [_FLOAT, _INT, _INT],
     "paged_attention": [_POINTER] * 8 + [_SIZE] * 6 + [_FLOAT, _FLOAT, _INT],
     "linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 2,
+    "dequantize": [_POINTER] * 4 + [_SIZE] * 5 + [_INT] * 2,
+    "round_rows": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
+    "rescale": [_POINTER] * 5 + [_SIZE] * 2 + [_INT] * 2,
     "gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
     "max_linear_rows": [_INT],
     "set_num_threads": [_INT],
@@ -127,6 +134,84 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+empty_grouped, put_grouped = reference.empty_grouped, reference.put_grouped
+
+
+def grouped_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
+    if x.dtype not in TYPES:
+        return reference.grouped_linear(x, weight, bias)
+    kind = INT4 if weight.bits == 4 else INT8
+    tile = _tiles(x, weight.packed, weight.scales, weight.zeros, (1, weight.group_size), kind)
+
+    return reference.by_tiles(x, weight.out_features, tile, bias, linear)
+
+
+def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, kind: str) -> Tensor:
+    return gated_activation(grouped_linear(x, weight, bias), kind)
+
+
+def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype not in TYPES:
+        return reference.rounded_linear(x, numbers, scales, bias)
+    rounded, x_scales = _round_rows(x, numbers.dtype)
+    if numbers.dtype == torch.int8:
+        sums = torch._int_mm(rounded, numbers.t())
+    else:
+        tile = _tiles(x, numbers, None, None, (1, x.shape[1]), FP8)
+        sums = reference.by_tiles(rounded, numbers.shape[0], tile, None, linear)
+    y = x.new_empty(sums.shape)
+    pointers = y.data_ptr(), sums.data_ptr(), x_scales.data_ptr(), scales.data_ptr()
+    bias_pointer = bias.data_ptr() if bias is not None else None
+    _library().rescale(*pointers, bias_pointer, *sums.shape, SUM_TYPES[sums.dtype], TYPES[x.dtype])
+    return y
+
+
+def rounded_gated_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return gated_activation(rounded_linear(x, numbers, scales, bias), kind)
+
+
+def blockwise_linear(
+    x: Tensor, numbers: Tensor, scales: Tensor, block: tuple[int, int], rounds_inputs: bool, bias: Tensor | None
+) -> Tensor:
+    block_columns, in_features = block[1], x.shape[1]
+    if x.dtype not in TYPES or (rounds_inputs and in_features % block_columns):
+        return reference.blockwise_linear(x, numbers, scales, block, rounds_inputs, bias)
+    wide = x.float()
+    if rounds_inputs:
+        rounded, x_scales = _round_rows(wide.view(-1, block_columns), numbers.dtype)
+        wide = (rounded * x_scales.unsqueeze(1)).view(x.shape)
+    y = reference.by_tiles(wide, numbers.shape[0], _tiles(wide, numbers, scales, None, block, FP8), None, linear)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _tiles(
+    x: Tensor, numbers: Tensor, scales: Tensor | None, zeros: Tensor | None, block: tuple[int, int], kind: int
+) -> Callable[[slice], Tensor]:
+    """What works out some rows of a weight as numbers of x's type, each time in the same memory."""
+    in_features = x.shape[1]
+    memory = x.new_empty(min(reference.rows_of_a_tile(in_features), numbers.shape[0]), in_features)
+    grids = [grid.data_ptr() if grid is not None else None for grid in (scales, zeros)]
+    row_bytes = numbers.stride(0) * numbers.itemsize
+
+    def tile(rows: slice) -> Tensor:
+        sizes = rows.start, rows.stop - rows.start, in_features, block[1], block[0]
+        pointer = numbers.data_ptr() + rows.start * row_bytes
+        _library().dequantize(memory.data_ptr(), pointer, *grids, *sizes, kind, TYPES[x.dtype])
+        return memory[: rows.stop - rows.start]
+
+    return tile
+
+
+def _round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of x rounded to int8, or to e4m3 in x's type, and their scales, [rows]."""
+    x = x.contiguous()
+    is_int = dtype == torch.int8
+    y, scales = torch.empty_like(x, dtype=dtype if is_int else x.dtype), torch.empty(x.shape[0])
+    pointers = y.data_ptr(), scales.data_ptr(), x.data_ptr()
+    _library().round_rows(*pointers, *x.shape, INT8 if is_int else FP8, TYPES[x.dtype])
+    return y, scales
+
+
 def rotate_and_store(
     qkv: Tensor,
     positions: Tensor,
@@ -206,10 +291,6 @@ def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids:
 
 
 take_best = reference.take_best
-empty_grouped, put_grouped = reference.empty_grouped, reference.put_grouped
-grouped_linear, grouped_gated_linear = reference.grouped_linear, reference.grouped_gated_linear
-rounded_linear, rounded_gated_linear = reference.rounded_linear, reference.rounded_gated_linear
-blockwise_linear = reference.blockwise_linear
 logprobs = reference.logprobs
 
 

@@ -11,6 +11,8 @@ from engine.ops import sampling_line
 from engine.ops.grouped import GroupedWeight
 from engine.ops.sampling_line import OUT_OF_REACH, STEPS_PER_NAT, Line
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
 TILE_NUMBERS = 1 << 20  # of a quantized weight, worked out at a time
 
 
@@ -69,7 +71,7 @@ def put_grouped(weight: GroupedWeight, first_row: int, numbers: Tensor, scales: 
 
 
 def grouped_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
-    return _by_tiles(x, x.shape[1], weight.out_features, lambda rows: _dequantize(weight, rows).to(x.dtype), bias)
+    return by_tiles(x, weight.out_features, lambda rows: _dequantize(weight, rows).to(x.dtype), bias)
 
 
 def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, kind: str) -> Tensor:
@@ -91,7 +93,7 @@ def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | No
     if numbers.dtype == torch.int8:
         y = _int_product(rounded, numbers).float() * scales
     else:
-        y = _by_tiles(rounded.float(), x.shape[1], len(numbers), lambda rows: numbers[rows].float(), None) * scales
+        y = by_tiles(rounded.float(), len(numbers), lambda rows: numbers[rows].float(), None) * scales
     y = y * x_scales
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -114,7 +116,7 @@ def blockwise_linear(
         lines = torch.arange(rows.start, rows.stop, device=x.device) // block_rows
         return numbers[rows].float() * scales[lines].repeat_interleave(block_columns, 1)[:, :in_features]
 
-    y = _by_tiles(wide, in_features, len(numbers), tile, None)
+    y = by_tiles(wide, len(numbers), tile, None)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -134,15 +136,21 @@ def _int_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch._int_mm(padded, weight.t())[: len(x)]
 
 
-def _by_tiles(
-    x: Tensor, in_features: int, out_features: int, tile: Callable[[slice], Tensor], bias: Tensor | None
+def rows_of_a_tile(in_features: int) -> int:
+    return max(1, TILE_NUMBERS // in_features)
+
+
+def by_tiles(
+    x: Tensor, out_features: int, tile: Callable[[slice], Tensor], bias: Tensor | None, product: Product = linear
 ) -> Tensor:
     """x · Wᵀ + bias of a W that `tile` makes some rows of at a time, so that there never is all of it."""
+    step = rows_of_a_tile(x.shape[1])
+    if step >= out_features:
+        return product(x, tile(slice(0, out_features)), bias)
     y = x.new_empty(len(x), out_features)
-    step = max(1, TILE_NUMBERS // in_features)
     for first in range(0, out_features, step):
         rows = slice(first, min(first + step, out_features))
-        y[:, rows] = F.linear(x, tile(rows), None if bias is None else bias[rows])
+        y[:, rows] = product(x, tile(rows), None if bias is None else bias[rows])
     return y
 
 

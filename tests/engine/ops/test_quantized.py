@@ -8,11 +8,10 @@ from torch import Tensor
 
 from engine import ops
 from engine.layers.weights import quantized_weight
-from engine.ops import reference
-from engine.quantization.weight import ALL, QuantizedWeight, Scheme, round_to_nearest
+from engine.ops import native, reference
+from engine.quantization.weight import ALL, E4M3, QuantizedWeight, Scheme, round_to_nearest
 
 DTYPES = [torch.float32, torch.bfloat16]
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SCHEMES = {
     "int4": Scheme("int", 4, (1, 32)),
     "int4, zeros": Scheme("int", 4, (1, 16), is_symmetric=False),
@@ -29,7 +28,14 @@ SCHEMES = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.fixture(params=["native", "reference", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request, monkeypatch) -> str:
+    """Of the body that is tested."""
+    if request.param == "reference":
+        monkeypatch.setattr(native, "is_usable", lambda x: False)
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
 @pytest.mark.parametrize("tile_numbers", [reference.TILE_NUMBERS, 300])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SCHEMES)
@@ -59,7 +65,7 @@ def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
         largest = 127.0 if scheme.kind == "int" else 448.0
         scale = part.abs().amax(1, keepdim=True) / largest
         steps = part / scale
-        parts.append((steps.round() if scheme.kind == "int" else steps.to(torch.float8_e4m3fn).double()) * scale)
+        parts.append((steps.round() if scheme.kind == "int" else steps.to(E4M3).double()) * scale)
     return torch.cat(parts, 1)
 
 
@@ -98,8 +104,33 @@ def test_parts_come_out_of_a_grouped_weight_as_they_were_put_in(bits, group_size
     assert torch.equal(ops.grouped_linear(torch.eye(in_features), weight, None).t(), torch.cat(columns))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
 def test_a_row_of_zeros_is_rounded_to_zeros(dtype):
     weight = torch.ones(4, 8).to(dtype)
     y = ops.rounded_linear(torch.zeros(2, 8), weight, torch.ones(4), None)
     assert torch.equal(y, torch.zeros(2, 4))
+
+
+@pytest.mark.skipif(not native.is_usable(torch.empty(0)), reason="this machine has no C compiler")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounded_to", [torch.int8, E4M3])
+def test_native_rounding_is_the_references_to_the_last_bit(rounded_to, dtype):
+    """Of large and small numbers, and of those in the middle between two."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = 2.0 ** torch.randint(-14, 4, (60, 129), generator=generator)
+    x = (torch.randn(60, 129, generator=generator) * sizes).to(dtype)
+    halves = torch.arange(-254, 255).to(dtype) / 2  # scale 1
+    fine = torch.arange(-448, 449).to(dtype)
+    small = torch.cat([torch.arange(-40, 41) * 2.0**-10, torch.tensor([448.0])]).to(dtype)
+    for values in (x, halves[None], fine[None], small[None], torch.zeros(1, 5, dtype=dtype)):
+        expected, scales = reference.round_rows(values.float(), rounded_to)
+        found, found_scales = native._round_rows(values, rounded_to)
+        assert torch.equal(found.float(), expected.float())
+        assert torch.equal(found_scales, scales.squeeze(1))
+
+
+def test_every_e4m3_number_is_worked_out_exactly():
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    numbers = codes.view(E4M3).unsqueeze(1)
+    found = ops.blockwise_linear(torch.ones(1, 1), numbers, torch.ones(1, 1), (256, 1), False, None)
+    assert torch.equal(found[0], numbers.float().squeeze(1))
