@@ -128,7 +128,7 @@ class Walk:
     def _forward(self, layer: DecoderLayer, hidden: Tensor) -> Tensor:
         """Hidden states [T, hidden_size] behind the layer, of those before it."""
         assert self.tokens is not None
-        batch = _batch(self.tokens, self.device)
+        batch = prompts(self.tokens, self.device)
         kv_cache.allocate([layer.attention], batch.block_table.numel(), torch.float32, self.device)
         residual = torch.zeros_like(hidden)
         heads = layer.attend(hidden, residual, batch)
@@ -145,7 +145,8 @@ class Walk:
                 part = (read.into - read.plus).to("cpu", self.dtype) if read.plus else read.into.to("cpu", self.dtype)
                 is_more = read.name in tensors  # rows of a tensor that holds several
                 tensors[read.name] = torch.cat([tensors[read.name], part]) if is_more else part
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        # Each in memory of its own, as safetensors wants it: q, k and v have the same order of groups.
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 class LayerWork:
@@ -213,8 +214,8 @@ class Observer(Weight):
         return torch.cat([weight.apply_gated(rows, bias, kind) for rows in x.split(CHUNK_ROWS)])
 
 
-def _batch(tokens: Tensor, device: torch.device) -> ForwardBatch:
-    """All samples [samples, seq_len] as prompts."""
+def prompts(tokens: Tensor, device: torch.device) -> ForwardBatch:
+    """Samples [samples, seq_len] as prompts, each with blocks of its own."""
     num_samples, seq_len = tokens.shape
     blocks_each = -(-seq_len // BLOCK_SIZE)
     rows = torch.arange(num_samples, dtype=torch.int32, device=device)

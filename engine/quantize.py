@@ -22,7 +22,7 @@ from engine.hub import resolve_model
 from engine.model_config import ModelConfig
 from engine.products import list_tensors
 from engine.quantization import checkpoint_folder
-from engine.quantization.formats import Format, make_format
+from engine.quantization.formats import Format, describe, make_format
 from engine.quantization.recipe import Recipe
 from engine.quantization.unfinished import Unfinished, remove_unfinished
 from engine.quantization.weight import Scheme
@@ -37,16 +37,15 @@ DIGEST_PIECES, PIECE_BYTES = 64, 64 << 10
 OnProgress = Callable[[str, int, int], None]  # what is going on, parts of the model done, parts in all
 
 
-def quantize(recipe: Recipe, on_progress: OnProgress) -> Path:
-    """Make the checkpoint that a recipe describes, in memory of a layer at a time. Returns its folder.
+def quantize(plan: Plan, on_progress: OnProgress) -> None:
+    """Make the checkpoint that is planned, in the memory of a layer at a time.
 
-    Raises UserError, before hours are spent, where the recipe, the model, the text, the disk and the output do not go
-    together.
+    Raises UserError, before hours are spent, where text, disk and output do not do.
     """
-    plan = Plan.of(recipe)
     if plan.is_made():
         remove_unfinished(plan.output)
-        return plan.output
+        return
+    recipe = plan.recipe
     device = pick_device(recipe.device)
     tokens = sample_tokens(Tokenizer.load(str(plan.source)), plan.text(), recipe) if recipe.is_calibrated else None
     with Unfinished(plan.output, plan.choices | {"device": device.type}) as unfinished:
@@ -60,8 +59,8 @@ def quantize(recipe: Recipe, on_progress: OnProgress) -> Path:
         folder = unfinished.join_parts()
         checkpoint_folder.fill(folder, plan.source, plan.source_config, plan.format)
         write_json(folder / RECORD, plan.choices | {"device": device.type, "errors": unfinished.report()})
+        plan.write_card(folder)
         unfinished.finish()
-    return plan.output
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,8 @@ class Plan:
             method = quantization.get("quant_method", "method unnamed")
             raise UserError(f"{source} is quantized already ({method}): give the model that it was made from")
         config = ModelConfig.from_path(source)
+        if (recipe.seq_len or 0) > config.max_model_len:
+            raise UserError(f"--seq-len {recipe.seq_len:,} is longer than this model's {config.max_model_len:,} tokens")
         listed = list_tensors(source, config)
         shapes = {name: shape for product in listed.products for name, shape in product.items()}
         _check_skipped(recipe, listed.products)
@@ -106,6 +107,27 @@ class Plan:
     def output(self) -> Path:
         assert self.recipe.output is not None
         return self.recipe.output.expanduser().absolute()
+
+    @property
+    def name(self) -> str:
+        """As in `int4 gptq g64 asym`."""
+        _, columns = self.scheme.block
+        words: list[str] = [self.recipe.kind, self.recipe.solver]
+        if self.recipe.int4:
+            words += [f"g{columns}"] * bool(columns) + ["sym" if self.scheme.is_symmetric else "asym"]
+        if self.recipe.block:
+            words.append(f"block {columns}")
+        return " ".join(words)
+
+    def errors(self) -> dict[str, float]:
+        """Of each layer of the checkpoint that was made, ‖(W - Ŵ) · x‖² / ‖W · x‖², by name; x = 1 if none was seen."""
+        record = json.loads((self.output / RECORD).read_text(encoding="utf-8"))
+        return dict(record["errors"])
+
+    def write_card(self, folder: Path, report: str = "") -> None:
+        """The model card. report: Markdown of what the model lost."""
+        model = self.recipe.model or self.source.stem
+        checkpoint_folder.write_card(folder, self.source, model, f"{describe(self.scheme)} ({self.name})", report)
 
     @property
     def choices(self) -> dict[str, Any]:

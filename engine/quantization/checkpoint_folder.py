@@ -44,25 +44,29 @@ def fill(folder: Path, source: Path, config: dict[str, Any], written: Format) ->
         write_json(folder / "quantize_config.json", quantization)  # where AutoGPTQ looks
 
 
-def write_card(folder: Path, source: Path, name: str, command: str, what: str, report: str = "") -> None:
-    """README.md: what the model is, how it was made, and `report`, Markdown of what it lost."""
+def write_card(folder: Path, source: Path, model: str, weights: str, report: str = "") -> None:
+    """README.md: what the model was made from, what its weights are now, and `report`, Markdown of what it lost."""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None
+    name = model if is_hub_name else Path(model).stem
     license_name = _front_matter(source).get("license")
-    head = ["---", f"license: {license_name}"] if license_name else ["---"]
-    head += [f"base_model: {name}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else []
-    head += ["tags:", "- vcli", "---"]
-    text = [
-        *head,
+    lines = [
+        "---",
+        *([f"license: {license_name}"] if license_name else []),
+        *([f"base_model: {model}"] if is_hub_name else []),
+        "tags:",
+        "- vcli",
+        "---",
         "",
         f"# {name}, quantized",
         "",
-        f"{what}, made with",
-        "",
-        f"    {command}",
+        f"{name} with the weights of its linear layers as {weights}, made by `vcli quantize`. `quantization.json`",
+        "holds its choices and the error of each layer. `vcli serve` runs it, and so does what else knows its",
+        "`quantization_config`.",
         *(["", report.strip()] if report else []),
         "",
     ]
     with whole_file(folder / "README.md") as unfinished:
-        unfinished.write_text("\n".join(text), encoding="utf-8")
+        unfinished.write_text("\n".join(lines), encoding="utf-8")
 
 
 def _companions(source: Path) -> Iterator[Path]:
