@@ -2,7 +2,9 @@
 
 Decode reads every weight once (the embedding table is looked up, not read; the output head is read) and the KV of
 every running token; where the matrix work of the batch takes longer than the weights' read, it takes its place. Prefill
-is the matrix work of the linear layers and of causal attention. The ceilings are measured, not from a data sheet.
+is the matrix work of the linear layers and of causal attention. Quantized layers are read in their few bits, with
+scales and zeros; where inputs are rounded to e4m3 too, their products have its rate. The ceilings are measured, not
+from a data sheet.
 """
 
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from heapq import heappop, heappush
 from typing import Any
 
 from engine.model_config import ModelConfig
+from engine.quantization.weight import Scheme
 
 DTYPE_BYTES = {"fp8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -21,11 +24,12 @@ class Ceilings:
     name: str
     bytes_per_s: float
     flops_per_s: float  # bf16 or fp16 matrix products
+    fp8_flops_per_s: float  # e4m3 matrix products
 
 
 # Measured on one NVIDIA H200 (driver 580.159, CUDA 13.0): the sum of 8 GB by a persistent kernel, and a bf16 product
-# of two 8192 x 8192 matrices of random numbers.
-H200 = Ceilings(name="H200", bytes_per_s=4.69e12, flops_per_s=752e12)
+# of two 8192 x 8192 matrices of random numbers; of e4m3 with fast accumulation.
+H200 = Ceilings(name="H200", bytes_per_s=4.69e12, flops_per_s=752e12, fp8_flops_per_s=1517e12)
 CEILINGS = (H200,)
 
 
@@ -41,7 +45,8 @@ class Floor:
     model: ModelConfig
     dtype: str
     ceilings: Ceilings
-    kv_dtype: str = "auto"  # auto: as the weights
+    kv_dtype: str = "auto"  # auto: as dtype
+    scheme: Scheme | None = None  # of the layers' weights; the output head is never quantized
 
     @property
     def num_params(self) -> dict[str, int]:
@@ -74,15 +79,16 @@ class Floor:
 
     def weights_s(self, batch: int) -> float:
         """The part of a decode step that does not depend on the context."""
-        return self._products_s(self.num_decode_params, batch)
+        reads_s, works_s = zip(*(self._product_s(name, batch) for name in self.num_params), strict=True)
+        return max(sum(reads_s), sum(works_s))
 
     def decode_parts_s(self, batch: int, context: float) -> dict[str, float]:
         """A decode step by what is done in it: the matrix products by name, and attention."""
-        products = {name: self._products_s(num, batch) for name, num in self.num_params.items()}
+        products = {name: max(self._product_s(name, batch)) for name in self.num_params}
         return products | {"attention": batch * self.kv_bytes(context) / self.ceilings.bytes_per_s}
 
     def decode_step_s(self, batch: int, context: float) -> float:
-        return sum(self.decode_parts_s(batch, context).values())
+        return self.weights_s(batch) + batch * self.kv_bytes(context) / self.ceilings.bytes_per_s
 
     def prefill_s(self, num_tokens: int) -> float:
         """One prompt to its first token."""
@@ -92,12 +98,29 @@ class Floor:
         for window in c.layer_windows:
             span = min(window or num_tokens, num_tokens)
             seen += span * span / 2 + (num_tokens - span) * span
-        flops = 2 * self.num_layer_params * num_tokens + 4 * c.num_heads * c.head_dim * seen
-        return flops / self.ceilings.flops_per_s
+        linear_s = 2 * self.num_layer_params * num_tokens / self._linear_flops_per_s
+        return linear_s + 4 * c.num_heads * c.head_dim * seen / self.ceilings.flops_per_s
 
-    def _products_s(self, num_params: int, batch: int) -> float:
-        read_s = num_params * DTYPE_BYTES[self.dtype] / self.ceilings.bytes_per_s
-        return max(read_s, 2 * num_params * batch / self.ceilings.flops_per_s)
+    def _product_s(self, name: str, batch: int) -> tuple[float, float]:
+        """Reading a matrix of all layers, and multiplying a batch with it."""
+        num, is_head = self.num_params[name], name == "logits"
+        num_bytes = num * (DTYPE_BYTES[self.dtype] if is_head else self._linear_bytes)
+        rate = self.ceilings.flops_per_s if is_head else self._linear_flops_per_s
+        return num_bytes / self.ceilings.bytes_per_s, 2 * num * batch / rate
+
+    @property
+    def _linear_bytes(self) -> float:
+        """Of a number in the layers, with its share of a 16-bit scale and of a zero."""
+        if self.scheme is None:
+            return DTYPE_BYTES[self.dtype]
+        in_block = (self.scheme.block[0] or self.model.hidden_size) * (self.scheme.block[1] or self.model.hidden_size)
+        grid_bits = 16 + (0 if self.scheme.is_symmetric else self.scheme.bits)
+        return (self.scheme.bits + grid_bits / in_block) / 8
+
+    @property
+    def _linear_flops_per_s(self) -> float:
+        is_fp8 = self.scheme is not None and self.scheme.kind == "float" and self.scheme.rounds_inputs
+        return self.ceilings.fp8_flops_per_s if is_fp8 else self.ceilings.flops_per_s
 
     def run_s(self, lengths: list[tuple[int, int]], batch: int) -> float:
         """Requests of (input, output) tokens in their order, `batch` of them at a time, no prefix shared."""

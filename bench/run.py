@@ -24,6 +24,7 @@ from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.hub import resolve_model
 from engine.model_config import ModelConfig
+from engine.quantization.at_load import scheme_of_layers
 
 # Token ids below this are in every vocabulary, for a server whose model is not on this machine.
 SAFE_VOCAB_SIZE = 32_000
@@ -248,6 +249,7 @@ def _workload(engine: EngineConfig, options: BenchConfig, num_requests: int) -> 
         "device": engine.device,
         "dtype": engine.dtype,
         "load_format": engine.load_format,
+        "quantization": engine.quantization,
     }
 
 
@@ -258,8 +260,10 @@ def _floor(
     ceilings = floor.find_ceilings(result.environment["gpu"])
     if not lengths or ceilings is None or result.workload["device"] == "cpu":
         return None
-    model = ModelConfig.from_path(resolve_model(engine.model, engine.revision))
+    path = resolve_model(engine.model, engine.revision)
+    model = ModelConfig.from_path(path)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     if dtype == "float32":  # the matrix ceiling is for 16 bits
         return None
-    return floor.Floor(model, dtype, ceilings).summary(lengths, batch)
+    scheme = scheme_of_layers(model, engine.quantization, path)
+    return floor.Floor(model, dtype, ceilings, scheme=scheme).summary(lengths, batch)

@@ -38,6 +38,7 @@ from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.messages import AddRequest
 from engine.model_config import ModelConfig
+from engine.quantization.at_load import scheme_of_layers
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -187,8 +188,10 @@ class ModelBench:
 
     def _floor(self, dtype: str, kv_dtype: str = "auto") -> Floor | None:
         ceilings = find_ceilings(self.results.values["environment"]["gpu"])
-        model = ModelConfig.from_path(Path(self.engine.model))
-        return Floor(model, dtype, ceilings, kv_dtype) if ceilings else None
+        path = Path(self.engine.model)
+        model = ModelConfig.from_path(path)
+        scheme = scheme_of_layers(model, self.engine.quantization, path)
+        return Floor(model, dtype, ceilings, kv_dtype, scheme) if ceilings else None
 
     def _decode(self, decode: Decode, core: "EngineCore") -> list[float]:
         requests = _cached_requests(core, decode)

@@ -34,6 +34,12 @@ def find_format(config: ModelConfig, quantization: str, path: Path) -> LinearFor
     return RoundedAtLoad(SCHEMES[quantization])
 
 
+def scheme_of_layers(config: ModelConfig, quantization: str, path: Path) -> Scheme | None:
+    """What the weights of such a model's layers are; where they differ, those of the first layer's MLP."""
+    form = find_format(config, quantization, path)
+    return form.scheme_of("model.layers.0.mlp.down_proj") if form else None
+
+
 @dataclass(frozen=True)
 class RoundedAtLoad:
     """Plain weights of linear layers, rounded to the nearest while they are read."""

@@ -1,12 +1,14 @@
 """The physical floor against figures worked out by hand for Llama-3.1-8B on an H200."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.floor import H200, Floor, find_ceilings
 from engine.model_config import ModelConfig
+from engine.quantization.weight import ALL, Scheme
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,6 +50,32 @@ def test_a_decode_step_reads_weights_and_kv_or_computes(floor: Floor, batch: int
 @pytest.mark.parametrize(("num_tokens", "milliseconds"), [(512, 9.5), (2048, 39), (8192, 175)])
 def test_a_prompt_costs_its_matrix_work(floor: Floor, num_tokens: int, milliseconds: float):
     assert floor.prefill_s(num_tokens) * 1e3 == pytest.approx(milliseconds, rel=0.02)
+
+
+INT4, FP8 = Scheme("int", 4, (1, 128)), Scheme("float", 8, (1, ALL), rounds_inputs=True)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "batch", "context", "milliseconds"),
+    [
+        (INT4, 1, 256, 0.99),
+        (INT4, 64, 576, 2.3),
+        (INT4, 256, 576, 9.2),
+        (FP8, 1, 256, 1.71),
+        (FP8, 64, 576, 2.7),
+        (FP8, 256, 576, 6.8),
+    ],
+)
+def test_quantized_weights_are_read_in_their_few_bits(
+    floor: Floor, scheme: Scheme, batch: int, context: int, milliseconds: float
+):
+    found = replace(floor, scheme=scheme)
+    assert found.decode_step_s(batch, context) * 1e3 == pytest.approx(milliseconds, rel=0.02)
+
+
+def test_a_prompt_is_faster_only_where_inputs_are_rounded_too(floor: Floor):
+    assert replace(floor, scheme=INT4).prefill_s(8192) == floor.prefill_s(8192)
+    assert replace(floor, scheme=FP8).prefill_s(8192) * 1e3 == pytest.approx(98, rel=0.02)
 
 
 @pytest.mark.parametrize(
