@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench import throughput
-from bench.workloads import random_requests
+from bench.workloads import BenchRequest, random_requests
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.core import EngineCore
@@ -26,8 +27,10 @@ from engine.models.decoder import DecoderLayer
 
 LAYER_TOKENS = 256  # of the text, on which layers are compared
 DECODE_BATCHES = (1, 16, 64)
-DECODE_INPUT_LEN, DECODE_OUTPUT_LEN = 32, 25
+PREFIX_LEN = 2 * BLOCK_SIZE  # of the requests that decode
+DECODE_STEPS, TRIAL_STEPS = 24, 4
 PREFILL_INPUT_LEN, PREFILL_REPEATS = 512, 3
+SLOW_S = 5.0  # where decoding would take longer, a trial has to do, and no prefill is repeated after it
 
 
 @dataclass(frozen=True)
@@ -184,36 +187,35 @@ def measure_speed(core: EngineCore, on_progress: Callable[[str, float], None]) -
 
 def _decode_rate(core: EngineCore, batch: int) -> float | None:
     """Of the median step that decodes a full batch."""
-    blocks_each = -(-(DECODE_INPUT_LEN + DECODE_OUTPUT_LEN) // BLOCK_SIZE)
-    is_short = core.ready.max_model_len < DECODE_INPUT_LEN + DECODE_OUTPUT_LEN
-    if is_short or batch > core.ready.max_num_seqs or batch * blocks_each > core.ready.num_blocks:
+    tokens_each = PREFIX_LEN + 1 + DECODE_STEPS
+    blocks = batch * -(-tokens_each // BLOCK_SIZE)
+    if core.ready.max_model_len < tokens_each or core.ready.max_num_seqs < batch or core.ready.num_blocks < blocks:
         return None
-    requests = random_requests(
-        batch,
-        input_len=DECODE_INPUT_LEN,
-        output_len=DECODE_OUTPUT_LEN,
-        vocab_size=core.ready.vocab_size,
-        seed=batch,
-    )
-    steps = throughput.decode_steps(throughput.measure(core, requests), batch)
-    return batch / statistics.median(step.seconds for step in steps)
+    seconds = _decode(core, batch, TRIAL_STEPS)
+    if sum(seconds) * DECODE_STEPS / TRIAL_STEPS < SLOW_S:
+        seconds = _decode(core, batch, DECODE_STEPS)
+    return batch / statistics.median(seconds)
+
+
+def _decode(core: EngineCore, batch: int, num_steps: int) -> list[float]:
+    """How long steps take that decode requests of one prefix, which is in the cache, and a token of their own."""
+    token_ids = np.random.default_rng(0).integers(0, core.ready.vocab_size, PREFIX_LEN + batch).tolist()
+    prefix, own = token_ids[:PREFIX_LEN], token_ids[PREFIX_LEN:]
+    throughput.measure(core, [BenchRequest(1, prefix)])
+    requests = [BenchRequest(num_steps + 1, [*prefix, token_id]) for token_id in own]
+    return [step.seconds for step in throughput.decode_steps(throughput.measure(core, requests), batch)]
 
 
 def _prefill_rate(core: EngineCore) -> float:
     """Of the median run of as many prompts as a step has room for."""
     input_len = min(PREFILL_INPUT_LEN, core.ready.max_model_len - 1)
-    rates = []
-    for seed in range(PREFILL_REPEATS):  # other prompts each time: none finds its prefix in the cache
-        requests = random_requests(
-            max(core.worker.max_num_batched_tokens // input_len, 1),
-            input_len=input_len,
-            output_len=1,
-            vocab_size=core.ready.vocab_size,
-            seed=seed,
-        )
-        seconds = sum(step.seconds for step in throughput.measure(core, requests))
-        rates.append(len(requests) * input_len / seconds)
-    return statistics.median(rates)
+    num_prompts = max(core.worker.max_num_batched_tokens // input_len, 1)
+    runs: list[float] = []
+    while len(runs) < PREFILL_REPEATS and sum(runs) < SLOW_S:
+        vocab_size, seed = core.ready.vocab_size, len(runs) + 1  # other prompts each time: none is in the cache
+        requests = random_requests(num_prompts, input_len=input_len, output_len=1, vocab_size=vocab_size, seed=seed)
+        runs.append(sum(step.seconds for step in throughput.measure(core, requests)))
+    return num_prompts * input_len / statistics.median(runs)
 
 
 def weight_bytes(model: Model) -> int:

@@ -33,7 +33,7 @@ DEFINITIONS = {
     "KL": "KL(before || after) of the distribution of the next token, in nats, over all scored positions",
     "top-1 agreement": "share of the scored positions where both find the same token most likely",
     "decode": "tokens per second of the median step that decodes a full batch",
-    "prefill": "prompt tokens per second of steps full of prompts, median of 3 runs",
+    "prefill": "prompt tokens per second of steps full of prompts, median of up to 3 runs",
     "layer alone": "what the layer adds, given what it got before: |difference| / |what it added|, mean of tokens",
     "up to the layer": "what has been added up after the layer: |difference| / |the sum before|, mean of tokens",
 }
