@@ -4,5 +4,5 @@
 server, `baseline` the same prompts through transformers; `metrics` holds the definitions and the arithmetic, `floor`
 what the hardware allows, `result` and `report` what is written down, `parity` whether the tokens are right, and `modes`
 whether they are in every mode of the engine. `speed` is all of it in one go: the workloads and goals of `figures`, and
-where the time goes, by `trace`.
+where the time goes, by `trace`. `quality` holds two checkpoints against each other, each of them run by `observation`.
 """

@@ -113,21 +113,20 @@ def read(path: Path) -> Quality:
 
 def quality_section(paths: list[Path]) -> str:
     """What the README says of files of quality: a line for each recipe, and below it the commands."""
-    columns = ["model", "recipe", "perplexity before", "after", "KL mean", "KL p99", "same top-1", "MB before", "after"]
-    columns += ["quantized in", "machine", "revision"]
+    columns = ["model", "recipe", "perplexity", "change", "KL mean / p99", "same top-1", "MB in memory", "quantized in"]
+    columns += ["machine", "revision"]
     rows, commands = [], []
-    for path in paths:
-        quality = read(path)
+    for quality in map(read, paths):
         recipe, env = quality.recipe or {}, quality.environment
         rows.append(
             [
                 quality.before,
                 recipe.get("name", quality.after),
-                *_shown_pair(quality.perplexity, shown),
-                shown(quality.kl["mean"]),
-                shown(quality.kl["p99"]),
+                " → ".join(_shown_pair(quality.perplexity, shown)),
+                _change(quality.perplexity),
+                f"{shown(quality.kl['mean'])} / {shown(quality.kl['p99'])}",
                 f"{quality.top1_agreement:.1%}",
-                *_shown_pair(quality.bytes, megabytes),
+                " → ".join(_shown_pair(quality.bytes, megabytes)),
                 minutes(recipe["seconds"]) if "seconds" in recipe else None,
                 describe_machine(quality),
                 (env.get("git_revision") or "-")[:9] + ("+" if env.get("git_dirty") else ""),

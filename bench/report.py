@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 KERNELS_BEGIN, KERNELS_END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
+QUALITY_BEGIN, QUALITY_END = "<!-- quality:begin -->", "<!-- quality:end -->"
 EXTENSIONS = (".json", ".csv", ".md", ".html")
 LATENCIES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2EL", "e2el"))
 # Key, what the person reads, unit. A figure that a run does not have is left out.
@@ -255,6 +256,10 @@ def update_readme(results_folder: Path, readme: Path) -> bool:
     kernels = [kernels_section(path) for path in paths if BenchResult.read(path).kind == "kernels"]
     if kernels:
         updated = _put_between(updated, KERNELS_BEGIN, KERNELS_END, "\n\n".join(kernels), readme)
+    if qualities := [path for path in paths if BenchResult.read(path).kind == "quality"]:
+        from bench.quality_report import quality_section
+
+        updated = _put_between(updated, QUALITY_BEGIN, QUALITY_END, quality_section(qualities), readme)
     if updated != text:
         readme.write_text(updated, encoding="utf-8")
     return updated != text

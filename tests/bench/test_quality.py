@@ -1,9 +1,12 @@
 """Two checkpoints held against each other; the same figures by brute force, from transformers' logits in float64."""
 
+import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from bench import report
 from bench.baseline import load_transformers
 from bench.config import HELD_OUT_TEXT, QualityConfig
 from bench.quality import LayerError, Quality, held_out_windows, measure
+from bench.quality_page import summary, to_html
 from bench.quality_report import quality_table, read, shown, to_csv, to_markdown, write, write_file
 from engine.config import EngineConfig
 from engine.errors import UserError
@@ -174,6 +178,17 @@ def test_size_is_that_of_the_weights_in_memory_and_of_their_files(original, qual
     assert quality.file_bytes["before"] == (original / "model.safetensors").stat().st_size
 
 
+def test_a_model_rounded_as_it_loads_takes_less_memory_and_the_same_files(original):
+    """float32 becomes e4m3: a quarter of the linear layers is left, and a scale for each output."""
+    quality = measure(engine_of(original), engine_of(original, quantization="fp8"), QualityConfig(windows=1))
+
+    linear = sum(t.numel() for name, t in load_file(original / "model.safetensors").items() if "_proj" in name)
+    saved = quality.bytes["before"] - quality.bytes["after"]
+    assert 0.9 * 3 * linear < saved < 3 * linear
+    assert quality.file_bytes["before"] == quality.file_bytes["after"]
+    assert quality.kl["mean"] > 0
+
+
 def test_speed_is_measured_where_there_is_room_for_the_batch(quality):
     assert list(quality.tokens_per_s) == ["decode_1", "decode_16", "decode_64", "prefill"]
     assert quality.tokens_per_s.pop("decode_64") == {"before": None, "after": None}, "16 requests at most"
@@ -279,6 +294,119 @@ def test_numbers_are_shown_with_four_digits_that_count():
     assert [shown(value) for value in values] == [
         "0", "0.004213", "0.3123", "31.42", "10.00", "123.4", "1,234", "45,678", "-",
     ]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser sees: the elements, and the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "rect", "line"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag != "rect":
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def bars(self, title: str) -> list[float]:
+        """The heights of a chart's bars, in percent."""
+        first = next(i for i, (_, values) in enumerate(self.elements) if values.get("aria-label") == title)
+        inside = itertools.takewhile(lambda element: element[0] != "svg", self.elements[first + 1 :])
+        return [float(values["height"] or 0) for tag, values in inside if tag == "rect"]
+
+
+def test_the_page_needs_nothing_beside_it_and_shows_every_layer(quality):
+    errors = [LayerError(layer, part, 0.1 * (layer + 1)) for part in ("mlp.up_proj", "<b>") for layer in range(2)]
+
+    html = to_html(replace(quality, layers=[*quality.layers, *errors], after="tiny <int4> & co"))
+
+    page = Page(html)
+    assert page.open == []
+    assert not {"script", "link", "img", "int4"} & {tag for tag, _ in page.elements}
+    assert not re.search(r"https?:|url\(|@import", html)
+    assert "tiny <int4> & co" in page.text
+    assert "int4 rtn g32 in 75 s" in page.text
+    assert page.bars("mlp.up_proj") == page.bars("<b>") == [50, 100]
+    assert len(page.bars("What each layer gets wrong by itself")) == 2
+    assert sum(quality.kl_histogram["shares"]) == pytest.approx(1)
+    assert max(page.bars("share of the positions by KL divergence")) == 100
+
+
+def test_the_page_says_in_words_what_changed(quality):
+    perplexity, size, speed = (
+        {"before": 20.0, "after": 21.0},
+        {"before": 400, "after": 100},
+        {"before": 10, "after": 15},
+    )
+    rates = quality.tokens_per_s | {"decode_1": speed}
+    quality = replace(quality, perplexity=perplexity, bytes=size, tokens_per_s=rates, top1_agreement=0.875)
+
+    assert summary(quality) == (
+        "It predicts the text 5.0% worse than the original (perplexity 20.00 to 21.00), and at 87.5% of the positions "
+        "both find the same next token most likely. Its weights take 75% less memory. "
+        "A request alone is answered at 1.50 times the speed."
+    )
+
+
+def test_a_page_of_what_cannot_be_compared_is_a_page_too(quality):
+    """No layers, no speed, no divergence at all, no recipe."""
+    rates = {name: {"before": None, "after": None} for name in quality.tokens_per_s}
+    shares = [1.0] + [0.0] * (len(quality.kl_histogram["shares"]) - 1)
+    nothing = {"mean": 0.0, "p50": 0.0, "p99": 0.0, "max": 0.0}
+    histogram = quality.kl_histogram | {"shares": shares}
+
+    page = Page(
+        to_html(replace(quality, layers=[], tokens_per_s=rates, kl=nothing, kl_histogram=histogram, recipe=None))
+    )
+
+    assert page.open == []
+    assert "none can be compared" in page.text
+    assert "not measured" in page.text
+
+
+def test_the_readme_gets_a_line_for_each_recipe_and_the_commands(quality, tmp_path: Path):
+    env = quality.environment | {
+        "command": "vcli quantize --int4 -o out",
+        "git_revision": "0123456789a",
+        "cpu": "A CPU",
+    }
+    env |= {"cpu_count": 2, "git_dirty": False}
+    for name, after in (("rtn", 42.2), ("gptq", 34.1)):
+        recipe = {"name": f"int4 {name} g64", "seconds": 312.4}
+        kl = {"mean": 0.0812, "p99": 1.5, "p50": 0.05, "max": 3.0}
+        one = replace(
+            quality, before="tiny", perplexity={"before": 31.41, "after": after}, kl=kl, recipe=recipe, environment=env
+        )
+        one = replace(one, top1_agreement=0.876, bytes={"before": 269_030_016, "after": 118_000_000})
+        write_file(one, tmp_path / f"cpu-quality-{name}.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n{report.QUALITY_BEGIN}\nold\n{report.QUALITY_END}\nEnd\n")
+
+    assert report.update_readme(tmp_path, readme)
+    once = readme.read_text()
+    assert not report.update_readme(tmp_path, readme)
+
+    assert (
+        "| tiny | int4 gptq g64 | 31.41 → 34.10 | +8.56% | 0.08120 / 1.500 | 87.6% | 269.0 → 118.0 | 5.2 min | "
+        "A CPU (2 cores) | 012345678 |"
+    ) in once
+    assert once.index("int4 gptq") < once.index("int4 rtn")
+    assert once.count("vcli quantize --int4 -o out") == 1
+    assert "old" not in once
 
 
 @pytest.mark.parametrize("extension", report.EXTENSIONS)

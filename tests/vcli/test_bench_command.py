@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,3 +142,46 @@ def test_help_needs_no_heavy_import():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"
+
+
+def test_two_checkpoints_are_compared_and_a_gate_that_is_not_passed_is_exit_code_3(tiny_checkpoint, tmp_path: Path):
+    model, page = str(tiny_checkpoint("llama")), tmp_path / "quality.html"
+    flags = [*SMALL_RUN, "--windows", "1", "--quantization", "fp8", "--output", str(page)]
+
+    code, out, err = run_bench("--quality", model, model, *flags, "--max-kl", "1e-9", "--max-ppl-increase", "50")
+
+    assert code == 3, err
+    assert "perplexity" in out
+    assert "tok/s" in out
+    assert page.read_text().startswith("<!doctype html>")
+    last = err.strip().splitlines()[-1]
+    assert re.fullmatch(r"vcli: the mean KL divergence is 0\.\d+ nats a token: --max-kl allows 1e-09", last)
+
+
+def test_the_comparison_as_json_goes_to_stdout_alone(tiny_checkpoint):
+    model = str(tiny_checkpoint("llama"))
+
+    code, out, err = run_bench("--quality", model, model, *SMALL_RUN, "--windows", "1", "--json", "--max-kl", "0")
+
+    assert code == 0, err
+    assert json.loads(out)["perplexity"]["before"] == json.loads(out)["perplexity"]["after"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--quality", "BEFORE"], 2, "--quality needs two checkpoints: vcli bench --quality BEFORE AFTER"),
+        (["--max-kl", "1"], 2, "belong to --quality BEFORE AFTER"),
+        (["--quality", "BEFORE", "AFTER", "--offline"], 2, "--quality and --offline exclude each other"),
+        (["--quality", "BEFORE", "AFTER", "--windows", "0"], 2, "--windows must be at least 1, got 0"),
+        (["--quality", "BEFORE", "AFTER", "--max-kl", "-1"], 2, "--max-kl must be at least 0, got -1"),
+        (["--quality", "./nowhere", "./elsewhere"], 1, "./nowhere: no such file or folder"),
+        (["--quality", "BEFORE", "AFTER", "--output", "a.pdf"], 1, "the extension must be one of"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_one_sentence(arguments: list[str], code: int, words: str):
+    found, out, err = run_bench(*arguments)
+
+    assert (found, out) == (code, "")
+    assert words in err
+    assert err.count("\n") == 1
