@@ -129,7 +129,7 @@ class GPTQ:
             "qweight": pack(weight.numbers, bits).T,
             "qzeros": pack(zeros.to(torch.int8).T, bits) - (ONES[bits] if self.version == 1 else 0),
             "scales": weight.scales.T.to(self.scale_dtype(dtype)),
-            "g_idx": group_of.to(torch.int32),
+            "g_idx": group_of.to(torch.int32, copy=True),  # layers of the same inputs have the same one
         }
         return {f"{name}.{kind}": tensor.cpu().contiguous() for kind, tensor in tensors.items()}
 

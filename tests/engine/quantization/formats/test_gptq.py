@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.errors import UserError
 from engine.quantization.formats import make_format, read_format
@@ -85,6 +86,15 @@ def test_symmetric_weights_are_written_for_every_reader():
     assert [hex(word) for word in tensors[f"{NAME}.qzeros"].flatten()] == ["0x77777777"] * 2
     assert tensors[f"{NAME}.scales"].dtype == torch.float16
     assert tensors[f"{NAME}.g_idx"].tolist() == [0] * 8 + [1] * 8
+
+
+def test_layers_with_the_same_groups_are_saved_in_one_file(tmp_path):
+    scheme, groups = Scheme("int", 4, (1, 8)), torch.tensor([1, 0] * 8, dtype=torch.int32)
+    weight = QuantizedWeight(scheme, torch.zeros(8, 16, dtype=torch.int8), scales(8, 2), group_of=groups)
+    found = make_format("gptq", scheme, act_order=True)
+    tensors = found.write("q_proj", weight, torch.float16) | found.write("k_proj", weight, torch.float16)
+    save_file(tensors, tmp_path / "file")  # refuses tensors that share their memory
+    assert torch.equal(load_file(tmp_path / "file")["k_proj.g_idx"], groups)
 
 
 def test_layers_may_differ_and_may_be_left_out():
