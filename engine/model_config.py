@@ -87,7 +87,10 @@ class ModelConfig:
         file = path / "config.json"
         if not file.is_file():
             raise UserError(f"{path} holds no config.json: give the folder of a Hugging Face model or a .gguf file")
-        return _read(_Fields(_load_json(file), file), _generation_config(path))
+        values = _load_json(file)
+        if "quantization_config" not in values and (path / "quantize_config.json").is_file():  # of an early AutoGPTQ
+            values["quantization_config"] = {"quant_method": "gptq"} | _load_json(path / "quantize_config.json")
+        return _read(_Fields(values, file), _generation_config(path))
 
 
 class _Fields:

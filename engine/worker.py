@@ -30,6 +30,8 @@ class Worker:
         path = resolve_model(config.model, config.revision)
         self.model_config = ModelConfig.from_path(path)
         linear_format = find_format(self.model_config, config.quantization, path)
+        if linear_format is not None and config.batch_invariant:
+            raise UserError("--batch-invariant knows plain weights only: leave it out, or use the unquantized model")
         on_progress("starting the device", 0.0)
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.model_config.dtype, self.device)

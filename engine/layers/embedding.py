@@ -6,6 +6,9 @@ from torch import Tensor
 from engine import ops
 from engine.checkpoint import Checkpoint
 from engine.layers.placement import Placement
+from engine.quantization.weight import QuantizedWeight
+
+ROWS_AT_A_TIME = 1024  # of a quantized head, worked out in float32; a multiple of any block's rows
 
 
 class VocabEmbedding:
@@ -17,7 +20,18 @@ class VocabEmbedding:
         self.first = self.group.shard(vocab_size).start
 
     def load(self, ckpt: Checkpoint) -> None:
-        ckpt.read(f"{self.name}.weight", self.weight, dim=0, group=self.group)
+        if self.name != "lm_head" or ckpt.scheme_of(self.name) is None:  # a table of vectors is never quantized
+            ckpt.read(f"{self.name}.weight", self.weight, dim=0, group=self.group)
+            return
+        vocab_size, hidden_size = len(self.weight) * self.group.size, self.weight.shape[1]
+        ckpt.read_quantized(self.name, (vocab_size, hidden_size), self._fill, self.weight.device)
+
+    def _fill(self, whole: QuantizedWeight) -> None:
+        """A quantized head is worked out: its products are the logits, which want exact ones."""
+        for first in range(0, len(self.weight), ROWS_AT_A_TIME):
+            rows = slice(self.first + first, self.first + min(first + ROWS_AT_A_TIME, len(self.weight)))
+            part = whole.cut(rows, slice(0, self.weight.shape[1])).dequantize()
+            self.weight[first : first + len(part)].copy_(part)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """The vectors [T, hidden_size] of tokens [T]. A rank gives zeros for rows that others hold."""

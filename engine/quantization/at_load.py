@@ -46,8 +46,8 @@ class RoundedAtLoad:
 
     scheme: Scheme
 
-    def scheme_of(self, name: str) -> Scheme:
-        return self.scheme
+    def scheme_of(self, name: str) -> Scheme | None:
+        return None if name == "lm_head" else self.scheme
 
     def group_of(self, name: str, in_features: int, get: Get) -> None:
         return None

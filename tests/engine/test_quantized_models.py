@@ -161,6 +161,17 @@ def test_the_whole_engine_draws_the_tokens_of_the_plain_weights(case, quantize):
     assert [one.outputs[0].token_ids for one in found] == [one.outputs[0].token_ids for one in expected]
 
 
+def test_an_early_checkpoint_says_how_it_is_quantized_in_a_file_of_its_own(quantize):
+    folder, plain = quantize("llama", "gptq, zeros")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    del quantization["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(quantization))
+    expected = transformers_logits(plain, some_tokens())
+    torch.testing.assert_close(run(load(folder), some_tokens(), [NUM_TOKENS]), expected, atol=2e-4, rtol=2e-4)
+
+
 # --- one product or several
 
 
@@ -192,6 +203,18 @@ def test_layers_that_are_not_quantized_stay_as_they_are(case, quantize):
     if not scheme.rounds_inputs:
         expected = transformers_logits(plain, some_tokens())
         torch.testing.assert_close(run(model, some_tokens(), [NUM_TOKENS]), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_a_quantized_head_says_the_same(quantize):
+    folder, plain = quantize("llama", "gptq")
+    change_config(folder, lm_head=True)
+    tensors, dense = load_file(folder / "model.safetensors"), load_file(plain / "model.safetensors")
+    weight = quantized(tensors.pop("lm_head.weight"), INT4, None, torch.float16)
+    stored = make_format("gptq", INT4).write("lm_head", weight, torch.float32)
+    save_file(tensors | stored, folder / "model.safetensors")
+    save_file(dense | {"lm_head.weight": weight.dequantize()}, plain / "model.safetensors")
+    expected = transformers_logits(plain, some_tokens())
+    torch.testing.assert_close(run(load(folder), some_tokens(), [NUM_TOKENS]), expected, atol=2e-4, rtol=2e-4)
 
 
 # --- ranks
@@ -294,6 +317,12 @@ def test_a_weight_that_cannot_be_run_is_told_by_name(quantize):
     change_config(folder, config_groups={"group_0": group})
     with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj: .*groups of 32.*cannot be run"):
         load(folder)
+
+
+def test_results_that_depend_on_the_batch_are_not_called_invariant(quantize):
+    folder, _ = quantize("llama", "awq")
+    with pytest.raises(UserError, match="--batch-invariant knows plain weights only"):
+        LLM(str(folder), device="cpu", batch_invariant=True)
 
 
 def test_a_missing_or_wrong_tensor_is_named(quantize):
