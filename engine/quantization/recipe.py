@@ -49,7 +49,7 @@ class Recipe:
         bool, "gptq format: a group is of inputs that matter alike, wherever they are; finer, and slower to run"
     ] = False
     block: Annotated[int | None, "fp8: squares of so many rows and columns share a scale, as 128"] = None
-    format: Annotated[Literal["compressed-tensors", "gptq", "awq"], "how it is stored"] = "compressed-tensors"
+    format: Annotated[Literal["compressed-tensors", "gptq", "awq", "fp8"], "how it is stored"] = "compressed-tensors"
     calibration: Annotated[Path | None, "text to calibrate with, like what the model is for; default: a novel"] = None
     samples: Annotated[int | None, f"pieces of the text to calibrate with; default: {NUM_SAMPLES}"] = None
     seq_len: Annotated[int | None, f"tokens in each of them; default: {SEQ_LEN}"] = None
@@ -63,6 +63,8 @@ class Recipe:
         self._check_method()
         if self.format == "awq" and (self.sym or not self.int4):
             raise ValueError("format awq holds 4-bit weights with zeros only: use --int4 --asym, or compressed-tensors")
+        if self.format == "fp8" and self.block is None:
+            raise ValueError("format fp8 holds e4m3 in blocks only: use --fp8 --block 128, or compressed-tensors")
         if self.format == "gptq" and not self.int4:
             raise ValueError(f"format gptq has no place for --{self.kind}: use compressed-tensors")
 
