@@ -1,7 +1,7 @@
 """What a linear layer multiplies with, in the form in which it lies on the device.
 
 A layer keeps its weight as `layer.weight` from `load` on and asks nothing of it but its products. So a calibration can
-put a weight in its place that watches what comes in, or the quantized one that it has just made.
+put a weight in its place that watches what comes in, or the one that it has just made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from engine import ops
 from engine.errors import UserError
 from engine.layers.placement import Placement
-from engine.parallel.groups import Group
 from engine.quantization.formats.format import describe
 from engine.quantization.weight import ALL, E4M3, QuantizedWeight, Scheme
 
@@ -154,16 +153,6 @@ def empty_weight(
         return whole, [(whole, first) for first in firsts]
     weights = [_empty(part, part.rows, in_features, placement) for part in parts]
     return SplitWeight(tuple(weights), tuple(part.rows for part in parts)), [(weight, 0) for weight in weights]
-
-
-def quantized_weight(parts: Sequence[QuantizedWeight], dtype: torch.dtype, device: torch.device) -> Weight:
-    """The weight that a layer with these parts, one under the other, multiplies with in a model of this type."""
-    kinds = [Part("a weight", len(part.numbers), part.scheme, part.group_of) for part in parts]
-    weight, places = empty_weight(kinds, parts[0].numbers.shape[1], Placement(dtype, device, Group()))
-    for (into, first_row), part in zip(places, parts, strict=True):
-        assert isinstance(into, FilledWeight)
-        into.put(first_row, part)
-    return weight
 
 
 def _are_of_one_kind(parts: Sequence[Part]) -> bool:

@@ -36,12 +36,14 @@ SIGNATURES = {
     "paged_attention": [_POINTER] * 8 + [_SIZE] * 6 + [_FLOAT, _FLOAT, _INT],
     "linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 2,
     "dequantize": [_POINTER] * 4 + [_SIZE] * 5 + [_INT] * 2,
+    "grouped_few_rows": [_POINTER] * 6 + [_SIZE] * 4,
     "round_rows": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
     "rescale": [_POINTER] * 5 + [_SIZE] * 2 + [_INT] * 2,
     "gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
     "max_linear_rows": [_INT],
     "set_num_threads": [_INT],
 }
+RESULTS = {"max_linear_rows": _SIZE, "grouped_few_rows": _INT}
 
 
 def is_usable(x: Tensor) -> bool:
@@ -55,7 +57,7 @@ def _library() -> Any:  # a ctypes.CDLL with SIGNATURES; None: this machine has 
     if library:
         for name, signature in SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = signature, _SIZE if name == "max_linear_rows" else None
+            function.argtypes, function.restype = signature, RESULTS.get(name)
         library.set_num_threads(torch.get_num_threads())
     return library
 
@@ -140,6 +142,13 @@ empty_grouped, put_grouped = reference.empty_grouped, reference.put_grouped
 def grouped_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
     if x.dtype not in TYPES:
         return reference.grouped_linear(x, weight, bias)
+    if weight.bits == 4 and x.dtype == torch.bfloat16:
+        x = x.contiguous()
+        y = x.new_empty((x.shape[0], weight.out_features))
+        grids = [grid.data_ptr() if grid is not None else None for grid in (weight.scales, weight.zeros, bias)]
+        pointers = y.data_ptr(), x.data_ptr(), weight.packed.data_ptr(), *grids
+        if _library().grouped_few_rows(*pointers, *x.shape, weight.out_features, weight.group_size):
+            return y
     kind = INT4 if weight.bits == 4 else INT8
     tile = _tiles(x, weight.packed, weight.scales, weight.zeros, (1, weight.group_size), kind)
 

@@ -27,7 +27,7 @@ def put_grouped(weight: GroupedWeight, first_row: int, numbers: Tensor, scales: 
 
 
 def grouped_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
-    """x · Wᵀ + bias, W rounded to x's type.   x [rows, in], bias [out], result [rows, out]"""
+    """x · Wᵀ + bias, W rounded to x's type or not at all.   x [rows, in], bias [out], result [rows, out]"""
     return body(x).grouped_linear(x, weight, bias)
 
 

@@ -1,7 +1,7 @@
 // Weights of few bits worked out, and inputs rounded to few bits.
 //
 // dequantize: y [rows, in] = (q - zero) · scale, a tile of a weight that stays in cache until it is multiplied with.
-// round_rows: each vector of x [rows, dim] as int8 or e4m3 and the scale that takes its largest number to the largest
+// grouped_few_rows: the product itself, for few rows. round_rows: each vector of x [rows, dim] as int8 or e4m3 and the scale that takes its largest number to the largest
 // there is. rescale: y [rows, out] = acc · x_scale · scale + bias.
 #include "common.h"
 
@@ -40,15 +40,16 @@ typedef struct {
 
 INLINE void work_out_rows(const weight *w, int64_t first, int64_t last, const int kind, const int type) {
     const int64_t halves = kind == INT4 ? 2 : 1, width = w->in / halves;
-    const int64_t groups = (w->in + w->group_size - 1) / w->group_size;
+    const int64_t groups = (w->in + w->group_size - 1) / w->group_size, first_group = width / w->group_size;
     for (int64_t row = first; row < last; row++) {
         const int64_t line = (w->first + row) / w->block_rows * groups;
         for (int64_t half = 0; half < halves; half++) {
             const uint8_t *bytes = w->numbers + row * width;
             char *y = w->y + (row * w->in + half * width) * size_of(type);
-            for (int64_t i = 0; i < width;) {
-                const int64_t group = (half * width + i) / w->group_size;
-                const int64_t end = (group + 1) * w->group_size - half * width, stop = end < width ? end : width;
+            // A division takes as long as the numbers of a small group.
+            int64_t group = half * first_group, end = half ? (group + 1) * w->group_size - width : w->group_size;
+            for (int64_t i = 0; i < width; group++, end += w->group_size) {
+                const int64_t stop = end < width ? end : width;
                 const float scale = w->scales ? w->scales[line + group] : 1.0f;
                 const float zero = w->zeros ? (float)w->zeros[line + group] : 0.0f;
 #pragma omp simd
@@ -75,6 +76,86 @@ void dequantize(void *y, const void *numbers, const void *scales, const void *ze
     const weight w = {y, numbers, scales, zeros, first, in, group_size, block_rows, kind, type};
     parallel_for(rows, rows_per_chunk(in), work_out_chunk, &w);
 }
+
+#ifdef __AVX512BF16__
+
+typedef struct {
+    uint16_t *y;
+    const uint16_t *x, *bias;
+    weight w;
+    int64_t rows, out, groups, first_group;  // of the second half of a row
+} few_rows;
+
+// The 16 numbers of 4 bits as bfloat16, once a zero of -8 to 8 is taken off: what a word picks its number from.
+static uint16_t tables[17][32] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void fill_tables(void) {
+    for (int zero = -8; zero <= 8; zero++)
+        for (int q = 0; q < 32; q++) put(tables[zero + 8], q, (float)((q & 15) - 8 - zero), BF16);
+}
+
+// The products of rows [m, m + kRows) of x and row n of the weight. A step is 32 numbers, all of one group.
+INLINE void dot_groups(const few_rows *p, int64_t m, int64_t n, const int kRows) {
+    const weight *w = &p->w;
+    const int64_t width = w->in / 2, first_group = p->first_group, line = n * p->groups;
+    const uint8_t *bytes = w->numbers + n * width;
+    __m512 totals[8];
+    UNROLL for (int r = 0; r < kRows; r++) totals[r] = _mm512_setzero_ps();
+    for (int half = 0; half < 2; half++) {
+        const uint16_t *x = p->x + m * w->in + half * width;
+        int64_t group = half * first_group, end = half ? (group + 1) * w->group_size - width : w->group_size;
+        for (int64_t i = 0; i < width; group++, end += w->group_size) {
+            const int64_t stop = end < width ? end : width;
+            const __m512i table = _mm512_load_si512(tables[w->zeros ? w->zeros[line + group] + 8 : 8]);
+            __m512 sums[8];
+            UNROLL for (int r = 0; r < kRows; r++) sums[r] = _mm512_setzero_ps();
+            for (; i < stop; i += 32) {
+                const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(bytes + i)));
+                // Of an index, the lower five bits count: the table holds its numbers twice.
+                const __m512i picked = _mm512_permutexvar_epi16(half ? _mm512_srli_epi16(words, 4) : words, table);
+                UNROLL for (int r = 0; r < kRows; r++)
+                    sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)picked,
+                                               (__m512bh)_mm512_loadu_si512(x + r * w->in + i));
+            }
+            const __m512 scale = _mm512_set1_ps(w->scales[line + group]);
+            UNROLL for (int r = 0; r < kRows; r++) totals[r] = _mm512_fmadd_ps(sums[r], scale, totals[r]);
+        }
+    }
+    UNROLL for (int r = 0; r < kRows; r++)
+        put(p->y, (m + r) * p->out + n, _mm512_reduce_add_ps(totals[r]) + (p->bias ? get(p->bias, n, BF16) : 0.0f), BF16);
+}
+
+static void few_rows_chunk(const void *context, int64_t first, int64_t last) {
+    const few_rows *p = context;
+    for (int64_t n = first; n < last; n++) {
+        int64_t m = 0;
+        for (; m + 8 <= p->rows; m += 8) dot_groups(p, m, n, 8);
+        for (; m + 4 <= p->rows; m += 4) dot_groups(p, m, n, 4);
+        for (; m + 2 <= p->rows; m += 2) dot_groups(p, m, n, 2);
+        for (; m < p->rows; m++) dot_groups(p, m, n, 1);
+    }
+}
+
+// y = x · Wᵀ + bias of 4 bits, x and y in bfloat16, W never worked out in memory. One row of 576 inputs to 1536 outputs
+// takes 0.06 ms a core instead of 0.35 by tiles, 8 rows 0.23 instead of 0.37, 16 rows 0.46 instead of 0.38.
+// Whether it did: 0 on other machines, for more rows and for groups that steps do not fit.
+int grouped_few_rows(void *y, const void *x, const void *numbers, const void *scales, const void *zeros,
+                     const void *bias, int64_t rows, int64_t in, int64_t out, int64_t group_size) {
+    if (rows > 8 || in % 64 || group_size % 32) return 0;
+    const few_rows p = {y, x, bias, {0, numbers, scales, zeros, 0, in, group_size, 1, INT4, BF16}, rows, out,
+                        in / group_size, in / 2 / group_size};
+    parallel_for(out, rows_per_chunk(in / 8 * rows), few_rows_chunk, &p);
+    return 1;
+}
+
+#else
+
+int grouped_few_rows(void *y, const void *x, const void *numbers, const void *scales, const void *zeros,
+                     const void *bias, int64_t rows, int64_t in, int64_t out, int64_t group_size) {
+    return 0;
+}
+
+#endif
 
 typedef struct {
     char *y;  // INT8: bytes, E4M3: of x's type

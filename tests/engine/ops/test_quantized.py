@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine import ops
-from engine.layers.weights import quantized_weight
+from engine.layers.placement import Placement
+from engine.layers.weights import FilledWeight, Part, empty_weight
 from engine.ops import native, reference
+from engine.parallel.groups import Group
 from engine.quantization.weight import ALL, E4M3, QuantizedWeight, Scheme, round_to_nearest
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -47,12 +49,21 @@ def test_a_product_is_exact_to_rounding(case, dtype, tile_numbers, device, monke
         x = torch.randn(rows, in_features, generator=generator).to(dtype)
         bias = torch.randn(out_features, generator=generator).to(dtype) if rows > 1 else None
         exact = as_rounded(x, scheme) @ exact_weight(weight, dtype).t() + (0 if bias is None else bias.double())
-        held = quantized_weight([weight], dtype, torch.device(device))
+        held = hold(weight, dtype, device)
         y = held.apply(x.to(device), None if bias is None else bias.to(device)).cpu()
         tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * exact.std().item())
         gated = held.apply_gated(x.to(device), None if bias is None else bias.to(device), "silu").cpu()
         torch.testing.assert_close(gated, ops.gated_activation(y, "silu"))
+
+
+def hold(weight: QuantizedWeight, dtype: torch.dtype, device: str) -> FilledWeight:
+    rows, in_features = weight.numbers.shape
+    placement = Placement(dtype, torch.device(device), Group())
+    held, _ = empty_weight([Part("a weight", rows, weight.scheme)], in_features, placement)
+    assert isinstance(held, FilledWeight)
+    held.put(0, weight)
+    return held
 
 
 def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
@@ -134,3 +145,20 @@ def test_every_e4m3_number_is_worked_out_exactly():
     numbers = codes.view(E4M3).unsqueeze(1)
     found = ops.blockwise_linear(torch.ones(1, 1), numbers, torch.ones(1, 1), (256, 1), False, None)
     assert torch.equal(found[0], numbers.float().squeeze(1))
+
+
+@pytest.mark.parametrize("is_symmetric", [True, False])
+@pytest.mark.parametrize(("in_features", "group_size"), [(576, 64), (128, 32), (192, ALL)])
+def test_few_rows_say_the_same_alone_and_together(in_features, group_size, is_symmetric):
+    """Groups of 64 lie across the middle of a row of 576, where the packed halves meet."""
+    generator = torch.Generator().manual_seed(in_features)
+    scheme = Scheme("int", 4, (1, group_size), is_symmetric)
+    weight = round_to_nearest(torch.randn(37, in_features, generator=generator) + 0.5, scheme)
+    held = hold(weight, torch.bfloat16, "cpu")
+    x, bias = torch.randn(70, in_features, generator=generator).bfloat16(), torch.randn(37).bfloat16()
+    exact = x.double() @ weight.dequantize().double().t() + bias.double()
+    for rows in (1, 3, 4, 9, 64, 70):
+        y = held.apply(x[:rows], bias)
+        torch.testing.assert_close(y.double(), exact[:rows], rtol=2**-7, atol=2**-7 * exact.std().item())
+    alone = torch.cat([held.apply(row[None], bias) for row in x[:7]])
+    torch.testing.assert_close(held.apply(x[:7], bias), alone, rtol=2**-7, atol=1e-4)
