@@ -10,9 +10,10 @@ from engine.quantization.weight import QuantizedWeight, Scheme, round_to_grid, r
 NUM_POWERS = 20
 
 
-def awq(weight: Tensor, inputs: Inputs, scheme: Scheme) -> QuantizedWeight:
-    """A weight [out, in] rounded to nearest on the grid of least error for its inputs."""
-    return round_to_grid(weight, scheme, *search_grid(weight, scheme, inputs.hessian.diagonal()))
+def awq(weight: Tensor, inputs: Inputs, scheme: Scheme, *, scale_dtype: torch.dtype = torch.float32) -> QuantizedWeight:
+    """A weight [out, in] rounded to nearest on the grid of least error for its inputs, with scales of `scale_dtype`."""
+    scales, zeros = search_grid(weight, scheme, inputs.hessian.diagonal())
+    return round_to_grid(weight, scheme, scales.to(scale_dtype), zeros)
 
 
 def awq_scales(weights: list[Tensor], inputs: Inputs, scheme: Scheme) -> Tensor:

@@ -1,6 +1,7 @@
 """GPTQ, AWQ and their grids against brute force and a naive float64 version."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ from engine.quantization.solvers.awq import awq, awq_scales
 from engine.quantization.solvers.gptq import gptq
 from engine.quantization.solvers.grid import search_grid
 from engine.quantization.solvers.inputs import Inputs, output_error
-from engine.quantization.weight import ALL, QuantizedWeight, Scheme, round_to_grid, round_to_nearest
+from engine.quantization.weight import ALL, E4M3_MAX, QuantizedWeight, Scheme, round_to_grid, round_to_nearest
 
 SCHEMES = [
     Scheme("int", 4, (1, 16)),
     Scheme("int", 4, (1, 16), is_symmetric=False),
     Scheme("int", 4, (1, ALL), is_symmetric=False),
     Scheme("int", 8, (1, ALL), rounds_inputs=True),
+    Scheme("float", 8, (1, ALL), rounds_inputs=True),
 ]
+INTEGERS = SCHEMES[:-1]
 
 
 def a_weight(seed: int, out_features: int = 24, in_features: int = 64) -> Tensor:
@@ -55,6 +58,14 @@ def test_inputs_are_the_same_in_one_batch_or_many():
     torch.testing.assert_close(parts.largest, x.abs().amax(0))
 
 
+def test_a_row_that_counts_three_times_is_three_rows_of_the_hessian():
+    x = some_inputs(0, num_rows=6)
+    counted, repeated = Inputs(64), Inputs(64)
+    counted.add(x.view(2, 3, 64), torch.tensor([[3.0, 1.0, 1.0]]).expand(2, 3))
+    repeated.add(torch.cat([x, x[[0, 0, 3, 3]]]))
+    torch.testing.assert_close(counted.hessian * 6, repeated.hessian * 10, rtol=1e-4, atol=1e-3)
+
+
 def test_output_error_is_the_mean_square_of_what_the_outputs_are_off():
     x, error = some_inputs(1), a_weight(1)
     torch.testing.assert_close(output_error(error, hessian_of(x)), (x @ error.T).square().mean(0), rtol=1e-4, atol=1e-4)
@@ -82,10 +93,10 @@ def naive_gptq(weight: Tensor, hessian: Tensor, like: QuantizedWeight, damping: 
 
 
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", INTEGERS)
 def test_gptq_rounds_as_the_naive_algorithm_does(scheme: Scheme, act_order: bool):
     weight, hessian = a_weight(2), hessian_of(some_inputs(2))
-    quantized = gptq(weight, hessian, scheme, act_order=act_order, damping=0.01)
+    quantized = gptq(weight, hessian, scheme, act_order=act_order, damping=0.01, num_turns=0)
     expected = naive_gptq(weight, hessian, quantized, damping=0.01)
     assert (quantized.numbers != expected).float().mean() < 0.001  # a tie may fall either way in float32
 
@@ -100,9 +111,50 @@ def test_gptq_is_better_than_rounding_to_nearest(scheme: Scheme, act_order: bool
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_turn_after_the_rounding_makes_it_better(scheme: Scheme):
+    weight, hessian = a_weight(20), hessian_of(some_inputs(20))
+    hessian += 0.1 * hessian.diagonal().mean() * torch.eye(64)
+    turns = [gptq(weight, hessian, scheme, damping=0.0, num_turns=turns) for turns in range(4)]
+    errors = [output_error(quantized.dequantize() - weight, hessian) for quantized in turns]
+    assert all((after <= before * (1 + 1e-3)).all() for before, after in itertools.pairwise(errors))
+    assert errors[-1].sum() < 0.97 * errors[0].sum()
+
+
+@pytest.mark.parametrize("scheme", INTEGERS)
+def test_after_many_turns_no_other_scale_and_no_other_integer_is_better(scheme: Scheme):
+    weight, hessian = a_weight(21, 6), hessian_of(some_inputs(21))
+    hessian += 0.1 * hessian.diagonal().mean() * torch.eye(64)
+    quantized = gptq(weight, hessian, scheme, damping=0.0, num_turns=40)
+    least = output_error(quantized.dequantize() - weight, hessian)
+    for group, change in itertools.product(range(quantized.scales.shape[1]), (0.998, 1.002)):
+        scales = quantized.scales.clone()
+        scales[:, group] *= change
+        error = output_error(replace(quantized, scales=scales).dequantize() - weight, hessian)
+        assert (error >= least * (1 - 1e-3)).all()
+    for column, change in itertools.product(range(64), (-1, 1)):
+        numbers = quantized.numbers.clone()
+        numbers[:, column] = (numbers[:, column] + change).clamp(scheme.lowest, -1 - scheme.lowest)
+        error = output_error(replace(quantized, numbers=numbers).dequantize() - weight, hessian)
+        assert (error >= least * (1 - 1e-3)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_scales_are_numbers_of_the_type_that_is_stored(scheme: Scheme, dtype: torch.dtype):
+    weight, inputs = a_weight(22), Inputs(64)
+    inputs.add(some_inputs(22))
+    exact = gptq(weight, inputs.hessian, scheme)
+    stored = gptq(weight, inputs.hessian, scheme, scale_dtype=dtype)
+    assert stored.scales.dtype == awq(weight, inputs, scheme, scale_dtype=dtype).scales.dtype == dtype
+    too_late = replace(exact, scales=exact.scales.to(dtype))
+    assert error_of(stored, weight, inputs.hessian) < 1.02 * error_of(too_late, weight, inputs.hessian)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_gptq_leaves_a_weight_that_is_on_its_grid(scheme: Scheme):
     rounded = round_to_nearest(a_weight(3), scheme)
-    rounded.numbers[:, ::16], rounded.numbers[:, 1::16] = scheme.lowest, -1 - scheme.lowest
+    ends = (scheme.lowest, -1 - scheme.lowest) if scheme.kind == "int" else (-E4M3_MAX, E4M3_MAX)
+    rounded.numbers[:, ::16], rounded.numbers[:, 1::16] = ends
     weight = rounded.dequantize()
     again = gptq(weight, hessian_of(some_inputs(3)), scheme)
     torch.testing.assert_close(again.dequantize(), weight)
