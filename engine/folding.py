@@ -33,11 +33,11 @@ class NormMaker:
     dtype: torch.dtype  # that its weight is stored in
 
     def divide(self, scales: Tensor) -> Tensor:
-        weight, offset = self.norm.weight.float(), self.norm.offset
-        stored = (weight / scales - offset).to(self.dtype).float() + offset
-        stored = torch.where(stored == 0, weight, stored)  # what became too small to be stored stays
-        self.norm.weight.copy_(stored)
-        return torch.where(stored == 0, 1.0, weight / stored)
+        before, offset = self.norm.weight.clone(), self.norm.offset
+        after = (before / scales - offset).to(self.dtype).float() + offset
+        after = torch.where(after == 0, before, after)  # what became too small to be stored stays
+        self.norm.weight.copy_(after)
+        return torch.where(after == 0, 1.0, before / after)
 
 
 @dataclass(frozen=True)
