@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine import kv_cache
+from engine import kv_cache, ops
 from engine.batch import ForwardBatch
 from engine.checkpoint import StoredCheckpoint, open_checkpoint
 from engine.config import BLOCK_SIZE
 from engine.errors import UserError
 from engine.folding import Maker, find_makers
-from engine.layers.weights import PlainWeight, Weight
+from engine.layers.weights import Weight
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.decoder import DecoderLayer
@@ -31,9 +31,11 @@ from engine.quantization.recipe import NUM_SAMPLES, SEQ_LEN, Recipe
 from engine.quantization.solvers.awq import awq, awq_scales
 from engine.quantization.solvers.gptq import gptq
 from engine.quantization.solvers.inputs import Inputs, output_error
+from engine.quantization.solvers.smooth import round_inputs, smooth_scales
 from engine.quantization.weight import QuantizedWeight, Scheme, round_to_grid, round_to_nearest
 from engine.tokenizer import Tokenizer
 
+SMOOTHING_ROWS = 512  # that strengths of smoothing are tried on
 CHUNK_ROWS = 4096  # tokens of a gated product at a time: what it makes in between is twice as wide as its result
 
 
@@ -119,7 +121,7 @@ class Walk:
         else:
             makers = find_makers(layer, all_products, work.solved, self.dtype)
             for product in todo:
-                product.linear.weight = Observer(product, makers.get(product.linear), work.solve)
+                product.linear.weight = Observer(product, makers[product.linear], work.solve)
             hidden = self._forward(layer, hidden)
         for product in all_products:
             del product.linear.weight  # of this layer only its norms stay in memory
@@ -164,17 +166,17 @@ class LayerWork:
             self.solved[name] = rounded = self._round(weight)
             self.errors[name] = _shown((rounded.dequantize() - weight).square().sum() / weight.square().sum())
 
-    def solve(self, product: Product, maker: Maker | None, x: Tensor) -> Weight:
+    def solve(self, product: Product, maker: Maker, x: Tensor) -> Weight:
         """Take a product in, its weights solved for inputs x [T, in]. Returns what x is multiplied with from now on."""
         inputs = Inputs(x.shape[1], x.device)
         inputs.add(x)
-        weight = product.weight
-        factors = None
-        if maker is not None and self.recipe.solver == "awq":
-            factors = maker.divide(awq_scales([weight[rows] for rows in product.rows.values()], inputs, self.scheme))
-            weight = weight * factors
+        weight, factors = product.weight, None
+        scales = self._scales([weight[rows] for rows in product.rows.values()], inputs, maker, x)
+        if scales is not None:
+            factors = maker.divide(scales)
+            weight, x = weight * factors, x / factors
             inputs = Inputs(x.shape[1], x.device)
-            inputs.add(x / factors)
+            inputs.add(x)
         hessian = inputs.hessian
         whole = self._solve(weight, inputs)
         dequantized = whole.dequantize()
@@ -182,7 +184,16 @@ class LayerWork:
             self.solved[name] = whole.cut(rows, slice(0, weight.shape[1]))
             error = output_error(dequantized[rows] - weight[rows], hessian).sum()
             self.errors[name] = _shown(error / output_error(weight[rows], hessian).sum())
-        return PlainWeight(dequantized if factors is None else dequantized / factors)
+        return Solved(dequantized, factors, self.scheme)
+
+    def _scales(self, weights: list[Tensor], inputs: Inputs, maker: Maker, x: Tensor) -> Tensor | None:
+        """What the inputs x of a product are best divided by, as its maker can. None: by nothing."""
+        if self.recipe.int8:
+            some = x[:: max(1, len(x) // SMOOTHING_ROWS)]
+            return smooth_scales(weights, some, inputs.largest, self.scheme, maker.tie)
+        if self.recipe.solver == "awq" and not maker.has_copies:
+            return awq_scales(weights, inputs, self.scheme)
+        return None
 
     def _solve(self, weight: Tensor, inputs: Inputs) -> QuantizedWeight:
         if self.recipe.solver == "awq":
@@ -197,13 +208,26 @@ class LayerWork:
         return round_to_grid(weight, self.scheme, grid.scales.to(self.scale_dtype), grid.zeros)
 
 
-Solve = Callable[[Product, Maker | None, Tensor], Weight]
+Solve = Callable[[Product, Maker, Tensor], Weight]
+
+
+@dataclass(frozen=True)
+class Solved(Weight):
+    """A quantized weight in the place of the original: for inputs that are not scaled yet, and not rounded."""
+
+    tensor: Tensor  # [out, in]
+    factors: Tensor | None  # [in], what inputs are divided by
+    scheme: Scheme
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x if self.factors is None else x / self.factors
+        return ops.linear(round_inputs(x, self.scheme) if self.scheme.rounds_inputs else x, self.tensor, bias)
 
 
 class Observer(Weight):
     """Stands for a product's weight until its inputs come, and has it solved for them."""
 
-    def __init__(self, product: Product, maker: Maker | None, solve: Solve) -> None:
+    def __init__(self, product: Product, maker: Maker, solve: Solve) -> None:
         self.product, self.maker, self.solve = product, maker, solve
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:

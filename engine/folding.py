@@ -1,7 +1,7 @@
 """Scales of a product's inputs are taken back by what makes them: a norm, or rows of a product before it.
 
 norm → q, k, v and norm → gate, up: the norm's weight. up → down and v → o: rows of the weight, and their bias, as these
-inputs are linear in them; v only where each head of the attention has its own.
+inputs are linear in them; heads of the attention that share a value head share its scales.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ from engine.quantization.weight import QuantizedWeight
 class Maker(Protocol):
     """What makes the inputs of a product."""
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether some inputs are the same numbers, mixed otherwise, and can only be divided by the same."""
+
+    def tie(self, values: Tensor) -> Tensor:
+        """Inputs that it cannot tell apart get the largest of their values [in]."""
+
     def divide(self, scales: Tensor) -> Tensor:
         """Have it make inputs divided by scales [in] from now on. Returns what they are divided by in fact."""
 
@@ -31,6 +38,10 @@ class Maker(Protocol):
 class NormMaker:
     norm: RMSNorm
     dtype: torch.dtype  # that its weight is stored in
+    has_copies = False
+
+    def tie(self, values: Tensor) -> Tensor:
+        return values
 
     def divide(self, scales: Tensor) -> Tensor:
         before, offset = self.norm.weight.clone(), self.norm.offset
@@ -45,8 +56,20 @@ class RowsMaker:
     product: Product
     rows: slice  # of its weight
     solved: dict[str, QuantizedWeight]  # those that are quantized already, by name; the others are changed in place
+    head_dim: int  # rows in a head
+    num_copies: int = 1  # of each head: so many heads of the attention share it
+
+    @property
+    def has_copies(self) -> bool:
+        return self.num_copies > 1
+
+    def tie(self, values: Tensor) -> Tensor:
+        heads = values.unflatten(0, (-1, self.num_copies, self.head_dim))
+        return heads.amax(1, keepdim=True).expand_as(heads).flatten()
 
     def divide(self, scales: Tensor) -> Tensor:
+        wanted = scales
+        scales = scales.unflatten(0, (-1, self.num_copies, self.head_dim))[:, 0].flatten()
         for name, rows in self.product.rows.items():
             first, last = max(rows.start, self.rows.start), min(rows.stop, self.rows.stop)
             if first >= last:
@@ -61,13 +84,13 @@ class RowsMaker:
                 self.product.weight[first:last] /= divisors
         if self.product.linear.bias is not None:
             self.product.linear.bias[self.rows] /= scales
-        return scales
+        return wanted
 
 
 def find_makers(
     layer: DecoderLayer, products: Sequence[Product], solved: dict[str, QuantizedWeight], dtype: torch.dtype
 ) -> dict[ColumnParallelLinear | RowParallelLinear, Maker]:
-    """What makes the inputs of a layer's products, by product, where scales can be taken back there.
+    """What makes the inputs of each of a layer's products.
 
     dtype: of the weights that are stored unquantized.
     """
@@ -75,12 +98,12 @@ def find_makers(
     attention, mlp = layer.attention, layer.mlp
     qkv, gate_up = attention.qkv_proj, mlp.gate_up_proj
     inner = sum(gate_up.shares) // 2
-    makers: dict[ColumnParallelLinear | RowParallelLinear, Maker] = {
-        qkv: NormMaker(layer.input_norm, dtype),
-        gate_up: NormMaker(layer.pre_mlp_norm, dtype),
-        mlp.down_proj: RowsMaker(by_linear[gate_up], slice(inner, 2 * inner), solved),
-    }
     q_size, _, v_size = qkv.shares
-    if q_size == v_size:
-        makers[attention.o_proj] = RowsMaker(by_linear[qkv], slice(2 * q_size, 3 * q_size), solved)
-    return makers
+    values, up = slice(sum(qkv.shares) - v_size, sum(qkv.shares)), slice(inner, 2 * inner)
+    num_copies = q_size // v_size
+    return {
+        qkv: NormMaker(layer.input_norm, dtype),
+        attention.o_proj: RowsMaker(by_linear[qkv], values, solved, attention.head_dim, num_copies),
+        gate_up: NormMaker(layer.pre_mlp_norm, dtype),
+        mlp.down_proj: RowsMaker(by_linear[gate_up], up, solved, head_dim=1),
+    }

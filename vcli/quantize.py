@@ -33,7 +33,7 @@ def quantize(
     """
     gates = [name for name in ("max_ppl_increase", "max_kl") if getattr(quality, name) is not None]
     if gates and not report:
-        raise FlagError(f"{gates[0]} needs the report: leave out --no-report")
+        raise FlagError(f"--{gates[0].replace('_', '-')} needs the report: leave out --no-report")
 
     from bench.quality import held_out_windows
     from engine.quantize import Plan

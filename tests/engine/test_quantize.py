@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from engine.quantization.recipe import Recipe
 from engine.quantization.unfinished import Unfinished
 from engine.quantization.weight import Scheme, round_to_nearest
 from engine.quantize import Plan, quantize
+from engine.tokenizer import Tokenizer
 
 FAMILIES = ["llama", "qwen3", "gemma3", "phi3"]
 
@@ -118,6 +120,43 @@ def test_the_engine_runs_what_was_made(family, choices, tiny_checkpoint, tmp_pat
     before, after = (logits_of(path) for path in (source, folder))
     likeness = torch.nn.functional.cosine_similarity(before, after, dim=-1)
     assert likeness.mean() > (0.9 if choices.get("int4") else 0.99), likeness
+
+
+def test_transformers_loads_blocks_of_e4m3_without_other_packages(tiny_checkpoint, tmp_path):
+    """It multiplies with the dequantized weights on a CPU, in bfloat16."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = tiny_checkpoint("llama")
+    folder = made(source, tmp_path / "out", fp8=True, block=32, format="fp8")
+    with torch.inference_mode():
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(
+            torch.arange(3, 35).view(1, -1)
+        ).logits
+    assert torch.nn.functional.cosine_similarity(found[0], logits_of(folder), dim=-1).min() > 0.998
+    text = "The sky is"
+    assert (
+        AutoTokenizer.from_pretrained(folder)(text).input_ids == AutoTokenizer.from_pretrained(source)(text).input_ids
+    )
+
+
+def test_a_gguf_file_becomes_a_whole_folder(default_model, tmp_path):
+    """With all that a GGUF file keeps in its header: what transformers and the engine ask a folder for."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder = made(default_model, tmp_path / "out", fp8=True)
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.model_type, config.num_hidden_layers, config.quantization_config["quant_method"]) == (
+        "llama",
+        30,
+        "compressed-tensors",
+    )
+    ours, original = Tokenizer.load(str(folder)), Tokenizer.load(str(default_model))
+    assert ours.chat_template == original.chat_template is not None
+    assert ours.encode("It is a truth") == original.encode("It is a truth")
+    assert AutoTokenizer.from_pretrained(folder).encode("It is a truth") == original.encode("It is a truth")
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [2]
+    expected, found = ModelConfig.from_path(default_model), ModelConfig.from_path(folder)
+    assert replace(found, quantization=expected.quantization) == expected
 
 
 CHOICES = {"int4": True, "method": "gptq", "group_size": 32}

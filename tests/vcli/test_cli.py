@@ -15,7 +15,9 @@ def vcli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["bench", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["bench", "--help"], ["quantize", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments):
     code = f"""
 import sys
@@ -53,6 +55,10 @@ def test_version_is_a_number():
         (["serve", "--port", "99999"], 2, "vcli: --port must be between 0 and 65535, got 99999"),
         (["serve", "--max-num-seqs", "0"], 2, "vcli: --max-num-seqs must be at least 1, got 0"),
         (["serve", "--no-such-flag"], 2, "--no-such-flag"),
+        (["quantize", "-o", "out"], 2, "vcli: say what the weights become, one of --int4, --int8 and --fp8"),
+        (["quantize", "--int8", "--format", "awq"], 2, "vcli: --format awq holds 4-bit weights with zeros only"),
+        (["quantize", "--fp8"], 1, "vcli: say where the checkpoint goes: --output FOLDER"),
+        (["quantize", "--int4", "--max-kl", "1", "--no-report"], 2, "vcli: --max-kl needs the report"),
         (["nonsense"], 2, "nonsense"),
         (["serve", "/no/such/model"], 1, "vcli: /no/such/model"),
         (["serve", "--chat-template", "/no/such/file"], 1, "vcli: --chat-template /no/such/file cannot be read"),

@@ -1,0 +1,48 @@
+"""SmoothQuant (arXiv 2211.10438): inputs that are rounded leave their outliers to the weights."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.quantization.weight import E4M3, E4M3_MAX, Scheme, round_to_nearest
+
+STRENGTHS = [step / 20 for step in range(2, 19)]
+
+
+def smooth_scales(
+    weights: Sequence[Tensor], x: Tensor, largest: Tensor, scheme: Scheme, tie: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What to divide inputs by, and multiply the columns of weights [out, in] with that share them.   [in] float32
+
+    x [rows, in]: some of the inputs; largest [in]: of the absolute values of all of them. tie: gives inputs that must
+    have the same scale the largest of their values. Of the paper's strengths the one is taken with the least error of
+    the outputs, relative to each row's own, when both sides are rounded.
+    """
+    heaviest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    largest, heaviest = (tie(part).clamp(min=1e-5 * part.max().item() + 1e-30) for part in (largest, heaviest))
+    exact = [x @ weight.T for weight in weights]
+    best, best_error = torch.ones_like(largest), _error(weights, x, exact, torch.ones_like(largest), scheme)
+    for strength in STRENGTHS:
+        scales = largest**strength / heaviest ** (1 - strength)
+        scales = scales / (scales.max() * scales.min()).sqrt()
+        error = _error(weights, x, exact, scales, scheme)
+        if error < best_error:
+            best, best_error = scales, error
+    return best
+
+
+def round_inputs(x: Tensor, scheme: Scheme) -> Tensor:
+    """x [rows, in] as it is when each row is rounded with a scale of its own, as schemes do that say so."""
+    highest = E4M3_MAX if scheme.kind == "float" else -1 - scheme.lowest
+    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / highest
+    return ((x / scale).to(E4M3).to(x.dtype) if scheme.kind == "float" else (x / scale).round()) * scale
+
+
+def _error(weights: Sequence[Tensor], x: Tensor, exact: Sequence[Tensor], scales: Tensor, scheme: Scheme) -> float:
+    rounded = round_inputs(x / scales, scheme)
+    total = 0.0
+    for weight, wanted in zip(weights, exact, strict=True):
+        found = rounded @ round_to_nearest(weight * scales, scheme).dequantize().T
+        total += ((found - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=1e-30)).mean().item()
+    return total
