@@ -9,7 +9,7 @@ runs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from engine.quantization.formats import Format
 from engine.quantization.recipe import NUM_SAMPLES, SEQ_LEN, Recipe
 from engine.quantization.solvers.awq import awq, awq_scales
 from engine.quantization.solvers.gptq import gptq
-from engine.quantization.solvers.inputs import Inputs, output_error
+from engine.quantization.solvers.inputs import FIRST_TOKEN_COUNT, Inputs, output_error
 from engine.quantization.solvers.smooth import round_inputs, smooth_scales
 from engine.quantization.weight import QuantizedWeight, Scheme, round_to_grid, round_to_nearest
 from engine.tokenizer import Tokenizer
@@ -114,7 +114,11 @@ class Walk:
     def _make_layer(self, layer: DecoderLayer, noted: list[ReadTensor], hidden: Tensor | None) -> Part:
         all_products = list(products(layer, noted))
         todo = [product for product in all_products if not any(map(self.recipe.skips, product.rows))]
-        work = LayerWork(self.recipe, self.scheme, self.stored.scale_dtype(self.dtype))
+        counts = None
+        if self.tokens is not None:
+            counts = torch.ones(self.tokens.shape, device=self.device)
+            counts[:, 0] = FIRST_TOKEN_COUNT
+        work = LayerWork(self.recipe, self.scheme, self.stored.scale_dtype(self.dtype), counts)
         if hidden is None:
             for product in todo:
                 work.round(product)
@@ -154,8 +158,9 @@ class Walk:
 class LayerWork:
     """What becomes of the products of one layer: by name, their weights and errors."""
 
-    def __init__(self, recipe: Recipe, scheme: Scheme, scale_dtype: torch.dtype) -> None:
-        self.recipe, self.scheme, self.scale_dtype = recipe, scheme, scale_dtype
+    def __init__(self, recipe: Recipe, scheme: Scheme, scale_dtype: torch.dtype, counts: Tensor | None) -> None:
+        """counts [T]: how often each token counts."""
+        self.recipe, self.scheme, self.scale_dtype, self.counts = recipe, scheme, scale_dtype, counts
         self.solved: dict[str, QuantizedWeight] = {}
         self.errors: dict[str, float] = {}
 
@@ -168,15 +173,13 @@ class LayerWork:
 
     def solve(self, product: Product, maker: Maker, x: Tensor) -> Weight:
         """Take a product in, its weights solved for inputs x [T, in]. Returns what x is multiplied with from now on."""
-        inputs = Inputs(x.shape[1], x.device)
-        inputs.add(x)
+        inputs = self._inputs(x)
         weight, factors = product.weight, None
         scales = self._scales([weight[rows] for rows in product.rows.values()], inputs, maker, x)
         if scales is not None:
             factors = maker.divide(scales)
             weight, x = weight * factors, x / factors
-            inputs = Inputs(x.shape[1], x.device)
-            inputs.add(x)
+            inputs = self._inputs(x)
         hessian = inputs.hessian
         whole = self._solve(weight, inputs)
         dequantized = whole.dequantize()
@@ -195,12 +198,16 @@ class LayerWork:
             return awq_scales(weights, inputs, self.scheme)
         return None
 
+    def _inputs(self, x: Tensor) -> Inputs:
+        inputs = Inputs(x.shape[1], x.device)
+        inputs.add(x, self.counts)
+        return inputs
+
     def _solve(self, weight: Tensor, inputs: Inputs) -> QuantizedWeight:
         if self.recipe.solver == "awq":
-            whole = awq(weight, inputs, self.scheme)
-        else:
-            whole = gptq(weight, inputs.hessian, self.scheme, act_order=self.recipe.desc_act)
-        return replace(whole, scales=whole.scales.to(self.scale_dtype))
+            return awq(weight, inputs, self.scheme, scale_dtype=self.scale_dtype)
+        act_order = self.recipe.desc_act
+        return gptq(weight, inputs.hessian, self.scheme, act_order=act_order, scale_dtype=self.scale_dtype)
 
     def _round(self, weight: Tensor) -> QuantizedWeight:
         """To nearest, on the grid whose scales are as they are stored."""

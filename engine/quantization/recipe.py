@@ -36,7 +36,7 @@ class Recipe:
     fp8: Annotated[bool, "weights in e4m3, a scale for each output; inputs are rounded by token", "--fp8"] = False
     method: Annotated[
         Literal["gptq", "awq", "rtn"] | None,
-        "how numbers are chosen; rtn rounds to nearest; default: gptq for --int4, rtn for the others",
+        "how numbers are chosen; rtn rounds to nearest and looks at no text; default: gptq, but rtn for --block",
     ] = None
     group_size: Annotated[
         int | None,
@@ -81,10 +81,10 @@ class Recipe:
             raise ValueError(f"block must be a multiple of 16, as 128, got {self.block}")
 
     def _check_method(self) -> None:
-        if self.method in ("gptq", "awq") and self.fp8:
-            raise ValueError(f"method {self.method} is for integers: --fp8 rounds to nearest")
-        if self.method == "awq" and self.int8:
+        if self.method == "awq" and not self.int4:
             raise ValueError("method awq is for --int4: use gptq or rtn")
+        if self.method == "gptq" and self.block is not None:
+            raise ValueError("method gptq rounds row by row: --block goes with rtn only")
         if self.desc_act and self.solver != "gptq":
             raise ValueError("desc_act is an order that only --method gptq has")
         if self.desc_act and self.format != "gptq":
@@ -103,7 +103,7 @@ class Recipe:
 
     @property
     def solver(self) -> Method:
-        return self.method or ("rtn" if self.fp8 else "gptq")
+        return self.method or ("gptq" if self.block is None else "rtn")
 
     @property
     def is_calibrated(self) -> bool:

@@ -32,7 +32,8 @@ FAMILIES = ["llama", "qwen3", "gemma3", "phi3"]
 
 
 def made(source: Path, output: Path, **choices) -> Path:
-    small = {"samples": 4, "seq_len": 32} if choices.get("method") in ("gptq", "awq") else {}
+    is_calibrated = choices.get("method") != "rtn" and "block" not in choices
+    small = {"samples": 4, "seq_len": 32} if is_calibrated else {}
     quantize(Plan.of(Recipe(model=str(source), output=output, **(small | choices))), lambda *_: None)
     return output
 
@@ -90,7 +91,7 @@ def test_rounding_to_nearest_is_that_of_each_weight(family, tiny_checkpoint, tmp
 
 def test_what_is_not_quantized_is_as_it_was(tiny_checkpoint, tmp_path):
     source = tiny_checkpoint("gemma3", dtype="bfloat16")
-    folder = made(source, tmp_path / "out", fp8=True)
+    folder = made(source, tmp_path / "out", fp8=True, method="rtn")
     before, after = tensors_of(source), tensors_of(folder)
     kept = [name for name in before if "norm" in name or "embed" in name]
     assert len(kept) > 20
@@ -106,8 +107,9 @@ def test_what_is_not_quantized_is_as_it_was(tiny_checkpoint, tmp_path):
         {"int4": True, "method": "gptq", "format": "gptq", "desc_act": True},
         {"int4": True, "method": "awq", "format": "awq", "group_size": 32},
         {"int8": True},
-        {"int8": True, "method": "gptq"},
+        {"int8": True, "method": "rtn"},
         {"fp8": True},
+        {"fp8": True, "method": "rtn"},
         {"fp8": True, "block": 32},
     ],
     ids=lambda choices: " ".join(f"{value}" if isinstance(value, str) else key for key, value in choices.items()),
@@ -143,7 +145,7 @@ def test_a_gguf_file_becomes_a_whole_folder(default_model, tmp_path):
     """With all that a GGUF file keeps in its header: what transformers and the engine ask a folder for."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    folder = made(default_model, tmp_path / "out", fp8=True)
+    folder = made(default_model, tmp_path / "out", fp8=True, method="rtn")
     config = AutoConfig.from_pretrained(folder)
     assert (config.model_type, config.num_hidden_layers, config.quantization_config["quant_method"]) == (
         "llama",
@@ -255,9 +257,10 @@ def test_what_does_not_go_with_the_model_is_refused_before_any_work(choices, wor
         ({"int4": True, "block": 128}, "block"),
         ({"int4": True, "desc_act": True}, "desc_act"),
         ({"int4": True, "method": "awq", "desc_act": True, "format": "gptq"}, "desc_act"),
-        ({"fp8": True, "method": "gptq"}, "method gptq"),
+        ({"fp8": True, "block": 128, "method": "gptq"}, "method gptq"),
+        ({"fp8": True, "method": "awq"}, "method awq"),
         ({"int8": True, "method": "awq"}, "method awq"),
-        ({"fp8": True, "samples": 8}, "samples changes nothing"),
+        ({"fp8": True, "method": "rtn", "samples": 8}, "samples changes nothing"),
         ({"int4": True, "samples": 0}, "samples must be at least 1"),
     ],
 )
