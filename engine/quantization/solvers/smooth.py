@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine.quantization.weight import E4M3, E4M3_MAX, Scheme, round_to_nearest
+from engine.ops.reference import round_rows
+from engine.quantization.weight import E4M3, Scheme, round_to_nearest
 
 STRENGTHS = [step / 20 for step in range(2, 19)]
 
@@ -34,9 +35,8 @@ def smooth_scales(
 
 def round_inputs(x: Tensor, scheme: Scheme) -> Tensor:
     """x [rows, in] as it is when each row is rounded with a scale of its own, as schemes do that say so."""
-    highest = E4M3_MAX if scheme.kind == "float" else -1 - scheme.lowest
-    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / highest
-    return ((x / scale).to(E4M3).to(x.dtype) if scheme.kind == "float" else (x / scale).round()) * scale
+    numbers, scales = round_rows(x.float(), E4M3 if scheme.kind == "float" else torch.int8)
+    return numbers.float() * scales
 
 
 def _error(weights: Sequence[Tensor], x: Tensor, exact: Sequence[Tensor], scales: Tensor, scheme: Scheme) -> float:
