@@ -32,6 +32,7 @@ DEFINITIONS = {
     "perplexity": "exp of the mean nats that a token of the text costs, given those before it in its window",
     "KL": "KL(before || after) of the distribution of the next token, in nats, over all scored positions",
     "top-1 agreement": "share of the scored positions where both find the same token most likely",
+    "weights in memory": "as the engine holds them, with the embedding; files may hold them otherwise, as GGUF does",
     "decode": "tokens per second of the median step that decodes a full batch",
     "prefill": "prompt tokens per second of steps full of prompts, median of up to 3 runs",
     "layer alone": "what the layer adds, given what it got before: |difference| / |what it added|, mean of tokens",

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from bench.quality import LayerError, Pair, Quality
-from bench.quality_report import SPEEDS, describe_machine, megabytes, minutes, quality_table, shown
+from bench.quality_report import SPEEDS, busyness, describe_machine, megabytes, minutes, quality_table, shown
 
 OWN_PARTS = {  # of a decoder layer; other parts are linear layers
     "layer alone": "What each layer gets wrong by itself",
@@ -97,7 +97,7 @@ def summary(quality: Quality) -> str:
         f"{quality.top1_agreement:.1%} of the positions both find the same next token most likely.",
         f"Its weights take {size} memory.",
     ]
-    if (ratio := _ratio(quality.tokens_per_s["decode_1"])) is not None:
+    if (ratio := _ratio(quality.tokens_per_s["decode_1"])) is not None and not busyness(quality):
         sentences.append(f"A request alone is answered at {ratio:.2f} times the speed.")
     return " ".join(sentences)
 
@@ -174,8 +174,10 @@ def _speed(quality: Quality) -> str:
         )
         none = '<p class="soft">not measured: no room for so many requests</p>'
         panels.append(f'<div class="card"><h3>{label.capitalize()}</h3>{bars or none}</div>')
+    busy = busyness(quality)
+    warning = f' <span class="bad">{busy[0].upper()}{busy[1:]}.</span>' if busy else ""
     return f"""<h2>Speed</h2>
-<p class="soft">Tokens per second on {escape(describe_machine(quality))}, more is better.</p>
+<p class="soft">Tokens per second on {escape(describe_machine(quality))}, more is better.{warning}</p>
 <div class="wide grid">{"".join(panels)}</div>"""
 
 
@@ -192,8 +194,8 @@ def _layers(layers: Sequence[LayerError]) -> str:
         top = max(error.error for errors in linear.values() for error in errors)
         panels = "".join(_layer_panel(part, errors, top) for part, errors in linear.items())
         text += f"""<h2>Linear layers</h2>
-<p class="soft">The squared error of each one's outputs over their square, on the calibration text; one scale for all.
-</p><div class="panels grid">{panels}</div>"""
+<p class="soft">As the quantizer saw it: squared error over square, of the outputs on the calibration text, or of the
+weights where there was none. One scale for all.</p><div class="panels grid">{panels}</div>"""
     return text
 
 

@@ -10,6 +10,7 @@ from bench.quality import LayerError, Pair, Quality
 from bench.report import Table, check_extension, markdown_table
 from engine.errors import UserError
 
+BUSY_LOAD = 1.5  # a core: the measurement itself makes 1
 SPEEDS = (
     ("decode, batch 1", "decode_1"),
     ("decode, batch 16", "decode_16"),
@@ -45,6 +46,8 @@ def notes(quality: Quality) -> list[str]:
         f"text: {text['name']}, {text['windows']} x {text['window_tokens']:,} tokens; "
         f"{quality.dtype} on {describe_machine(quality)}"
     ]
+    if busy := busyness(quality):
+        lines.append(busy)
     if worst := worst_layer(quality):
         lines.append(f"largest error of a layer: {shown(worst.error)}, layer {worst.layer}")
     return [*lines, *(f"{name}: {meaning}" for name, meaning in quality.definitions.items())]
@@ -53,6 +56,14 @@ def notes(quality: Quality) -> list[str]:
 def describe_machine(quality: Quality) -> str:
     env = quality.environment
     return env["gpu"] if quality.device.startswith("cuda") else f"{env['cpu']} ({env['cpu_count']} cores)"
+
+
+def busyness(quality: Quality) -> str:
+    """A warning where more was running than has cores; "" where speeds can be believed."""
+    load, cores = quality.environment["load_average"], quality.environment["cpu_count"]
+    if quality.device.startswith("cuda") or load <= BUSY_LOAD * cores:
+        return ""
+    return f"the machine was busy (load average {load:g} on {cores} cores): its speeds say little"
 
 
 def worst_layer(quality: Quality) -> LayerError | None:

@@ -286,6 +286,17 @@ def test_the_table_says_what_changed(quality):
     assert "| perplexity | 20.00 | 21.00 | +5.00% |" in to_markdown(quality)
 
 
+@pytest.mark.parametrize(
+    ("load", "device", "is_told"), [(9.5, "cpu", True), (2.5, "cpu", False), (9.5, "cuda:0", False)]
+)
+def test_speeds_of_a_busy_cpu_are_told_to_say_little(quality, load: float, device: str, is_told: bool):
+    env = quality.environment | {"load_average": load, "cpu_count": 2, "gpu": "A GPU"}
+    quality = replace(quality, environment=env, device=device)
+
+    assert ("load average 9.5 on 2 cores" in to_markdown(quality)) == is_told
+    assert ("The machine was busy" in Page(to_html(quality)).text) == is_told
+
+
 def test_numbers_are_shown_with_four_digits_that_count():
     values = (0, 0.00421337, 0.31234, 31.4159, 9.99999, 123.44, 1234.5, 45678.0, None)
     assert [shown(value) for value in values] == [
@@ -350,7 +361,9 @@ def test_the_page_says_in_words_what_changed(quality):
         {"before": 10, "after": 15},
     )
     rates = quality.tokens_per_s | {"decode_1": speed}
+    env = quality.environment | {"load_average": 0.5}
     quality = replace(quality, perplexity=perplexity, bytes=size, tokens_per_s=rates, top1_agreement=0.875)
+    quality = replace(quality, environment=env)
 
     assert summary(quality) == (
         "It predicts the text 5.0% worse than the original (perplexity 20.00 to 21.00), and at 87.5% of the positions "
