@@ -232,7 +232,7 @@ def _figures(quality: Quality) -> str:
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     text, env = quality.text, quality.environment
     facts = {
-        "text": f"{text['name']}, the first {text['windows']} windows of {text['window_tokens']:,} tokens",
+        "text": f"{text['name']}, its first {text['windows']} x {text['window_tokens']:,} tokens",
         "machine": f"{describe_machine(quality)}, {quality.dtype}, torch {env.get('torch')}",
         "made": f"{env.get('date')} by vcli {env.get('vcli')}, revision {(env.get('git_revision') or 'unknown')[:9]}",
         "command": str(env.get("command")),
