@@ -3,11 +3,14 @@
 # make test     the same set-up, then every test
 # make setup    the set-up alone
 # make lint     ruff and mypy
+# make interop  checkpoints to and from other libraries, each in an environment of its own below .interop
+#               make interop LIBRARIES="gptqmodel llm-compressor" does it with some of them; AutoGPTQ needs Python 3.11
 
 PYTHON ?= python3
 BIN := .venv/bin
+LIBRARIES ?= gptqmodel llm-compressor autoawq auto-gptq
 
-.PHONY: serve test setup lint
+.PHONY: serve test setup lint interop
 
 serve: setup
 	$(BIN)/vcli serve $(ARGS)
@@ -19,6 +22,14 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+interop: setup $(LIBRARIES:%=.interop/%/.installed)
+	$(BIN)/python -m pytest tests/interop $(ARGS)
+
+.interop/%/.installed: tests/interop/%.txt
+	$(PYTHON) -m venv .interop/$*
+	.interop/$*/bin/pip install --disable-pip-version-check --quiet --requirement $<
+	@touch $@
 
 # The stamp is newer than pyproject.toml once everything it asks for is installed; the model is looked for each time,
 # which takes no time once it is there.
