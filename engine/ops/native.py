@@ -36,14 +36,14 @@ SIGNATURES = {
     "paged_attention": [_POINTER] * 8 + [_SIZE] * 6 + [_FLOAT, _FLOAT, _INT],
     "linear": [_POINTER] * 4 + [_SIZE] * 3 + [_INT] * 2,
     "dequantize": [_POINTER] * 4 + [_SIZE] * 5 + [_INT] * 2,
-    "grouped_few_rows": [_POINTER] * 6 + [_SIZE] * 4,
+    "few_rows": [_POINTER] * 6 + [_SIZE] * 4 + [_INT] * 2,
     "round_rows": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
     "rescale": [_POINTER] * 5 + [_SIZE] * 2 + [_INT] * 2,
     "gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
     "max_linear_rows": [_INT],
     "set_num_threads": [_INT],
 }
-RESULTS = {"max_linear_rows": _SIZE, "grouped_few_rows": _INT}
+RESULTS = {"max_linear_rows": _SIZE, "few_rows": _INT}
 
 
 def is_usable(x: Tensor) -> bool:
@@ -142,14 +142,10 @@ empty_grouped, put_grouped = reference.empty_grouped, reference.put_grouped
 def grouped_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None) -> Tensor:
     if x.dtype not in TYPES:
         return reference.grouped_linear(x, weight, bias)
-    if weight.bits == 4 and x.dtype == torch.bfloat16:
-        x = x.contiguous()
-        y = x.new_empty((x.shape[0], weight.out_features))
-        grids = [grid.data_ptr() if grid is not None else None for grid in (weight.scales, weight.zeros, bias)]
-        pointers = y.data_ptr(), x.data_ptr(), weight.packed.data_ptr(), *grids
-        if _library().grouped_few_rows(*pointers, *x.shape, weight.out_features, weight.group_size):
-            return y
     kind = INT4 if weight.bits == 4 else INT8
+    few = _few_rows(x, weight.packed, weight.scales, weight.zeros, bias, weight.group_size, kind, x.dtype)
+    if few is not None:
+        return few
     tile = _tiles(x, weight.packed, weight.scales, weight.zeros, (1, weight.group_size), kind)
 
     return reference.by_tiles(x, weight.out_features, tile, bias, linear)
@@ -163,9 +159,12 @@ def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | No
     if x.dtype not in TYPES:
         return reference.rounded_linear(x, numbers, scales, bias)
     rounded, x_scales = _round_rows(x, numbers.dtype)
+    sums: Tensor | None
     if numbers.dtype == torch.int8:
         sums = torch._int_mm(rounded, numbers.t())
     else:
+        sums = _few_rows(rounded, numbers, None, None, None, x.shape[1], FP8, torch.float32)
+    if sums is None:
         tile = _tiles(x, numbers, None, None, (1, x.shape[1]), FP8)
         sums = reference.by_tiles(rounded, numbers.shape[0], tile, None, linear)
     y = x.new_empty(sums.shape)
@@ -191,6 +190,21 @@ def blockwise_linear(
         wide = (rounded * x_scales.unsqueeze(1)).view(x.shape)
     y = reference.by_tiles(wide, numbers.shape[0], _tiles(wide, numbers, scales, None, block, FP8), None, linear)
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _few_rows(
+    x: Tensor, numbers: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, group_size: int,
+    kind: int, dtype: torch.dtype,
+) -> Tensor | None:  # fmt: skip
+    """The product, of `dtype`, without a tile of the weight in memory. None where that is not possible, or slower."""
+    if x.dtype != torch.bfloat16 or kind == INT8:
+        return None
+    x = x.contiguous()
+    y = x.new_empty((x.shape[0], numbers.shape[0]), dtype=dtype)
+    others = [tensor.data_ptr() if tensor is not None else None for tensor in (scales, zeros, bias)]
+    sizes = (*x.shape, numbers.shape[0], group_size)
+    pointers = y.data_ptr(), x.data_ptr(), numbers.data_ptr(), *others
+    return y if _library().few_rows(*pointers, *sizes, kind, TYPES[dtype]) else None
 
 
 def _tiles(

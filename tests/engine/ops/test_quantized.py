@@ -141,10 +141,15 @@ def test_native_rounding_is_the_references_to_the_last_bit(rounded_to, dtype):
 
 
 def test_every_e4m3_number_is_worked_out_exactly():
+    """By tiles, and for few rows: 448 times any of them is a bfloat16 too."""
     codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
-    numbers = codes.view(E4M3).unsqueeze(1)
-    found = ops.blockwise_linear(torch.ones(1, 1), numbers, torch.ones(1, 1), (256, 1), False, None)
-    assert torch.equal(found[0], numbers.float().squeeze(1))
+    numbers = codes.view(E4M3)
+    found = ops.blockwise_linear(torch.ones(1, 1), numbers.unsqueeze(1), torch.ones(1, 1), (256, 1), False, None)
+    assert torch.equal(found[0], numbers.float())
+    weight, x = torch.zeros(254, 32, dtype=torch.uint8), torch.zeros(3, 32, dtype=torch.bfloat16)
+    weight[:, 5], x[:, 5] = codes, 448.0
+    found = ops.rounded_linear(x, weight.view(E4M3), torch.ones(254), None)
+    assert torch.equal(found.float() / 448, numbers.float().expand(3, -1))
 
 
 @pytest.mark.parametrize("is_symmetric", [True, False])
