@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -32,6 +33,7 @@ from engine.worker import pick_device
 VERSION = 1  # counts up when the same choices make another checkpoint
 RECORD = "quantization.json"  # in the checkpoint: the choices, and the error of each layer
 TEXT = Path(__file__).parent / "quantization" / "texts" / "pride-and-prejudice.txt"
+GGUF_ENDING = re.compile(r"([.-](I?Q\d\w*|B?F16|F32))?\.gguf$", re.IGNORECASE)  # with the type, which it is no more
 DIGEST_PIECES, PIECE_BYTES = 64, 64 << 10
 
 OnProgress = Callable[[str, int, int], None]  # what is going on, parts of the model done, parts in all
@@ -79,8 +81,6 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe) -> Plan:
         """Raises UserError for a model that this recipe is not for."""
-        if recipe.output is None:
-            raise UserError("say where the checkpoint goes: --output FOLDER")
         source = resolve_model(recipe.model, recipe.revision)
         source_config = checkpoint_folder.read_config(source)
         if quantization := source_config.get("quantization_config"):
@@ -105,8 +105,15 @@ class Plan:
 
     @property
     def output(self) -> Path:
-        assert self.recipe.output is not None
-        return self.recipe.output.expanduser().absolute()
+        """By default in the working folder, called after the model and what is made of it."""
+        if self.recipe.output is not None:
+            return self.recipe.output.expanduser().absolute()
+        name = self.source.name if not self.recipe.model else Path(self.recipe.model).expanduser().absolute().name
+        words = [GGUF_ENDING.sub("", name), self.recipe.kind]
+        words += [f"block{self.recipe.block}"] * (self.recipe.block is not None)
+        words += [self.recipe.solver] * (self.recipe.solver != replace(self.recipe, method=None).solver)
+        words += [self.recipe.format] * (self.recipe.format not in ("compressed-tensors", words[-1]))
+        return Path("-".join(words)).absolute()
 
     @property
     def name(self) -> str:

@@ -43,6 +43,7 @@ def quantize(
     plan = Plan.of(recipe)
     if report:
         held_out_windows(quality, _engine(recipe))  # what is wrong with its text is said now
+    console.print(f"making {plan.output}", markup=False)
     start, clock = time.monotonic(), _Clock()
     with Status() as status:
 
@@ -54,8 +55,11 @@ def quantize(
         seconds = time.monotonic() - start
         measured = _measure(plan, quality, seconds, status) if report else None
     console.print(f"{plan.output} is there, after {format_seconds(seconds)}", markup=False)
-    if measured is not None:
-        show_quality(measured, quality)
+    try:
+        if measured is not None:
+            show_quality(measured, quality)
+    finally:
+        console.print(f"vcli serve {plan.output}", markup=False)
 
 
 def _measure(plan: "Plan", options: QualityConfig, seconds: float, status: "Status") -> "Quality":

@@ -30,7 +30,9 @@ class Recipe:
 
     model: Annotated[str, "local folder, GGUF file or Hugging Face name of the model"] = ""
     revision: Annotated[str, "branch, tag or commit on the hub"] = ""
-    output: Annotated[Path | None, "folder of the new checkpoint; appears when it is whole", "--output", "-o"] = None
+    output: Annotated[
+        Path | None, "folder of the new checkpoint; default: here, named after model and kind", "--output", "-o"
+    ] = None
     int4: Annotated[bool, "weights of 4 bits, a scale for each group of inputs", "--int4"] = False
     int8: Annotated[bool, "weights of 8 bits, a scale for each output; inputs are rounded by token", "--int8"] = False
     fp8: Annotated[bool, "weights in e4m3, a scale for each output; inputs are rounded by token", "--fp8"] = False

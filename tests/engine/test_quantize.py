@@ -161,6 +161,28 @@ def test_a_gguf_file_becomes_a_whole_folder(default_model, tmp_path):
     assert replace(found, quantization=expected.quantization) == expected
 
 
+@pytest.mark.parametrize(
+    ("choices", "name"),
+    [
+        ({"int4": True}, "int4"),
+        ({"int4": True, "method": "gptq"}, "int4"),
+        ({"int4": True, "method": "awq"}, "int4-awq"),
+        ({"int4": True, "method": "awq", "format": "awq"}, "int4-awq"),
+        ({"int4": True, "format": "gptq"}, "int4-gptq"),
+        ({"fp8": True, "method": "rtn"}, "fp8-rtn"),
+        ({"fp8": True, "block": 32}, "fp8-block32"),
+    ],
+)
+def test_a_checkpoint_is_called_after_the_model_and_what_is_made_of_it(
+    choices, name, tiny_checkpoint, default_model, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    source = tiny_checkpoint("llama")
+    assert Plan.of(Recipe(model=str(source), **choices)).output == tmp_path / f"{source.name}-{name}"
+    if name == "int4":
+        assert Plan.of(Recipe(**choices)).output == tmp_path / "SmolLM2-135M-Instruct-int4"
+
+
 CHOICES = {"int4": True, "method": "gptq", "group_size": 32}
 FLAGS = ["--int4", "--method", "gptq", "--group-size", "32", "--samples", "4", "--seq-len", "32"]
 

@@ -57,7 +57,6 @@ def test_version_is_a_number():
         (["serve", "--no-such-flag"], 2, "--no-such-flag"),
         (["quantize", "-o", "out"], 2, "vcli: say what the weights become, one of --int4, --int8 and --fp8"),
         (["quantize", "--int8", "--format", "awq"], 2, "vcli: --format awq holds 4-bit weights with zeros only"),
-        (["quantize", "--fp8"], 1, "vcli: say where the checkpoint goes: --output FOLDER"),
         (["quantize", "--int4", "--max-kl", "1", "--no-report"], 2, "vcli: --max-kl needs the report"),
         (["nonsense"], 2, "nonsense"),
         (["serve", "/no/such/model"], 1, "vcli: /no/such/model"),
