@@ -184,7 +184,7 @@ def test_a_checkpoint_is_called_after_the_model_and_what_is_made_of_it(
 
 
 CHOICES = {"int4": True, "method": "gptq", "group_size": 32}
-FLAGS = ["--int4", "--method", "gptq", "--group-size", "32", "--samples", "4", "--seq-len", "32"]
+FLAGS = ["--int4", "--method", "gptq", "--group-size", "32", "--samples", "4", "--seq-len", "32", "--no-report"]
 
 
 @pytest.fixture(scope="module")
