@@ -35,7 +35,7 @@ from engine.quantization.solvers.smooth import round_inputs, smooth_scales
 from engine.quantization.weight import QuantizedWeight, Scheme, round_to_grid, round_to_nearest
 from engine.tokenizer import Tokenizer
 
-SMOOTHING_ROWS = 512  # that strengths of smoothing are tried on
+SMOOTHING_ROWS = 1024  # that strengths of smoothing are tried on
 CHUNK_ROWS = 4096  # tokens of a gated product at a time: what it makes in between is twice as wide as its result
 
 
@@ -193,7 +193,7 @@ class LayerWork:
         """What the inputs x of a product are best divided by, as its maker can. None: by nothing."""
         if self.recipe.int8:
             some = x[:: max(1, len(x) // SMOOTHING_ROWS)]
-            return smooth_scales(weights, some, inputs.largest, self.scheme, maker.tie)
+            return smooth_scales(weights, some, inputs.hessian.diagonal().sqrt(), self.scheme, maker.tie)
         if self.recipe.solver == "awq" and not maker.has_copies:
             return awq_scales(weights, inputs, self.scheme)
         return None

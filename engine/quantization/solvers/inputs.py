@@ -15,7 +15,6 @@ class Inputs:
         self.num_rows = 0
         self._products = torch.zeros(in_features, in_features, device=device)
         self._magnitudes = torch.zeros(in_features, device=device)
-        self.largest = torch.zeros(in_features, device=device)  # [in], of the absolute values
 
     def add(self, x: Tensor, counts: Tensor | None = None) -> None:
         """Take in rows [..., in] of any floating type; the Hessian has each as often as `counts` says, [...]."""
@@ -24,7 +23,6 @@ class Inputs:
         counted = rows if counts is None else rows * counts.reshape(-1, 1)
         self._products.addmm_(rows.T, counted)
         self._magnitudes += rows.abs().sum(0)
-        torch.maximum(self.largest, rows.abs().amax(0), out=self.largest)
 
     @property
     def hessian(self) -> Tensor:

@@ -8,24 +8,27 @@ from torch import Tensor
 from engine.ops.reference import round_rows
 from engine.quantization.weight import E4M3, Scheme, round_to_nearest
 
-STRENGTHS = [step / 20 for step in range(2, 19)]
+STRENGTHS = [step / 20 for step in range(21)]
 
 
 def smooth_scales(
-    weights: Sequence[Tensor], x: Tensor, largest: Tensor, scheme: Scheme, tie: Callable[[Tensor], Tensor]
+    weights: Sequence[Tensor], x: Tensor, magnitude: Tensor, scheme: Scheme, tie: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """What to divide inputs by, and multiply the columns of weights [out, in] with that share them.   [in] float32
 
-    x [rows, in]: some of the inputs; largest [in]: of the absolute values of all of them. tie: gives inputs that must
+    x [rows, in]: some of the inputs; magnitude [in]: the root of the mean square of all of them, not the paper's
+    largest value, which a single token can set though its row has a scale of its own. tie: gives inputs that must
     have the same scale the largest of their values. Of the paper's strengths the one is taken with the least error of
-    the outputs, relative to each row's own, when both sides are rounded.
+    the outputs when both sides are rounded: not relative to each row's own, since large rows are those that later
+    tokens attend to most. With weights rounded to nearest the default model's perplexity was 31.50 so, 31.53 with
+    largest values, and 31.67 with relative errors as well.
     """
     heaviest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
-    largest, heaviest = (tie(part).clamp(min=1e-5 * part.max().item() + 1e-30) for part in (largest, heaviest))
+    magnitude, heaviest = (tie(part).clamp(min=1e-5 * part.max().item() + 1e-30) for part in (magnitude, heaviest))
     exact = [x @ weight.T for weight in weights]
-    best, best_error = torch.ones_like(largest), _error(weights, x, exact, torch.ones_like(largest), scheme)
+    best, best_error = torch.ones_like(magnitude), _error(weights, x, exact, torch.ones_like(magnitude), scheme)
     for strength in STRENGTHS:
-        scales = largest**strength / heaviest ** (1 - strength)
+        scales = magnitude**strength / heaviest ** (1 - strength)
         scales = scales / (scales.max() * scales.min()).sqrt()
         error = _error(weights, x, exact, scales, scheme)
         if error < best_error:
@@ -44,5 +47,5 @@ def _error(weights: Sequence[Tensor], x: Tensor, exact: Sequence[Tensor], scales
     total = 0.0
     for weight, wanted in zip(weights, exact, strict=True):
         found = rounded @ round_to_nearest(weight * scales, scheme).dequantize().T
-        total += ((found - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=1e-30)).mean().item()
+        total += (found - wanted).square().sum().item()
     return total
