@@ -7,6 +7,7 @@ GPTQModel dequantizes them. Reads each folder OURS/<case> and writes OURS/<case>
 GPTQModel and in transformers.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -59,6 +60,9 @@ def read(folder: Path, in_transformers: bool = False) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    # The layers that transformers takes know no groups of whole rows, and optimum no layers that are left out.
+    in_transformers = in_transformers and config["group_size"] > 0 and not config.get("dynamic")
     tensors, dtype = {}, torch.float16  # of the scales; it knows no float32
     model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=dtype).model
     for name, module in model.named_modules():
