@@ -111,6 +111,8 @@ class Plan:
         name = self.source.name if not self.recipe.model else Path(self.recipe.model).expanduser().absolute().name
         words = [GGUF_ENDING.sub("", name), self.recipe.kind]
         words += [f"block{self.recipe.block}"] * (self.recipe.block is not None)
+        words += [f"g{self.recipe.group_size}"] * ((self.recipe.group_size or 0) > 0)
+        words += ["sym"] * (self.recipe.int4 and self.recipe.is_symmetric)
         words += [self.recipe.solver] * (self.recipe.solver != replace(self.recipe, method=None).solver)
         words += [self.recipe.format] * (self.recipe.format not in ("compressed-tensors", words[-1]))
         return Path("-".join(words)).absolute()

@@ -169,6 +169,7 @@ def test_a_gguf_file_becomes_a_whole_folder(default_model, tmp_path):
         ({"int4": True, "method": "awq"}, "int4-awq"),
         ({"int4": True, "method": "awq", "format": "awq"}, "int4-awq"),
         ({"int4": True, "format": "gptq"}, "int4-gptq"),
+        ({"int4": True, "sym": True, "group_size": 32}, "int4-g32-sym"),
         ({"fp8": True, "method": "rtn"}, "fp8-rtn"),
         ({"fp8": True, "block": 32}, "fp8-block32"),
     ],

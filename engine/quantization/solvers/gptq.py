@@ -3,9 +3,9 @@
 Written as in QuIP (arXiv 2307.13304, theorem 6), which needs no inverse: with H = U·D·Uᵀ, U unit upper triangular, a
 column is rounded after the errors of the columns before it, times U's column, are added. The error of the outputs is
 then the sum of D times the squared distances of what was rounded, so D says how much each column of a grid matters:
-with the diagonal of H instead, which counts what other columns make up for, errors were up to 1.4 times as large.
+the diagonal of H instead would count what other columns make up for.
 
-What is left is lowered by turns (`fit_scales`, `sweep`), by another 3 to 10%.
+What is left is lowered by turns (`fit_scales`, `sweep`).
 """
 
 import torch
