@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine import kv_cache, ops
 from engine.batch import ForwardBatch
+from engine.chat_template import render_chat
 from engine.checkpoint import StoredCheckpoint, open_checkpoint
 from engine.config import BLOCK_SIZE
 from engine.errors import UserError
@@ -35,6 +36,7 @@ from engine.quantization.solvers.smooth import round_inputs, smooth_scales
 from engine.quantization.weight import QuantizedWeight, Scheme, round_to_grid, round_to_nearest
 from engine.tokenizer import Tokenizer
 
+TURN_TOKENS = 64  # of the calibration text in a turn of a conversation made of it
 SMOOTHING_ROWS = 1024  # that strengths of smoothing are tried on
 CHUNK_ROWS = 4096  # tokens of a gated product at a time: what it makes in between is twice as wide as its result
 
@@ -42,7 +44,9 @@ CHUNK_ROWS = 4096  # tokens of a gated product at a time: what it makes in betwe
 def sample_tokens(tokenizer: Tokenizer, text: str, recipe: Recipe) -> Tensor:
     """[samples, seq_len] token ids: pieces from all over the text, each begun as the tokenizer begins a prompt.
 
-    Fewer samples if the text has no more. Raises UserError if it has not even one.
+    Of a model with a chat template every second piece is a conversation: what it has learned to do with the tokens
+    around turns is lost otherwise, as prose has none of them. Fewer samples if the text has no more. Raises UserError
+    if it has not even one.
     """
     seq_len = recipe.seq_len or SEQ_LEN
     begin = tokenizer.encode("")
@@ -56,7 +60,33 @@ def sample_tokens(tokenizer: Tokenizer, text: str, recipe: Recipe) -> Tensor:
         )
     num_samples = min(recipe.samples or NUM_SAMPLES, num_pieces)
     starts = [i * num_pieces // num_samples * length for i in range(num_samples)]
-    return torch.tensor([begin + token_ids[start : start + length] for start in starts], dtype=torch.int32)
+    pieces = [token_ids[start : start + length] for start in starts]
+    samples = [begin + piece for piece in pieces]
+    for i in range(1, num_samples, 2):
+        samples[i] = _as_conversation(tokenizer, pieces[i], seq_len) or samples[i]
+    return torch.tensor(samples, dtype=torch.int32)
+
+
+def _as_conversation(tokenizer: Tokenizer, piece: list[int], seq_len: int) -> list[int] | None:
+    """Text as turns that change at every TURN_TOKENS, cut to a sample; None: the model has no conversations."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [
+        tokenizer.decode(piece[start : start + TURN_TOKENS]).strip() for start in range(0, len(piece), TURN_TOKENS)
+    ]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    try:
+        prompt = render_chat(
+            tokenizer.chat_template,
+            messages,
+            add_generation_prompt=False,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+        )
+    except ValueError:  # a template may refuse any conversation
+        return None
+    token_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    return token_ids[:seq_len] if len(token_ids) >= seq_len else None
 
 
 @dataclass(frozen=True)
