@@ -87,9 +87,9 @@ class ModelConfig:
         file = path / "config.json"
         if not file.is_file():
             raise UserError(f"{path} holds no config.json: give the folder of a Hugging Face model or a .gguf file")
-        values = _load_json(file)
+        values = load_json(file)
         if "quantization_config" not in values and (path / "quantize_config.json").is_file():  # of an early AutoGPTQ
-            values["quantization_config"] = {"quant_method": "gptq"} | _load_json(path / "quantize_config.json")
+            values["quantization_config"] = {"quant_method": "gptq"} | load_json(path / "quantize_config.json")
         return _read(_Fields(values, file), _generation_config(path))
 
 
@@ -125,7 +125,8 @@ class _Fields:
         return bool(self.get(name, default))
 
 
-def _load_json(file: Path) -> dict[str, Any]:
+def load_json(file: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder. Raises UserError."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -137,7 +138,7 @@ def _load_json(file: Path) -> dict[str, Any]:
 
 def _generation_config(folder: Path) -> _Fields:
     file = folder / "generation_config.json"
-    return _Fields(_load_json(file) if file.is_file() else {}, file)
+    return _Fields(load_json(file) if file.is_file() else {}, file)
 
 
 def _default_sampling(generation: _Fields) -> tuple[tuple[str, float], ...]:

@@ -82,11 +82,10 @@ class Plan:
     def of(cls, recipe: Recipe) -> Plan:
         """Raises UserError for a model that this recipe is not for."""
         source = resolve_model(recipe.model, recipe.revision)
-        source_config = checkpoint_folder.read_config(source)
-        if quantization := source_config.get("quantization_config"):
-            method = quantization.get("quant_method", "method unnamed")
-            raise UserError(f"{source} is quantized already ({method}): give the model that it was made from")
         config = ModelConfig.from_path(source)
+        if config.quantization:
+            method = config.quantization.get("quant_method", "method unnamed")
+            raise UserError(f"{source} is quantized already ({method}): give the model that it was made from")
         if (recipe.seq_len or 0) > config.max_model_len:
             raise UserError(f"--seq-len {recipe.seq_len:,} is longer than this model's {config.max_model_len:,} tokens")
         listed = list_tensors(source, config)
@@ -101,6 +100,7 @@ class Plan:
         for name, shape in shapes.items():
             stored.check(name, shape)
         num_kept = listed.num_numbers - sum(map(prod, shapes.values()))
+        source_config = checkpoint_folder.read_config(source)
         return cls(recipe, source, source_config, config, shapes, num_kept, scheme, stored)
 
     @property

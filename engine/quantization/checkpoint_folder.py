@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError
 from engine.files import whole_file, write_json
 from engine.gguf import GGUFFile
+from engine.model_config import load_json
 from engine.quantization.formats import Format
 from engine.tokenizer_conversion import converted_tokenizer
 
@@ -24,11 +23,7 @@ def read_config(source: Path) -> dict[str, Any]:
     """The config.json of a model's folder, or what it would be for a GGUF file. Raises UserError."""
     if source.suffix == ".gguf":
         return GGUFFile(source).hugging_face_config()
-    file = source / "config.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}): download the model again") from error
+    return load_json(source / "config.json")
 
 
 def fill(folder: Path, source: Path, config: dict[str, Any], written: Format) -> None:
@@ -83,7 +78,7 @@ def _companions(source: Path) -> Iterator[Path]:
 def _generation_config(source: Path, config: dict[str, Any]) -> dict[str, Any]:
     """What lies beside a GGUF file, and the tokens that begin and end a text."""
     file = source.parent / "generation_config.json"
-    beside = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    beside = load_json(file) if file.is_file() else {}
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
     return tokens | beside
 

@@ -127,16 +127,15 @@ class Recipe:
 
     def scheme(self, shapes: dict[str, tuple[int, int]]) -> Scheme:
         """The grid of all quantized layers, whose shapes [out, in] these are, by name. Raises UserError."""
+        from engine.quantization.at_load import SCHEMES
         from engine.quantization.weight import ALL, Scheme
 
-        if self.int8:
-            return Scheme("int", 8, (1, ALL), rounds_inputs=True)
         if self.block is not None:
             sides = {length for shape in shapes.values() for length in shape}
             _check_divides("--block", self.block, sides, [size for size in (128, 64, 32) if _divides(size, sides)])
             return Scheme("float", 8, (self.block, self.block), rounds_inputs=True)
-        if self.fp8:
-            return Scheme("float", 8, (1, ALL), rounds_inputs=True)
+        if not self.int4:
+            return SCHEMES[self.kind]
         inputs = {in_features for _, in_features in shapes.values()}
         fitting = [size for size in GROUP_SIZES if _divides(size, inputs)]
         if self.group_size is None and not fitting:

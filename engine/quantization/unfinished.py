@@ -93,9 +93,8 @@ class Unfinished:
         """What goes into the part that is next, if it was kept."""
         if not self._hidden(self.num_finished - 1).is_file():
             return None
-        return load_file(self._hidden(self.num_finished - 1))["hidden"].to(
-            device, copy=True
-        )  # as aligned as a tensor of its own
+        found = load_file(self._hidden(self.num_finished - 1))["hidden"]
+        return found.to(device, copy=True)  # as aligned as a tensor of its own
 
     def report(self) -> dict[str, float]:
         """What was reported of all parts, in their order."""

@@ -31,10 +31,7 @@ constexpr int kHeadDim = HEAD_DIM;
 constexpr int kGroup = GROUP;
 constexpr int kWarps = WARPS;
 constexpr int kStages = STAGES;
-#ifndef COPY_WARPS
-#define COPY_WARPS 4
-#endif
-constexpr int kCopyWarps = COPY_WARPS;
+constexpr int kCopyWarps = 4;
 constexpr int kThreads = (kWarps + kCopyWarps) * 32;
 constexpr int kTiles = ceil_div(kGroup, 8);  // a tensor core takes 8 query heads
 
@@ -51,10 +48,7 @@ constexpr int kRowBytes = kHeadDim * sizeof(Cached);
 constexpr int kOutStride = kHeadDim + 4;
 
 constexpr int kShortList = 3 * kWarps;  // KV blocks: such lists stay whole
-#ifndef TOL
-#define TOL 6
-#endif
-constexpr int kTolerance = TOL;           // KV blocks: a cut takes as long
+constexpr int kTolerance = 6;           // KV blocks: a cut takes as long
 constexpr int kMaxGrid = 1024;
 #if __CUDA_ARCH__ >= 900
 constexpr int kCopyArrivals = 1;  // Hopper's copy engine copies for a whole warp

@@ -115,9 +115,6 @@ template <int kPending> __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Ask for the cache line of an address, into the L2 cache that all multiprocessors share.
-__device__ inline void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
-
 // A kernel may be launched while the one before it still runs (see launcher.py). It waits here until all that ran before it
 // has ended and can be read; until then it touches nothing but constants. Before Hopper, kernels start when it is so.
 __device__ inline void wait_for_inputs() {

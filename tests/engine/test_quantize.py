@@ -298,6 +298,15 @@ def test_a_quantized_model_is_not_quantized_again(tiny_checkpoint, tmp_path):
         made(once, tmp_path / "twice", fp8=True)
 
 
+def test_nor_is_one_that_says_so_beside_its_config_as_early_gptq_folders_do(tiny_checkpoint, tmp_path):
+    once = made(tiny_checkpoint("llama"), tmp_path / "once", int4=True, method="rtn", format="gptq")
+    config = json.loads((once / "config.json").read_text())
+    del config["quantization_config"]
+    (once / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is quantized already \(gptq\)"):
+        made(once, tmp_path / "twice", fp8=True)
+
+
 def test_layers_that_are_not_ours_are_refused(tiny_checkpoint, tmp_path):
     source = shutil.copytree(tiny_checkpoint("llama"), tmp_path / "source")
     tensors = load_file(source / "model.safetensors")

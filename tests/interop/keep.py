@@ -26,7 +26,7 @@ def main(run: Path) -> None:
     for name, library in LIBRARIES.items():
         for case in library.writes:
             folder = run / f"{name}0" / "theirs" / case
-            if not folder.with_suffix(".library").exists():
+            if not folder.with_suffix(".values").exists():
                 continue  # of a run with some libraries
             config = json.loads((folder / "config.json").read_text())["quantization_config"]
             config.pop("meta", None)  # how GPTQModel solved it
@@ -34,7 +34,7 @@ def main(run: Path) -> None:
             layer = next(name for name in LAYERS if quantized.scheme_of(name) is not None)
             stored = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
             tensors = {key: tensor for key, tensor in stored.items() if key.startswith(f"{layer}.")}
-            weight = load_file(folder.with_suffix(".library"))[f"{layer}.weight"]
+            weight = load_file(folder.with_suffix(".values"))[f"{layer}.weight"]
             tensors["dequantized"] = weight[:NUM_ROWS].contiguous()
             metadata = {
                 "layer": layer,

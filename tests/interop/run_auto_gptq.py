@@ -2,7 +2,7 @@
 
     python run_auto_gptq.py MODEL THEIRS OURS
 
-Writes THEIRS/<case> of the folder MODEL for each case, with THEIRS/<case>.library: the weights of its linear layers as
+Writes THEIRS/<case> of the folder MODEL for each case, with THEIRS/<case>.values: the weights of its linear layers as
 AutoGPTQ's layers multiply with them. Does the same for each folder OURS/<case>.
 """
 
@@ -66,7 +66,7 @@ def read(folder: Path) -> None:
         kinds = ("qweight", "qzeros", "scales", "g_idx")
         linear.load_state_dict({kind: stored[f"{name}.{kind}"] for kind in kinds})
         weights[f"{name}.weight"] = linear(torch.eye(in_features, dtype=dtype)).T.contiguous()
-    save_file(weights, folder.with_suffix(".library"))
+    save_file(weights, folder.with_suffix(".values"))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python run_autoawq.py MODEL THEIRS OURS
 
-Writes THEIRS/awq of the folder MODEL, with THEIRS/awq.library: the weights of its linear layers as AutoAWQ dequantizes
+Writes THEIRS/awq of the folder MODEL, with THEIRS/awq.values: the weights of its linear layers as AutoAWQ dequantizes
 them. Does the same for each folder OURS/<case>; AutoAWQ runs nothing on a CPU any more.
 """
 
@@ -46,7 +46,7 @@ def read(folder: Path) -> None:
     for name in (name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")):
         packed = [stored[f"{name}.{kind}"] for kind in ("qweight", "qzeros", "scales")]
         weights[f"{name}.weight"] = dequantize_gemm(*packed, 4, group).T.contiguous()
-    save_file(weights, folder.with_suffix(".library"))
+    save_file(weights, folder.with_suffix(".values"))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python run_gptqmodel.py MODEL THEIRS OURS
 
-Writes THEIRS/<case> of the folder MODEL for each case, with THEIRS/<case>.library: the weights of its linear layers as
-GPTQModel dequantizes them. Reads each folder OURS/<case> and writes OURS/<case>.library: its weights and its logits, in
+Writes THEIRS/<case> of the folder MODEL for each case, with THEIRS/<case>.values: the weights of its linear layers as
+GPTQModel dequantizes them. Reads each folder OURS/<case> and writes OURS/<case>.values: its weights and its logits, in
 GPTQModel and in transformers.
 """
 
@@ -74,7 +74,7 @@ def read(folder: Path, in_transformers: bool = False) -> None:
         if in_transformers:
             model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", dtype=dtype)
             tensors["transformers.logits"] = model(ids).logits
-    save_file(tensors, folder.with_suffix(".library"))
+    save_file(tensors, folder.with_suffix(".values"))
 
 
 if __name__ == "__main__":

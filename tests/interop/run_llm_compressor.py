@@ -2,8 +2,8 @@
 
     python run_llm_compressor.py MODEL THEIRS OURS
 
-Writes THEIRS/<case> of the folder MODEL for each case, with THEIRS/<case>.library: the weights of its linear layers as
-transformers dequantizes them. Reads each folder OURS/<case> and writes OURS/<case>.library: its weights and its logits.
+Writes THEIRS/<case> of the folder MODEL for each case, with THEIRS/<case>.values: the weights of its linear layers as
+transformers dequantizes them. Reads each folder OURS/<case> and writes OURS/<case>.values: its weights and its logits.
 """
 
 import json
@@ -87,7 +87,7 @@ def read(folder: Path, runs: bool = False) -> None:
         with torch.inference_mode():
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
             tensors["logits"] = model(torch.arange(3, 35)[None]).logits
-    save_file(tensors, folder.with_suffix(".library"))
+    save_file(tensors, folder.with_suffix(".values"))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def exchange(tmp_path_factory, tiny_checkpoint) -> Exchange:
 
 def made_of(folder: Path, name: str) -> dict[str, Tensor]:
     """What a library made of a checkpoint."""
-    file = folder.with_suffix(".library")
+    file = folder.with_suffix(".values")
     log = folder.parent.parent / "log"
     said = log.read_text().splitlines()[-30:] if log.exists() else ["it was not run"]
     assert file.exists(), f"{name} made nothing of {folder.name}:\n" + "\n".join(said)
