@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -32,8 +32,9 @@ MAX_SETS = 64
 REPLAYS = 9
 HIDDEN, INNER, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 4096, 14336, 32, 8, 128, 128_256
 QKV = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
-DECODES = ((1, 4096), (64, 640), (64, 4096), (256, 640))  # requests, context
-PREFILLS = ((1, 512, 512), (1, 8192, 8192), (8, 32, 2048))  # requests, tokens of each, context
+MIXED = [*range(100, 2000, 13), *[1] * 13]  # of 147 requests, and the rows that fill up a graph for 160
+DECODES = ([4096], [640] * 64, [4096] * 64, [640] * 256, MIXED)  # contexts
+PREFILLS = ((512, [512]), (8192, [8192]), (32, [2048] * 8), (16, [8192]))  # tokens of each request, contexts
 SAMPLERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("temperature", {}),
     ("top-p", {"top_p": 0.9}),
@@ -181,10 +182,10 @@ def cases() -> Iterator[Case]:
         yield _logits_case(num_tokens)
     for num_tokens in (64, 8192):
         yield from _row_cases(num_tokens)
-    for num_requests, context in DECODES:
-        yield _attention_case("decode", num_requests, 1, context)
-    for num_requests, length, context in PREFILLS:
-        yield _attention_case("prefill", num_requests, length, context)
+    for contexts in DECODES:
+        yield _attention_case("decode", 1, contexts)
+    for length, contexts in PREFILLS:
+        yield _attention_case("prefill", length, contexts)
     for num_rows in (1, 64, 256):
         yield _best_case(num_rows)
         for name, params in SAMPLERS:
@@ -254,39 +255,43 @@ def _logits_case(num_tokens: int) -> Case:
     return Case("logits", f"{num_tokens} x {HIDDEN} to {VOCAB}", read, written, 2.0 * num_tokens * HIDDEN * VOCAB, make)
 
 
-def _attention_case(op: str, num_requests: int, length: int, context: int) -> Case:
-    """Requests of equal length: the last `length` tokens of `context` each."""
-    num_pairs = num_requests * sum(range(context - length + 1, context + 1))
-    passed = 2.0 * num_requests * length * NUM_HEADS * HEAD_DIM  # bytes of queries, and of results
-    keys_and_values = 4.0 * num_requests * context * NUM_KV_HEADS * HEAD_DIM
+def _attention_case(op: str, length: int, contexts: Sequence[int]) -> Case:
+    """The last `length` tokens of requests with these contexts."""
+    num_pairs = sum(sum(range(context - length + 1, context + 1)) for context in contexts)
+    passed = 2.0 * len(contexts) * length * NUM_HEADS * HEAD_DIM  # bytes of queries, and of results
+    keys_and_values = 4.0 * sum(contexts) * NUM_KV_HEADS * HEAD_DIM
     flops = 4.0 * num_pairs * NUM_HEADS * HEAD_DIM
-    make = partial(_attention, num_requests, length, context)
-    return Case(op, f"{num_requests} x {length} of {context}", passed + keys_and_values, passed, flops, make)
+    shortest, longest = min(contexts), max(contexts)
+    context = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    shape = f"{len(contexts)} x {length} of {context}"
+    return Case(op, shape, passed + keys_and_values, passed, flops, partial(_attention, length, contexts))
 
 
-def _attention(num_requests: int, length: int, context: int) -> tuple[Call, Call | None]:
-    num_tokens, num_blocks = num_requests * length, context // BLOCK_SIZE
+def _attention(length: int, contexts: Sequence[int]) -> tuple[Call, Call | None]:
+    num_requests, num_tokens = len(contexts), len(contexts) * length
+    num_blocks = [-(-context // BLOCK_SIZE) for context in contexts]
     q = _random(num_tokens, NUM_HEADS, HEAD_DIM)
-    k_cache, v_cache = _caches(num_requests * num_blocks)
+    k_cache, v_cache = _caches(sum(num_blocks))
+    blocks = torch.randperm(sum(num_blocks), device="cuda").int().split(num_blocks)
     unused = torch.zeros(num_tokens, dtype=torch.int32, device="cuda")
     batch = ForwardBatch(
         token_ids=unused,
         positions=unused,
         slot_mapping=unused,
         query_start=torch.arange(0, num_tokens + 1, length, dtype=torch.int32, device="cuda"),
-        context_lens=torch.full((num_requests,), context, dtype=torch.int32, device="cuda"),
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device="cuda"),
         rows=torch.arange(num_requests, dtype=torch.int32, device="cuda"),
-        block_table=torch.randperm(num_requests * num_blocks, device="cuda").int().view(num_requests, num_blocks),
+        block_table=torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True),
         num_decodes=num_requests if length == 1 else 0,
         max_query_len=length,
-        max_context_len=context,
+        max_context_len=max(contexts),
     )
     ours = partial(cuda.paged_attention, q, k_cache, v_cache, batch, HEAD_DIM**-0.5, 0, 0.0)
-    if length < context:
+    if any(context != length for context in contexts):
         return ours, None
     # PyTorch's own gets its keys and values contiguous: it knows no blocks.
     heads = q.view(num_requests, length, NUM_HEADS, HEAD_DIM).transpose(1, 2)
-    k, v = (cache.view(num_requests, num_blocks, *cache.shape[1:]) for cache in (k_cache, v_cache))
+    k, v = (cache.view(num_requests, -1, *cache.shape[1:]) for cache in (k_cache, v_cache))
     k, v = (each.transpose(1, 2).flatten(2, 3).contiguous() for each in (k, v))
     return ours, lambda: F.scaled_dot_product_attention(heads, k, v, is_causal=True, enable_gqa=True)
 

@@ -49,7 +49,9 @@ constexpr int kOutStride = kHeadDim + 4;
 
 constexpr int kShortList = 3 * kWarps;  // KV blocks: such lists stay whole
 constexpr int kTolerance = 6;           // KV blocks: a cut takes as long
+constexpr int kLeast = 12;              // KV blocks: a shorter list takes as long, for its end does (on an H200, 1.9 us)
 constexpr int kMaxGrid = 1024;
+static_assert(kLeast <= kShortList, "what is not as long as its blocks stays whole");
 #if __CUDA_ARCH__ >= 900
 constexpr int kCopyArrivals = 1;  // Hopper's copy engine copies for a whole warp
 #else
@@ -72,7 +74,9 @@ __device__ int finished_pieces[kMaxGrid][kWarps];
 
 // The plan.
 
-struct List {  // of the blocks that a token and KV head see, [begin, end) in the row of all lists
+// Of the KV blocks that a token and KV head see. It lies at [begin, end) in the row of all lists, where a short list takes
+// more than its blocks: shares are of time.
+struct List {
   int token, row, index, context, begin, end;  // index: among the lists of the token
 
   __device__ int length() const { return end - begin; }
@@ -89,6 +93,7 @@ struct Batch {
   __device__ int num_blocks(int context) const {
     return max(1, ceil_div(context, kBlockSize) - first_key(context) / kBlockSize);
   }
+  __device__ int list_length(int context) const { return max(num_blocks(context), kLeast); }
   __device__ int kv_head(const List& list) const { return list.index / shares_of_kv(); }
   // The query heads of a list.
   __device__ i64 first_head(const List& list) const {
@@ -100,12 +105,12 @@ struct Batch {
   }
 };
 
-// The even share of a block of threads in all lists, in KV blocks.
+// The even share of a block of threads in all lists.
 __device__ inline int even_share(const Batch& batch) {
   int total = 0;
   for (int token = threadIdx.x % 32; token < batch.num_tokens; token += 32) {
     prefetch(&batch.rows[token]);
-    total += batch.num_blocks(batch.context_lens[token]);
+    total += batch.list_length(batch.context_lens[token]);
   }
   total = __reduce_add_sync(kAllLanes, total) * batch.lists_of_token();
   return max(ceil_div(total, static_cast<int>(gridDim.x)), kWarps);
@@ -118,7 +123,7 @@ __device__ inline List find_list(const Batch& batch, int place) {
   for (int first = 0; first < batch.num_tokens; first += 32) {
     const bool exists = first + lane < batch.num_tokens;
     const int context = exists ? batch.context_lens[first + lane] : 0, row = exists ? batch.rows[first + lane] : 0;
-    const int own = exists ? batch.num_blocks(context) * num_lists : 0;
+    const int own = exists ? batch.list_length(context) * num_lists : 0;
     int up_to_own = own;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
@@ -144,7 +149,7 @@ __device__ inline List list_after(const Batch& batch, const List& list) {
   const int token = list.token + 1;
   if (token == batch.num_tokens) return {token, 0, 0, 0, list.end, list.end};
   const int context = batch.context_lens[token];
-  return {token, batch.rows[token], 0, context, list.end, list.end + batch.num_blocks(context)};
+  return {token, batch.rows[token], 0, context, list.end, list.end + batch.list_length(context)};
 }
 
 // A share may end so far before or after its even end, if that is where a list begins or ends.
@@ -191,7 +196,7 @@ struct Share {  // the pieces of a block of threads
     const int last = place < list.end ? cut_of(list, place) : list.end;
     if (list.token == batch.num_tokens || last <= first) return false;
     piece.first = first - list.begin;
-    piece.last = last - list.begin;
+    piece.last = min(last - list.begin, batch.num_blocks(list.context));
     // As cut_of: the even ends that lie in the list, far enough from its own.
     const int most = tolerance(list);
     const int first_cut = (list.begin + most) / share + 1, last_cut = (list.end - most - 1) / share;
@@ -242,7 +247,7 @@ __device__ inline void copy_blocks(Shared& shared, const Batch& batch, const Cac
       const i64 source = __shfl_sync(kAllLanes, ids, turn % 32) * (batch.num_kv_heads * kBlockNumbers) + head_offset;
       Stage& stage = shared.stages[ring.stage];
       Barrier& came = shared.came[ring.stage];
-      if (!has_waited && piece.first + ahead == piece.list.length() - 1) {
+      if (!has_waited && piece.first + ahead == batch.num_blocks(context) - 1) {
         has_waited = true;
         wait_for_inputs();
       }
@@ -645,12 +650,10 @@ __device__ inline void compute_blocks(Shared& shared, Scalar* out, const Scalar*
     if (exists) load_queries(query, q, batch, share.piece.list);  // which come while the warps meet
     barrier_wait(shared.outs_left, outs_parity ^ 1);
     publish(shared, state);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.outs_came);
+    barrier_arrive(shared.outs_came);
     barrier_wait(shared.outs_came, outs_parity);
     finish_piece(shared, out + batch.first_head(piece.list) * kHeadDim, parts, piece, batch.num_heads_of(piece.list) * kHeadDim);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.outs_left);
+    barrier_arrive(shared.outs_left);
     outs_parity ^= 1;
   }
 }
@@ -668,8 +671,8 @@ decode(Scalar* out, float* part_outs, float* part_weights, const Scalar* q, cons
     barrier_init(shared.left[i], 1);
   }
   if (threadIdx.x == 0) {
-    barrier_init(shared.outs_came, kWarps);
-    barrier_init(shared.outs_left, kWarps);
+    barrier_init(shared.outs_came, kWarps * 32);
+    barrier_init(shared.outs_left, kWarps * 32);
   }
   barrier_init_fence();
   __syncthreads();

@@ -147,6 +147,7 @@ def test_decodes_of_ragged_lengths(monkeypatch, arch, dtype, kv_dtype, heads, he
     [
         [7000],  # one list for all blocks of threads
         [2900, 1, 1, 3000, 1, 400, 400],  # lists that are cut beside lists that are not
+        [700, 900, *[1] * 60],  # lists of few blocks, which count for more
         [*range(1, 160, 4)],  # many lists in a share, of more tokens than a warp has lanes
         [0, 30, 0, 0, 500, 0],  # requests that are padding
     ],
