@@ -195,6 +195,29 @@ GOALS: dict[str, dict[str, Goal]] = {
         "process start to first answer, again": Goal(None, 4.0),
         **_EVERY_MODEL,
     },
+    # The peer's better one of Machete and Marlin.
+    "llama-3.1-8b-gptq-int4": {
+        "decode step, batch 1": Goal(3.30, 1.5),
+        "decode step, batch 8": Goal(),
+        "decode step, batch 32": Goal(),
+        "decode step, batch 64": Goal(6.5, 3.6),
+        "decode step, batch 128": Goal(),
+        "decode step, batch 256": Goal(13.5, 11.0),
+        "prompt of 8,192 tokens": Goal(232.0, 210.0),
+        "512 x (1,024/128)": Goal(17.4, 15.0),
+        IDLE.name: Goal(),
+    },
+    "llama-3.1-8b-fp8": {
+        "decode step, batch 1": Goal(3.47, 2.2),
+        "decode step, batch 8": Goal(),
+        "decode step, batch 32": Goal(),
+        "decode step, batch 64": Goal(5.11, 3.5),
+        "decode step, batch 128": Goal(),
+        "decode step, batch 256": Goal(11.1, 8.3),
+        "prompt of 8,192 tokens": Goal(152.0, 120.0),
+        "512 x (1,024/128)": Goal(11.5, 9.7),
+        IDLE.name: Goal(),
+    },
 }
 
 

@@ -123,7 +123,9 @@ class ModelBench:
 
     @property
     def name(self) -> str:
-        return Path(self.engine.model).name
+        """The folder's, and how its weights are rounded when they load."""
+        name, scheme = Path(self.engine.model).name, self.engine.quantization
+        return name if scheme == "auto" else f"{name}-{scheme}"
 
     @property
     def goals(self) -> dict[str, Goal]:
@@ -233,7 +235,8 @@ class ModelBench:
             return
         model = ModelConfig.from_path(Path(self.engine.model))
         floor = self._floor(model.dtype)
-        arguments = [self.engine.model, "--load-format", "dummy", "--explain-startup", *self.server_arguments]
+        arguments = [self.engine.model, "--load-format", "dummy", "--quantization", self.engine.quantization]
+        arguments += ["--explain-startup", *self.server_arguments]
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "server.log"
             for figure in starts:
@@ -350,6 +353,8 @@ def default_output(gpu: str) -> Path:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.speed", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", help="folder with config.json and tokenizer")
+    schemes = ["auto", "fp8", "int8"]
+    parser.add_argument("--quantization", choices=schemes, default="auto", help="round weights when they load")
     parser.add_argument("--only", default="", metavar="PATTERN", help="only figures whose name holds this pattern")
     parser.add_argument("--no-parity", action="store_true", help="leave out the check of the tokens")
     parser.add_argument("--output", type=Path, help="default: bench/results/GPU-speed.json")
@@ -372,7 +377,8 @@ def main(arguments: list[str]) -> int:
     only = re.compile(options.only)
     benches: list[ModelBench] = []
     for path in options.models:
-        engine = EngineConfig(model=str(path.resolve()), load_format="dummy", skip_tokenizer_init=True)
+        engine = EngineConfig(str(path.resolve()), load_format="dummy", skip_tokenizer_init=True)
+        engine = replace(engine, quantization=options.quantization)
         benches.append(ModelBench(engine, results, only, None if benches else options.trace))
     # What most figures hang on comes first, should the run be cut off.
     parts: list[Callable[[], None]] = []

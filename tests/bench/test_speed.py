@@ -113,6 +113,14 @@ def test_a_model_nobody_has_goals_for_is_measured_all_the_same():
     assert set(goals.values()) == {Goal()}
 
 
+def test_weights_rounded_at_load_are_a_model_of_their_own(tmp_path: Path):
+    results = Results(tmp_path / "h200-quant.json", {"gpu": "NVIDIA H200"})
+    bench = ModelBench(EngineConfig(model="models/llama-3.1-8b", quantization="fp8"), results, re.compile("batch 64$"))
+
+    assert bench.name == "llama-3.1-8b-fp8"
+    assert bench.goals["decode step, batch 64"] == Goal(5.11, 3.5)
+
+
 def test_another_gpu_is_not_compared_with_figures_of_an_h200():
     goals = figures.goals_of("llama-3.1-8b", "NVIDIA H100 80GB HBM3")
 
@@ -167,7 +175,7 @@ def make_bench(path: Path, output: Path, only: str = "") -> ModelBench:
 def test_a_tiny_model_is_measured_on_an_engine(tiny_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tiny_checkpoint("llama", max_position_embeddings=2048)
     monkeypatch.setattr(figures, "DECODES", (Decode(4, 24, 6), Decode(2, 16, 3)))
-    monkeypatch.setattr(figures, "PROMPTS", (Prompt(64),))
+    monkeypatch.setattr(figures, "PROMPTS", (Prompt(1024),))
     monkeypatch.setattr(
         figures,
         "RUNS",
@@ -181,8 +189,8 @@ def test_a_tiny_model_is_measured_on_an_engine(tiny_checkpoint, tmp_path: Path, 
     assert [row["figure"] for row in rows] == [
         "decode step, batch 4",
         "decode step, batch 2",
-        "prompt of 64 tokens",
-        "prompt of 64 tokens again",
+        "prompt of 1,024 tokens",
+        "prompt of 1,024 tokens again",
         few.title,
     ]
     assert all(row["value"] > 0 and row["dtype"] == "float32" and row["met"] is None for row in rows)
