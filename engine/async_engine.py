@@ -47,6 +47,7 @@ class AsyncEngine:
         self.tokenizer: Tokenizer | None = None
         self.error: str | None = None  # why the engine is dead
         self.stats = messages.EngineStats()
+        self.detokenize_s = 0.0  # the time it has taken to make text and deltas of tokens, on the link's thread
         self.on_step: list[Callable[[messages.EngineStats], None]] = []  # called after each step, on the link's thread
         self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
         self._link = link
@@ -169,7 +170,9 @@ class AsyncEngine:
         controls: list[messages.FromEngine] = []
         for message in received:
             if isinstance(message, messages.StepOutput):
+                start = time.perf_counter()
                 self._take(message.outputs, deltas)
+                self.detokenize_s += time.perf_counter() - start
                 if message.stats.num_steps > self.stats.num_steps:
                     for callback in self.on_step:
                         callback(message.stats)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 
+from engine.batch import ScheduledBatch
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.messages import AddRequest, EngineStats, Ready, TokenOutput
 from engine.model_runner import StepResult
@@ -15,6 +16,8 @@ class EngineCore:
 
     def __init__(self, config: EngineConfig, on_progress: OnProgress = lambda stage, fraction: None) -> None:
         self.worker = worker = Worker(config, on_progress)
+        self.clock = worker.clock
+        self.batch = ScheduledBatch([], [])  # of the step launched last
         self.scheduler = Scheduler(
             num_blocks=worker.num_blocks,
             block_size=BLOCK_SIZE,
@@ -26,6 +29,7 @@ class EngineCore:
             policy=config.scheduling_policy,
             eos_token_ids=worker.model_config.eos_token_ids,
         )
+        self.scheduler.stats.stage_seconds = self.clock.seconds
         self.ready = Ready(
             max_model_len=worker.max_model_len,
             num_blocks=worker.num_blocks,
@@ -59,9 +63,14 @@ class EngineCore:
 
     def step(self) -> list[TokenOutput]:
         """Launch a step, then take in the oldest one in flight once there are enough of them."""
+        self.clock.enter("schedule")
         batch = self.scheduler.schedule()
         if batch.requests:
+            self.batch = batch
             self._in_flight.append(self.worker.run(batch))
         if not self._in_flight or (batch.requests and len(self._in_flight) < self.max_in_flight):
             return []
-        return self.scheduler.update(*self._in_flight.popleft().wait())
+        self.clock.enter("wait")
+        drawn = self._in_flight.popleft().wait()
+        self.clock.enter("update")
+        return self.scheduler.update(*drawn)

@@ -102,6 +102,8 @@ class EngineStats(msgspec.Struct, array_like=True):
     prefix_cache_queries: int = 0  # tokens looked up
     prefix_cache_hits: int = 0  # tokens found
     batch_tokens: int = 0  # of the last step
+    stage_seconds: dict[str, float] = {}  # by stage of step_clock.py, since the engine's start
+    time: float = 0.0  # time.monotonic() of all this
 
 
 class StepOutput(Message):

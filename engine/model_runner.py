@@ -20,6 +20,7 @@ from engine.messages import TokenLogprob
 from engine.models import Model
 from engine.ops import sampling_line
 from engine.sampler import Logprobs, SamplingRow
+from engine.step_clock import StepClock
 
 MAX_GRAPH_CONTEXT = 16_384  # of a decode in a mixed graph: there its context is not split over multiprocessors
 
@@ -70,11 +71,18 @@ class ModelRunner:
     """Owns the tables of the running requests and runs the model over batches of them."""
 
     def __init__(
-        self, model: Model, device: torch.device, max_num_seqs: int, max_model_len: int, padding_block: int
+        self,
+        model: Model,
+        device: torch.device,
+        max_num_seqs: int,
+        max_model_len: int,
+        padding_block: int,
+        clock: StepClock,
     ) -> None:
         """padding_block: a block of the cache that no request owns, for the rows that fill up a graph."""
         self.model = model
         self.device = device
+        self.clock = clock
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.max_blocks = -(-max_model_len // BLOCK_SIZE)
@@ -114,6 +122,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step. Later steps may be launched before its result is waited for."""
+        self.clock.enter("prepare")
         for new in batch.new_rows:
             self._set_row(new)
         requests = batch.requests
@@ -130,7 +139,9 @@ class ModelRunner:
             return self._decode(self._upload(self._decode_inputs(requests, len(requests))), len(requests))
         size = self.decode_graphs.fit(len(requests))
         assert size is not None, len(requests)
-        logits, best = self.decode_graphs.run(self._decode_inputs(requests, size), size)
+        inputs = self._decode_inputs(requests, size)
+        self.clock.enter("forward")
+        logits, best = self.decode_graphs.run(inputs, size)
         return logits[: len(requests)], best[: len(requests)]
 
     def _run_mixed(self, batch: ScheduledBatch, num_sampled: int) -> tuple[Tensor, dict[int, list[Logprobs]]]:
@@ -146,6 +157,7 @@ class ModelRunner:
         if self.mixed_graphs is None or size is None or longest_decode > MAX_GRAPH_CONTEXT:
             return self._forward_mixed(*self._exact_inputs(requests, num_sampled)), {}
         inputs = self._mixed_inputs(requests, size, self._max_num_requests(size))
+        self.clock.enter("forward")
         return self.mixed_graphs.run(inputs, size)[:num_sampled], {}
 
     def _asks_prompts(self, batch: ScheduledBatch) -> bool:
@@ -177,6 +189,7 @@ class ModelRunner:
 
         Made of device work alone, on tensors whose shapes depend on R only: it can be captured.
         """
+        self.clock.enter("forward")
         positions, token_index, table_index, new_blocks, contexts, rows = inputs.unbind(0)
         forward_batch = ForwardBatch(
             token_ids=self.token_ids.view(-1).index_select(0, token_index),
@@ -247,6 +260,7 @@ class ModelRunner:
         max_context_len: int,
     ) -> Tensor:
         """Hidden states of the tokens that draw, [num_wanted, hidden_size]; None: of all tokens. Can be captured."""
+        self.clock.enter("forward")
         sizes = [num_tokens] * 4 + [num_requests + 1] + [num_requests] * 3
         positions, token_index, table_index, new_blocks, query_start, contexts, rows, wanted = inputs.split(sizes)
         return self.model.forward(
@@ -292,6 +306,7 @@ class ModelRunner:
 
         best [S]: the most likely tokens, if they are known and lie in their rows already.
         """
+        self.clock.enter("sample")
         rows = [self.rows[request.row].sampling for request in sampled]
         num_top = [row.params.logprobs for row in rows]
         wants_logprobs = any(num is not None for num in num_top)

@@ -65,10 +65,13 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
     while True:
         changed = False
         while not core.has_work or socket.poll(0):
+            if not core.has_work:
+                core.clock.enter("idle")
             if not socket.poll(IDLE_POLL_MS):
                 if os.getppid() != parent:
                     sys.exit("vcli: engine: the API process is gone")
                 continue
+            core.clock.enter("receive")
             message = messages.decode_to_engine(socket.recv())
             changed = True
             if isinstance(message, messages.AddRequest):
@@ -80,7 +83,9 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
                 return
         num_steps = core.stats.num_steps
         outputs = core.step() if core.has_work else []
+        core.clock.enter("send")
         if outputs or changed or core.stats.num_steps > num_steps:
+            core.stats.time = time.monotonic()
             socket.send(messages.encode(messages.StepOutput(outputs, core.stats)))
 
 

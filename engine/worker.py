@@ -16,6 +16,7 @@ from engine.model_runner import ModelRunner, StepResult
 from engine.models import build_model
 from engine.quantization.at_load import find_format
 from engine.sampling_params import SamplingParams
+from engine.step_clock import StepClock
 
 LONGEST_PAUSE_S = 0.045  # between two tokens of a stream, where prompts are computed beside many; the half beside few
 
@@ -26,6 +27,7 @@ class Worker:
     """Loads a model onto its device, measures how many blocks fit, and runs batches."""
 
     def __init__(self, config: EngineConfig, on_progress: OnProgress) -> None:
+        self.clock = StepClock()
         on_progress("finding the model", 0.0)
         path = resolve_model(config.model, config.revision)
         self.model_config = ModelConfig.from_path(path)
@@ -76,7 +78,9 @@ class Worker:
             self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, largest_batch_bytes)
             self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
             kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
-            self.runner = ModelRunner(self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks)
+            self.runner = ModelRunner(
+                self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks, self.clock
+            )
         if self.device.type == "cuda" and not config.enforce_eager:
             on_progress("capturing CUDA graphs", 0.0)
             tokens_per_s = self.runner.capture_graphs(self.max_num_batched_tokens)
@@ -101,7 +105,7 @@ class Worker:
             blocks = list(range(row * blocks_each, (row + 1) * blocks_each))
             batch.new_rows.append(NewRow(row, params, [0] * length, length, blocks, []))
             batch.requests.append(ScheduledRequest(row, 0, length, True, []))
-        runner = ModelRunner(self.model, self.device, num_requests, length + 1, num_blocks - 1)
+        runner = ModelRunner(self.model, self.device, num_requests, length + 1, num_blocks - 1, self.clock)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # loading had a peak of its own, and so had engines before this one
         runner.run(batch).wait()

@@ -68,7 +68,7 @@ class Lifetime:
         self.plan = plan
         self.engine = AsyncEngine(plan.engine, link=plan.link, timeline=plan.timeline)
         admission = Admission(plan.server.max_queue)
-        metrics = Metrics(plan.model_name, lambda: self.engine.stats, lambda: admission.rejections)
+        metrics = Metrics(plan.model_name, self.engine, lambda: admission.rejections)
         self.engine.on_step.append(metrics.on_step)
         self.engine.on_finish.append(metrics.on_finish)
         self.service = Service(

@@ -12,6 +12,7 @@ import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from engine.async_engine import AsyncEngine
 from engine.messages import EngineStats
 from engine.outputs import OutputDelta, RequestTimings
 
@@ -26,11 +27,9 @@ BUCKETS_TOKENS = tuple(2**power for power in range(15))
 class Metrics:
     """Owns the registry of one server."""
 
-    def __init__(
-        self, model_name: str, engine_stats: Callable[[], EngineStats], rejections: Callable[[], Counter[str]]
-    ) -> None:
+    def __init__(self, model_name: str, engine: AsyncEngine, rejections: Callable[[], Counter[str]]) -> None:
         self.registry = prometheus.CollectorRegistry()
-        self.registry.register(_StateCollector(model_name, engine_stats, rejections))
+        self.registry.register(_StateCollector(model_name, engine, rejections))
         prometheus.ProcessCollector(registry=self.registry)
 
         def histogram(name: str, what: str, buckets: Sequence[float] = BUCKETS_S) -> prometheus.Histogram:
@@ -104,15 +103,13 @@ class Meter:
 class _StateCollector(Collector):
     """Gauges and counters that others keep, read when Prometheus asks."""
 
-    def __init__(
-        self, model_name: str, engine_stats: Callable[[], EngineStats], rejections: Callable[[], Counter[str]]
-    ) -> None:
+    def __init__(self, model_name: str, engine: AsyncEngine, rejections: Callable[[], Counter[str]]) -> None:
         self._model_name = model_name
-        self._engine_stats = engine_stats
+        self._engine = engine
         self._rejections = rejections
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        stats = self._engine_stats()
+        stats = self._engine.stats
         waste = 1 - stats.num_slots_used / stats.num_slots_allocated if stats.num_slots_allocated else 0.0
         usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
         yield self._gauge("num_requests_running", "Sequences in the running batch.", stats.num_running)
@@ -130,6 +127,21 @@ class _StateCollector(Collector):
         for reason, count in self._rejections().items():
             rejections.add_metric([self._model_name, reason], count)
         yield rejections
+        yield self._stages(stats)
+        seconds = self._engine.detokenize_s
+        yield self._counter("detokenize_seconds", "The API process making text of tokens, beside the engine.", seconds)
+
+    def _stages(self, stats: EngineStats) -> CounterMetricFamily:
+        family = CounterMetricFamily(
+            "vcli:engine_stage_seconds",
+            "Where the engine's thread spends its time; all stages add up to the wall clock.",
+            labels=["model_name", "stage"],
+        )
+        # An engine with nothing to do sends nothing.
+        idle_s = 0.0 if stats.num_running or stats.num_waiting or not stats.time else time.monotonic() - stats.time
+        for stage, seconds in stats.stage_seconds.items():
+            family.add_metric([self._model_name, stage], seconds + (max(idle_s, 0.0) if stage == "idle" else 0.0))
+        return family
 
     def _gauge(self, name: str, what: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"vcli:{name}", what, labels=["model_name"])

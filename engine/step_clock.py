@@ -1,0 +1,35 @@
+"""Where the engine's thread spends its time: always in one stage, from its first moment on, without gaps.
+
+Cheap enough to be always on: a step enters about ten stages, at a fraction of a microsecond each.
+"""
+
+import time
+
+STAGES = {
+    "idle": "no request is there",
+    "receive": "messages with new requests come in",
+    "schedule": "which requests get how many tokens",
+    "prepare": "the batch becomes arrays, on their way to the device",
+    "forward": "the model: on a GPU its launch, on a CPU its computation",
+    "sample": "tokens are drawn: on a GPU the launch of it",
+    "wait": "for the device, which is what a GPU's host should do most",
+    "update": "drawn tokens are taken in: ends, blocks, messages",
+    "send": "messages with tokens go out",
+}
+
+
+class StepClock:
+    """Seconds by stage. `spans`, once it is a list, gets every stage that ends, with its time.perf_counter()s."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.spans: list[tuple[str, float, float]] | None = None
+        self._stage, self._since = "idle", time.perf_counter()
+
+    def enter(self, stage: str) -> None:
+        """End the stage that is under way, and begin another or the same."""
+        now = time.perf_counter()
+        self.seconds[self._stage] += now - self._since
+        if self.spans is not None:
+            self.spans.append((self._stage, self._since, now))
+        self._stage, self._since = stage, now
