@@ -47,7 +47,7 @@ constexpr int kValueSteps = kValuePieces * (kPieceDims / 2);  // each gives 2 nu
 constexpr int kRowBytes = kHeadDim * sizeof(Cached);
 constexpr int kOutStride = kHeadDim + 4;
 
-constexpr int kShortList = 3 * kWarps;  // KV blocks: such lists stay whole
+constexpr int kShortList = 5 * kWarps;  // KV blocks: such lists stay whole
 constexpr int kTolerance = 6;           // KV blocks: a cut takes as long
 constexpr int kLeast = 12;              // KV blocks: a shorter list takes as long, for its end does (on an H200, 1.9 us)
 constexpr int kMaxGrid = 1024;
