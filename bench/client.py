@@ -1,10 +1,5 @@
-"""The load client: streams completions from an OpenAI-compatible server and notes when each token arrived.
+"""The load client: streams completions from an OpenAI-compatible server and notes when each token arrived."""
 
-It watches itself too: a meter on the same event loop notes how late it wakes up, so that a run in which the client was
-the bottleneck can be told from a slow server.
-"""
-
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -13,16 +8,12 @@ from typing import Any, Self
 
 import aiohttp
 import msgspec
-import numpy as np
 
 from bench.metrics import RequestRecord
 from bench.workloads import BenchRequest
 
 # Uvicorn drops idle connections after 5 s: leave them earlier, so that no request is sent into a closing one.
 KEEPALIVE_S = 2.0
-LAG_PERIOD_S = 0.01
-TIMER_RESOLUTION_S = 0.001  # event loops round their timers up to milliseconds: so much is no lag
-OnRecord = Callable[[RequestRecord], None]
 
 
 class _Delta(msgspec.Struct):
@@ -114,6 +105,8 @@ class LoadClient:
             "stream_options": {"include_usage": True},
             **self.extensions,
         }
+        if request.repeat and "cache_salt" in body:
+            body["cache_salt"] += f"-{request.repeat}"
         if request.messages is not None:
             return "/v1/chat/completions", {**body, "messages": request.messages}
         return "/v1/completions", {**body, "prompt": request.prompt}
@@ -173,71 +166,3 @@ def _error_message(body: Any) -> str:
             return str(body).strip()[:300]
     inner = body.get("error", body) if isinstance(body, dict) else body
     return str(inner.get("message", inner) if isinstance(inner, dict) else inner)[:300]
-
-
-async def closed_loop(client: LoadClient, requests: list[BenchRequest], concurrency: int, on_record: OnRecord) -> None:
-    """Keep `concurrency` requests under way until all are done."""
-    waiting = iter(requests)
-
-    async def user() -> None:
-        for request in waiting:
-            on_record(await client.send(request))
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(requests))):
-            group.create_task(user())
-
-
-async def open_loop(
-    client: LoadClient, requests: list[BenchRequest], rate: float, seed: int, lag: "LagMeter", on_record: OnRecord
-) -> None:
-    """Send requests at random moments (Poisson arrivals, `rate` a second; inf: all at once), whatever comes back."""
-    start = client.clock()
-
-    async def send(request: BenchRequest) -> None:
-        on_record(await client.send(request))
-
-    async with asyncio.TaskGroup() as group:
-        for request, offset in zip(requests, arrival_times(len(requests), rate, seed), strict=True):
-            await asyncio.sleep(max(0.0, start + offset - client.clock()))
-            if rate != float("inf"):
-                lag.note(client.clock() - (start + offset))
-            group.create_task(send(request))
-
-
-def arrival_times(num_requests: int, rate: float, seed: int) -> list[float]:
-    """Seconds from the start at which requests are sent."""
-    gaps = np.random.default_rng(seed).exponential(1.0, num_requests) / rate
-    return [float(offset) for offset in np.cumsum(gaps)]
-
-
-class LagMeter:
-    """How late this event loop wakes up. Runs from `async with` to its end."""
-
-    def __init__(self) -> None:
-        self.lags: list[float] = []
-        self.cpu_share = 0.0  # of one core, this process
-
-    def note(self, lag: float) -> None:
-        self.lags.append(max(0.0, lag - TIMER_RESOLUTION_S))
-
-    def percentile(self, percentile: float) -> float:
-        return float(np.percentile(self.lags, percentile)) if self.lags else 0.0
-
-    async def __aenter__(self) -> Self:
-        self._start = time.perf_counter(), time.process_time()
-        self._task = asyncio.create_task(self._watch())
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._task.cancel()
-        wall, cpu = self._start
-        self.cpu_share = (time.process_time() - cpu) / max(time.perf_counter() - wall, 1e-9)
-
-    async def _watch(self) -> None:
-        while True:
-            due = time.perf_counter() + LAG_PERIOD_S
-            await asyncio.sleep(LAG_PERIOD_S)
-            self.note(time.perf_counter() - due)

@@ -1,11 +1,13 @@
 """Every knob of a benchmark, once; the engine's own stand in engine/config.py."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 DEFAULT_CONCURRENCY = 64
 HELD_OUT_TEXT = Path(__file__).parent / "texts" / "persuasion.txt"
+OBJECTIVES = ("ttft", "tpot", "itl", "e2el")
 MIN_PROMPTS = 16
 PROMPTS_PER_CLIENT = 4
 
@@ -15,13 +17,26 @@ class BenchConfig:
     """What is sent, how, and where the result goes. The workload's seed is the engine's `seed`. Raises ValueError."""
 
     concurrency: Annotated[
-        int | None, "requests under way at any time (closed loop); default: 64. Offline: batch of the baseline"
+        tuple[int, ...] | None,
+        "requests under way at any time (closed loop); default: 64. Several, 1,16,64 or 1-64x4, are a sweep. Offline: "
+        "batch of the baseline",
     ] = None
     request_rate: Annotated[
-        float | None,
-        "send so many requests a second (Poisson), whatever comes back, instead of --concurrency; inf: all",
+        tuple[float, ...] | None,
+        "send so many requests a second, whatever comes back, instead of --concurrency; inf: all. Several: a sweep",
     ] = None
+    burstiness: Annotated[
+        float, "of --request-rate: 1 is Poisson, less sends in bursts, more is more regular, inf is at constant gaps"
+    ] = 1.0
     num_prompts: Annotated[int | None, "requests to measure; default: 4 for each concurrent one, at least 16"] = None
+    duration_s: Annotated[
+        float | None,
+        "measure so long, going through the requests again and again; ramp-up and ramp-down are left out",
+    ] = None
+    slo: Annotated[
+        dict[str, float] | None,
+        "objectives such as ttft=500ms,itl=30ms (also tpot, e2el): goodput counts the requests that meet them all",
+    ] = None
     dataset: Annotated[
         str, "`random` token ids, or a FILE: .jsonl lines with prompt or messages, ShareGPT .json, plain text lines"
     ] = "random"
@@ -41,13 +56,33 @@ class BenchConfig:
     json: Annotated[bool, "print the result as JSON instead of a table"] = False
 
     def __post_init__(self) -> None:
-        limits = (("concurrency", 1), ("num_prompts", 1), ("input_len", 1), ("output_len", 1))
-        for name, smallest in limits:
+        for name in ("num_prompts", "input_len", "output_len"):
             value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
-        if self.request_rate is not None and not self.request_rate > 0:
-            raise ValueError(f"--request-rate must be more than 0, got {self.request_rate:g}")
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for concurrency in self.concurrency or ():
+            if concurrency < 1:
+                raise ValueError(f"--concurrency must be at least 1, got {concurrency}")
+        for rate in self.request_rate or ():
+            if not rate > 0:
+                raise ValueError(f"--request-rate must be more than 0, got {rate:g}")
+        if not self.burstiness > 0:
+            raise ValueError(f"--burstiness must be more than 0, got {self.burstiness:g}")
+        if self.burstiness != 1 and self.request_rate is None:
+            raise ValueError("--burstiness needs --request-rate: a closed loop sends when it has an answer")
+        if self.duration_s is not None and not self.duration_s > 0:
+            raise ValueError(f"--duration must be more than 0, got {self.duration_s:g}")
+        if self.duration_s is not None and math.inf in (self.request_rate or ()):
+            raise ValueError("--duration and --request-rate inf exclude each other: there is no end to what is sent")
+        if unknown := set(self.slo or {}) - set(OBJECTIVES):
+            raise ValueError(f"--slo knows {', '.join(OBJECTIVES)}; got {', '.join(sorted(unknown))}")
+        if self.offline and (self.duration_s is not None or self.slo):
+            other = "--slo" if self.slo else "--duration"
+            raise ValueError(f"--offline and {other} exclude each other: there are no requests of a client to time")
+        if self.baseline != "none" and self.is_sweep:
+            raise ValueError("--baseline needs one --concurrency: it is compared with one run")
+        if self.offline and self.is_sweep:
+            raise ValueError("--offline needs one --concurrency: all prompts are there at once")
         if not 0 <= self.range_ratio < 1:
             raise ValueError(f"--range-ratio must be in [0, 1), got {self.range_ratio:g}")
         if self.request_rate is not None and (self.concurrency is not None or self.offline):
@@ -64,9 +99,19 @@ class BenchConfig:
             )
 
     @property
+    def is_sweep(self) -> bool:
+        return len(self.concurrency or self.request_rate or ()) > 1
+
+    def points(self) -> list["BenchConfig"]:
+        """One config for each run of a sweep."""
+        if self.concurrency is not None:
+            return [replace(self, concurrency=(each,)) for each in self.concurrency]
+        return [replace(self, request_rate=(rate,)) for rate in self.request_rate or ()] or [self]
+
+    @property
     def batch_size(self) -> int:
         """Requests under way at once: of a closed loop, and of the baseline."""
-        return self.concurrency or DEFAULT_CONCURRENCY
+        return (self.concurrency or (DEFAULT_CONCURRENCY,))[0]
 
     @property
     def num_requests(self) -> int:

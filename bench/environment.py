@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")  # nvidia-smi's names
 PACKAGES = ("torch", "transformers", "numpy", "aiohttp")
 
 
@@ -48,12 +49,13 @@ def command_line() -> str:
 
 
 def gpus() -> dict[str, Any]:
-    """{"gpu": name, "num_gpus": n, "driver": version}; gpu is None on a machine without one."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    """{"gpu": name, "num_gpus": n, "driver": version, "gpu_clocks": {...}}; gpu is None where there is none."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(['name', 'driver_version', *CLOCKS])}", "--format=csv,noheader"]
     lines = [line.split(", ") for line in _output(query).splitlines() if ", " in line]
     if not lines:
-        return {"gpu": None, "num_gpus": 0, "driver": None}
-    return {"gpu": lines[0][0], "num_gpus": len(lines), "driver": lines[0][1]}
+        return {"gpu": None, "num_gpus": 0, "driver": None, "gpu_clocks": None}
+    name, driver, *clocks = lines[0]
+    return {"gpu": name, "num_gpus": len(lines), "driver": driver, "gpu_clocks": dict(zip(CLOCKS, clocks, strict=True))}
 
 
 def cpu_name() -> str:

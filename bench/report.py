@@ -34,7 +34,9 @@ FIGURES = (
     ("total_output_tokens", "output tokens", ""),
     ("request_throughput", "request throughput", "req/s"),
     ("output_throughput", "output throughput", "tok/s"),
+    ("steady_output_throughput", "output throughput, steady", "tok/s"),
     ("total_token_throughput", "total throughput (input + output)", "tok/s"),
+    ("request_goodput", "goodput", "req/s"),
     ("prefill_throughput", "prefill throughput", "tok/s"),
     ("decode_throughput", "decode throughput", "tok/s"),
     ("kv_waste_perc", "KV waste, mean", "%"),
@@ -50,7 +52,8 @@ Table = tuple[list[str], list[list[Any]]]  # column names, rows
 
 def latency_table(result: BenchResult) -> Table:
     """Milliseconds: one row a latency."""
-    statistics = ["mean", "p50", "p95", "p99", *(["adj_p99"] if result.metrics.get("failed") else [])]
+    adjusted = ["adj_p50", "adj_p95", "adj_p99"] if result.metrics.get("failed") else []
+    statistics = ["mean", "p50", "p95", "p99", *adjusted]
     rows = [
         [label, *(result.metrics.get(f"{statistic}_{name}_ms") for statistic in statistics)]
         for label, name in LATENCIES
@@ -75,6 +78,37 @@ def figure_table(result: BenchResult) -> Table:
     return ["figure", "value", "unit"], rows
 
 
+def sweep_table(result: BenchResult) -> Table:
+    """One row a run of a sweep: throughput against latency."""
+    is_closed = "concurrency" in result.runs[0].workload
+    columns = ["concurrency" if is_closed else "req/s asked", "output tok/s", "req/s"]
+    has_goodput = "request_goodput" in result.runs[0].metrics
+    columns += [
+        *(["goodput"] if has_goodput else []),
+        "TTFT p50 ms",
+        "p99",
+        "TPOT p50 ms",
+        "ITL p50 ms",
+        "p99",
+        "failed",
+    ]
+    keys = [*(["request_goodput"] if has_goodput else []), "p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p50_itl_ms"]
+    rows = []
+    for run in result.runs:
+        asked = run.workload["concurrency"] if is_closed else float(run.workload["request_rate"])
+        figures = [
+            run.metrics[key] for key in ("output_throughput", "request_throughput", *keys, "p99_itl_ms", "failed")
+        ]
+        rows.append([asked, *figures, "" if run.is_valid else "not valid"])
+    return [*columns, ""], rows
+
+
+def tables(result: BenchResult) -> list[Table]:
+    """What a person is shown of a result; tables without a row are left out."""
+    shown = [sweep_table(result)] if result.runs else [latency_table(result), figure_table(result)]
+    return [table for table in shown if table[1]]
+
+
 def describe(result: BenchResult) -> str:
     """The run in one line: model, workload, machine."""
     return f"{result.model} · {describe_workload(result)} · {describe_machine(result)}"
@@ -94,16 +128,26 @@ def describe_workload(result: BenchResult) -> str:
         shape = f"{workload['input_len']}/{workload['output_len']}{spread}"
     else:
         shape = str(workload["dataset"])
+    if result.runs:
+        return f"{shape}, sweep of {len(result.runs)}"
     if result.kind == "throughput":
         return f"{workload['num_prompts']} x {shape}, offline"
     if workload.get("request_rate") is not None:
-        return f"{workload['num_prompts']} x {shape}, {workload['request_rate']} req/s"
-    return f"{workload['num_prompts']} x {shape}, {workload['concurrency']} concurrent"
+        how = f"{workload['request_rate']} req/s"
+    else:
+        how = f"{workload['concurrency']} concurrent"
+    if workload.get("duration") is not None:
+        return f"{shape} for {workload['duration']:g} s, {how}"
+    return f"{workload['num_prompts']} x {shape}, {how}"
 
 
 def write(result: BenchResult, path: Path) -> None:
     """Write a result in the format that the file's extension names."""
-    writers = {".json": result.to_json, ".csv": lambda: to_csv(result), ".md": lambda: to_markdown(result)}
+    writers = {
+        ".json": lambda: result.to_json(with_samples=True),
+        ".csv": lambda: to_csv(result),
+        ".md": lambda: to_markdown(result),
+    }
     writers[".html"] = lambda: to_html(result)
     check_extension(path)
     try:
@@ -121,12 +165,14 @@ def check_extension(path: Path) -> None:
 
 def to_csv(result: BenchResult) -> str:
     """One line a run, so that the files of several runs can be put together; blocks as workload.seed and so on."""
-    return str(_flat_frame(result).to_csv(index=False))
+    import pandas as pd
+
+    return str(pd.concat(map(_flat_frame, result.runs or [result])).to_csv(index=False))
 
 
 def to_markdown(result: BenchResult) -> str:
     parts = [f"### {describe(result)}"]
-    parts += [markdown_table(*table) for table in (latency_table(result), figure_table(result)) if table[1]]
+    parts += [markdown_table(*table) for table in tables(result)]
     parts += [f"`{result.environment.get('command')}`"]
     parts += ["\n".join(f"- {name}: {text}" for name, text in result.definitions.items())]
     return "\n\n".join(parts) + "\n"
@@ -135,10 +181,8 @@ def to_markdown(result: BenchResult) -> str:
 def to_html(result: BenchResult) -> str:
     import pandas as pd
 
-    tables = [pd.DataFrame(rows, columns=columns) for columns, rows in (latency_table(result), figure_table(result))]
-    return f"<h3>{describe(result)}</h3>\n" + "\n".join(
-        str(table.to_html(index=False)) for table in tables if len(table)
-    )
+    frames = [pd.DataFrame(rows, columns=columns) for columns, rows in tables(result)]
+    return f"<h3>{describe(result)}</h3>\n" + "\n".join(str(frame.to_html(index=False)) for frame in frames)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

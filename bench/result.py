@@ -4,20 +4,20 @@ In JSON the figures lie at the top level under the names that `vllm bench serve`
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from bench.metrics import DEFINITIONS
 from engine.errors import UserError
 
-KINDS = ("serving", "throughput")
+KINDS = ("serving", "throughput")  # "sweep" has several of them
 BLOCKS = ("workload", "baseline", "floor", "environment", "definitions")
 
 
 @dataclass
 class BenchResult:
-    kind: str = ""  # one of KINDS
+    kind: str = ""  # one of KINDS, or "sweep"
     model: str = ""
     workload: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -25,23 +25,28 @@ class BenchResult:
     baseline: dict[str, Any] | None = None
     floor: dict[str, Any] | None = None
     definitions: dict[str, str] = field(default_factory=lambda: dict(DEFINITIONS))
+    samples: dict[str, Any] | None = None  # what the figures were made from (bench.serving.ServingRun.samples)
+    runs: list[Self] = field(default_factory=list)  # of a sweep, which has no figures of its own
 
     @property
     def is_valid(self) -> bool:
-        return bool(self.metrics.get("valid", True))
+        return bool(self.metrics.get("valid", True)) and all(run.is_valid for run in self.runs)
 
-    def to_dict(self) -> dict[str, Any]:
-        blocks = {name: getattr(self, name) for name in BLOCKS if getattr(self, name) is not None}
-        return {"kind": self.kind, "model": self.model, **self.metrics, **blocks}
+    def to_dict(self, with_samples: bool = False) -> dict[str, Any]:
+        names = (*BLOCKS, *(["samples"] if with_samples else []))
+        blocks = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        runs = {"runs": [run.to_dict(with_samples) for run in self.runs]} if self.runs else {}
+        return {"kind": self.kind, "model": self.model, **self.metrics, **blocks, **runs}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        known = {"kind", "model", *BLOCKS}
+        known = {"kind", "model", "samples", "runs", *BLOCKS}
         metrics = {name: value for name, value in values.items() if name not in known}
-        return cls(metrics=metrics, **{name: value for name, value in values.items() if name in known})
+        result = cls(metrics=metrics, **{name: value for name, value in values.items() if name in known})
+        return replace(result, runs=[cls.from_dict(run) for run in values.get("runs", [])])
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    def to_json(self, with_samples: bool = False) -> str:
+        return _lines(self.to_dict(with_samples)) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -49,3 +54,14 @@ class BenchResult:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is not a result of `vcli bench` ({error})") from None
+
+
+def _lines(value: Any, indent: str = "") -> str:
+    """JSON with an entry on each line, and a list of figures on one."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        entries = [f"{inner}{json.dumps(name)}: {_lines(each, inner)}" for name, each in value.items()]
+        return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        return "[" + ", ".join(_lines(each, indent) for each in value) + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -18,6 +18,8 @@ from bench.baseline import DEFINITIONS as BASELINE_DEFINITIONS
 from bench.baseline import BaselineTask, run_baseline
 from bench.config import BenchConfig
 from bench.environment import environment
+from bench.load import Load
+from bench.metrics import DEFINITIONS, GOODPUT_DEFINITION, STEADY_DEFINITION, WINDOW_DEFINITIONS
 from bench.result import BenchResult
 from bench.workloads import BenchRequest, file_requests, random_requests
 from engine.config import EngineConfig
@@ -31,6 +33,29 @@ SAFE_VOCAB_SIZE = 32_000
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
+def run_sweep(
+    engine: EngineConfig,
+    options: BenchConfig,
+    url: str,
+    workloads: list[list[BenchRequest]],
+    on_progress: Callable[[serving.RunProgress], None],
+) -> BenchResult:
+    """Measure the server at `url` at each point of options.points(), one after the other."""
+    points = _points(engine, options)
+    if len(points) == 1:
+        return run_serving(*points[0], url, workloads[0], on_progress)
+    runs: list[BenchResult] = []
+    for (own_engine, point), requests in zip(points, workloads, strict=True):
+
+        def show(progress: serving.RunProgress, done: str = f"{len(runs) + 1} of {len(points)}") -> None:
+            on_progress(replace(progress, stage=f"{done}: {progress.stage}"))
+
+        runs.append(run_serving(own_engine, point, url, requests, show))
+    first = runs[0]
+    shared = {name: value for name, value in first.workload.items() if all(r.workload[name] == value for r in runs)}
+    return replace(first, kind="sweep", workload=shared, metrics={}, floor=None, samples=None, runs=runs)
+
+
 def run_serving(
     engine: EngineConfig,
     options: BenchConfig,
@@ -42,14 +67,18 @@ def run_serving(
     served = served_model(url, options)
     name = engine.model if options.url and engine.model else str(served["id"])
     _check_lengths(requests, served.get("max_model_len"))
-    load = serving.Load(options.batch_size if options.request_rate is None else None, options.request_rate, engine.seed)
+    load = make_load(options, engine.seed)
     run = run_async(serving.measure(url, name, requests, load, api_key=options.api_key, on_progress=on_progress))
     result = BenchResult(
         kind="serving",
         model=short_name(name),
         workload=_workload(engine, options, len(requests)),
-        metrics=run.metrics(),
+        metrics=run.metrics(options.slo),
         environment=environment(),
+        definitions=DEFINITIONS
+        | (WINDOW_DEFINITIONS if load.duration_s is not None else STEADY_DEFINITION)
+        | (GOODPUT_DEFINITION if options.slo else {}),
+        samples=run.samples(),
     )
     if options.url:  # how that server runs its model, and where, is not ours to know
         return result
@@ -57,13 +86,30 @@ def run_serving(
     return replace(result, floor=_floor(result, engine, lengths, load.concurrency or len(requests)))
 
 
+def make_load(options: BenchConfig, seed: int) -> Load:
+    """How the requests of a single point are sent."""
+    rate = options.request_rate[0] if options.request_rate else None
+    return Load(options.batch_size if rate is None else None, rate, options.burstiness, options.duration_s, seed)
+
+
 def served_model(url: str, options: BenchConfig) -> dict[str, Any]:
     """What the server says of its model. Raises UserError when there is no server."""
     return dict(run_async(serving.served_model(url, options.api_key)))
 
 
-def serving_requests(engine: EngineConfig, options: BenchConfig) -> list[BenchRequest]:
-    """The workload, made before a server is started, so that mistakes in it are told at once."""
+def serving_workloads(engine: EngineConfig, options: BenchConfig) -> list[list[BenchRequest]]:
+    """The requests of each point, made before a server is started, so that mistakes in them are told at once.
+
+    Each point draws its own (seed, seed + 1, ...): no prompt is in a prefix cache because another point has sent it.
+    """
+    return [_serving_requests(*point) for point in _points(engine, options)]
+
+
+def _points(engine: EngineConfig, options: BenchConfig) -> list[tuple[EngineConfig, BenchConfig]]:
+    return [(replace(engine, seed=engine.seed + i), point) for i, point in enumerate(options.points())]
+
+
+def _serving_requests(engine: EngineConfig, options: BenchConfig) -> list[BenchRequest]:
     if options.url:
         root = served_model(options.url, options).get("root")
         is_local = isinstance(root, str) and Path(root).exists()
@@ -243,7 +289,10 @@ def _workload(engine: EngineConfig, options: BenchConfig, num_requests: int) -> 
         **({"input_len": options.input_len, "range_ratio": options.range_ratio} if is_random else {}),
         "output_len": options.output_len,
         **({"concurrency": options.batch_size} if is_closed else {}),
-        **({"request_rate": str(options.request_rate)} if options.request_rate is not None else {}),
+        **({"request_rate": str(options.request_rate[0])} if options.request_rate else {}),
+        **({"burstiness": str(options.burstiness)} if options.burstiness != 1 else {}),
+        **({"duration": options.duration_s} if options.duration_s is not None else {}),
+        **({"slo": options.slo} if options.slo else {}),
         **({"remote_host": host} if host and host not in LOCAL_HOSTS else {}),
         "seed": engine.seed,
         "device": engine.device,

@@ -1,5 +1,7 @@
 """One measured run against a server: ask once, warm up, drive the load, watch the server's own metrics, sum up.
 
+The requests of the run are sent by processes of their own; this one reads what they report and the server's metrics.
+
 A run whose client could not keep up is not a measurement of the server: it is returned as invalid, with the reason.
 """
 
@@ -17,8 +19,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from bench.client import LagMeter, LoadClient, closed_loop, open_loop
-from bench.metrics import RequestRecord, serving_metrics
+from bench.client import LoadClient
+from bench.client_processes import ClientProcesses
+from bench.load import LagMeter, Load
+from bench.metrics import RequestRecord, Window, is_ramped_up, serving_metrics
 from bench.workloads import BenchRequest, warm_up_requests
 from engine.errors import UserError
 
@@ -26,31 +30,25 @@ WARM_UP_REQUESTS = 16
 WARM_UP_TOKENS = 16
 SCRAPE_PERIOD_S = 0.25
 PROGRESS_PERIOD_S = 0.2
-# A client that is late by more than half of the longest gaps it reports has measured itself.
+# A client that is late by more than half of the longest gaps it reports has measured itself. One that is late much of
+# the time makes its longest gaps itself, and is told by the usual ones.
 MAX_LAG_PER_P99_ITL = 0.5
+MAX_MEAN_LAG_PER_P50_ITL = 0.1
 MAX_CPU_SHARE = 0.9
+MAX_FAILURES_IN_A_ROW = 1000  # then nobody is there any more, and no more is sent
 # Fields that vLLM and we know and others may refuse: which tokens came in a chunk, and a salt that keeps a run from
 # finding the prefixes that an earlier run with the same seed has left in the cache.
 OPTIONAL_FIELDS = {"return_token_ids": True}
 
 
 @dataclass(frozen=True)
-class Load:
-    """How requests are sent: `concurrency` of them at any time, or `request_rate` a second whatever comes back."""
-
-    concurrency: int | None = None
-    request_rate: float | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class RunProgress:
     """Where a run is, for whoever shows it."""
 
-    stage: str  # "warm-up" or "measuring"
+    stage: str  # "warm-up", "ramp-up" or "measuring"
     num_done: int
     num_failed: int
-    num_requests: int
+    num_requests: int | None  # None: as many as there is time for
     num_output_tokens: int
     elapsed_s: float
 
@@ -60,26 +58,58 @@ class ServingRun:
     """What was measured; `metrics` sums it up."""
 
     records: list[RequestRecord] = field(default_factory=list)
-    lag: LagMeter = field(default_factory=LagMeter)
+    lags: list[LagMeter] = field(default_factory=list)  # one a client process
     scrapes: list[dict[str, float]] = field(default_factory=list)  # the server's metrics, from before to after the run
+    start: float = 0.0  # of the clock that all times are of
+    window: Window | None = None  # what counts of the run; None: all of it
     num_failed: int = 0
+    num_failed_in_a_row: int = 0
     num_output_tokens: int = 0
+
+    @property
+    def is_hopeless(self) -> bool:
+        return self.num_failed_in_a_row >= MAX_FAILURES_IN_A_ROW
 
     def add(self, record: RequestRecord) -> None:
         self.records.append(record)
         self.num_failed += bool(record.error)
+        self.num_failed_in_a_row = self.num_failed_in_a_row + 1 if record.error else 0
         self.num_output_tokens += record.num_output_tokens
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, slo: dict[str, float] | None = None) -> dict[str, Any]:
+        """The figures; `slo` gives the seconds that a request's ttft, tpot, itl or e2el may take."""
         reasons = self.invalid_reasons()
         return {
-            **serving_metrics(self.records),
+            **serving_metrics(self.records, self.window, slo),
             **server_metrics(self.scrapes),
-            "client_lag_ms": self.lag.percentile(99) * 1e3,
-            "client_cpu_perc": self.lag.cpu_share * 100,
+            "client_lag_ms": max((lag.percentile(99) for lag in self.lags), default=0.0) * 1e3,
+            "client_cpu_perc": max((lag.cpu_share for lag in self.lags), default=0.0) * 100,
+            "num_client_processes": len(self.lags),
             "valid": not reasons,
             "invalid_reasons": reasons,
             "errors": self.errors(),
+        }
+
+    def samples(self) -> dict[str, Any]:
+        """What the figures were made from. Seconds, to the microsecond; times from the start of the run."""
+        requests = sorted(self.records, key=lambda record: record.sent)
+        names = sorted({name for scrape in self.scrapes for name in scrape if name != "time"})
+        return {
+            "requests": {
+                "sent": [_rounded(record.sent - self.start) for record in requests],
+                "ttft": [_rounded(record.ttft) if record.chunks else None for record in requests],
+                "e2el": [_rounded(record.e2el) if record.chunks else None for record in requests],
+                "num_prompt_tokens": [record.num_prompt_tokens for record in requests],
+                "num_output_tokens": [record.num_output_tokens for record in requests],
+                "error": [record.error for record in requests],
+            },
+            # Of one completed request after the other, in the order of `requests`.
+            "gaps": [_rounded(gap) for record in requests if not record.error for gap in record.gaps],
+            "server": {
+                "time": [_rounded(scrape["time"] - self.start) for scrape in self.scrapes],
+                **{name: [scrape.get(name) for scrape in self.scrapes] for name in names},
+            },
+            "window": [_rounded(edge - self.start) for edge in self.window] if self.window else None,
         }
 
     def invalid_reasons(self) -> list[str]:
@@ -87,20 +117,32 @@ class ServingRun:
         if all(record.error for record in self.records):
             return ["no request completed"]
         reasons = []
+        if self.is_hopeless:
+            reasons.append(f"given up after {MAX_FAILURES_IN_A_ROW:,} failures in a row")
         gaps = [gap for record in self.records if not record.error for gap in record.gaps]
-        lag, itl = self.lag.percentile(99), float(np.percentile(gaps, 99)) if gaps else math.inf
-        if lag > MAX_LAG_PER_P99_ITL * itl:
+        p50_itl, p99_itl = np.percentile(gaps, [50, 99]).tolist() if gaps else (math.inf, math.inf)
+        lag = max((lag.percentile(99) for lag in self.lags), default=0.0)
+        mean_lag = max((lag.mean for lag in self.lags), default=0.0)
+        cpu_share = max((lag.cpu_share for lag in self.lags), default=0.0)
+        if lag > MAX_LAG_PER_P99_ITL * p99_itl:
             reasons.append(
-                f"the client was late by {lag * 1e3:.1f} ms, with {itl * 1e3:.1f} ms between tokens (both p99)"
+                f"the client was late by {lag * 1e3:.1f} ms, with {p99_itl * 1e3:.1f} ms between tokens (both p99)"
             )
-        if self.lag.cpu_share > MAX_CPU_SHARE:
-            reasons.append(f"the client used {self.lag.cpu_share:.0%} of a core: it could not send or read faster")
+        elif mean_lag > MAX_MEAN_LAG_PER_P50_ITL * p50_itl:
+            gap = f"{p50_itl * 1e3:.1f} ms between tokens (p50)"
+            reasons.append(f"the client was late by {mean_lag * 1e3:.1f} ms on average, with {gap}")
+        if cpu_share > MAX_CPU_SHARE:
+            reasons.append(f"the client used {cpu_share:.0%} of a core: it could not send or read faster")
         return reasons
 
     def errors(self) -> dict[str, int]:
         """How often each failure was seen."""
         errors = [record.error for record in self.records if record.error]
         return {error: errors.count(error) for error in dict.fromkeys(errors)}
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds, 6)
 
 
 async def measure(
@@ -113,15 +155,43 @@ async def measure(
     on_progress: Callable[[RunProgress], None] = lambda progress: None,
 ) -> ServingRun:
     """Drive the server at `url`. Raises UserError when it refuses the workload's first request."""
-    run = ServingRun()
-    async with LoadClient(url.rstrip("/"), model, api_key) as client:
+    run, url = ServingRun(), url.rstrip("/")
+    async with LoadClient(url, model, api_key) as client:
         await _warm_up(client, requests, load, on_progress)
-        async with _scraping(client, run), run.lag, _reporting(run, len(requests), on_progress):
-            if load.request_rate is None:
-                await closed_loop(client, requests, load.concurrency or 1, run.add)
-            else:
-                await open_loop(client, requests, load.request_rate, load.seed, run.lag, run.add)
+        task = {"url": url, "model": model, "api_key": api_key, "extensions": client.extensions}
+        async with ClientProcesses(task, requests, load) as processes:
+            ramp = _Ramp(run, load, processes)
+            num_requests = len(requests) if load.duration_s is None else None
+            async with _scraping(client, run), _reporting(run, ramp, num_requests, on_progress):
+                run.start, run.lags = await processes.run(ramp.add)
     return run
+
+
+class _Ramp:
+    """With `duration_s`: what counts begins once requests end as fast as they begin, and lasts so long."""
+
+    def __init__(self, run: ServingRun, load: Load, processes: ClientProcesses) -> None:
+        self.run, self.duration_s, self.turnstile = run, load.duration_s, processes.turnstile
+        self.start = time.perf_counter()
+
+    def add(self, record: RequestRecord) -> None:
+        self.run.add(record)
+        if self.run.is_hopeless:
+            self.turnstile.deadline.value = 0.0
+        self.check()
+
+    def check(self) -> None:
+        if self.duration_s is None or self.run.window or self.run.is_hopeless:
+            return
+        now = time.perf_counter()
+        num_sent, num_ended = self.turnstile.num_sent.value, len(self.run.records)
+        if is_ramped_up(num_sent, num_ended) or now - self.start > self.duration_s:
+            self.run.window = Window(now, now + self.duration_s)
+            self.turnstile.deadline.value = self.run.window.end
+
+    @property
+    def stage(self) -> str:
+        return "measuring" if self.duration_s is None or self.run.window else "ramp-up"
 
 
 async def served_model(url: str, api_key: str = "") -> dict[str, Any]:
@@ -150,22 +220,23 @@ async def _warm_up(
         record = await client.send(first)
     if record.error:
         raise UserError(f"the server at {client.url} does not answer the workload: {record.error}")
-    await closed_loop(client, others, len(others), lambda record: None)
+    await asyncio.gather(*map(client.send, others))
 
 
 @contextlib.asynccontextmanager
 async def _reporting(
-    run: ServingRun, num_requests: int, on_progress: Callable[[RunProgress], None]
+    run: ServingRun, ramp: _Ramp, num_requests: int | None, on_progress: Callable[[RunProgress], None]
 ) -> AsyncIterator[None]:
     """Tell `on_progress` a few times a second, whatever the number of tokens."""
     start = time.perf_counter()
 
     def report() -> None:
         elapsed, num_done = time.perf_counter() - start, len(run.records)
-        on_progress(RunProgress("measuring", num_done, run.num_failed, num_requests, run.num_output_tokens, elapsed))
+        on_progress(RunProgress(ramp.stage, num_done, run.num_failed, num_requests, run.num_output_tokens, elapsed))
 
     async def keep_reporting() -> None:
         while True:
+            ramp.check()
             report()
             await asyncio.sleep(PROGRESS_PERIOD_S)
 
@@ -183,7 +254,8 @@ async def _scraping(client: LoadClient, run: ServingRun) -> AsyncIterator[None]:
 
     async def scrape() -> bool:
         try:
-            run.scrapes.append(parse_metrics(await client.get("/metrics")))
+            now, values = time.perf_counter(), parse_metrics(await client.get("/metrics"))
+            run.scrapes.append({"time": now, **values})
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
         return True
@@ -207,6 +279,7 @@ async def _scraping(client: LoadClient, run: ServingRun) -> AsyncIterator[None]:
 _SAMPLE = re.compile(r"^(?:vcli|vllm):(\w+)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 _SCRAPED = {
     "num_requests_running",
+    "num_requests_waiting",
     "kv_cache_usage_perc",
     "kv_cache_waste_perc",
     "num_preemptions_total",

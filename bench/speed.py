@@ -30,6 +30,7 @@ from bench.client import LoadClient
 from bench.environment import environment
 from bench.figures import Decode, Figure, Goal, Prompt, Run, Serving
 from bench.floor import H200, Floor, find_ceilings
+from bench.load import Load
 from bench.report import format_figure, speed_table, time_table
 from bench.run import run_async
 from bench.server import running_server
@@ -251,7 +252,7 @@ class ModelBench:
 
     def _load(self, load: Serving, url: str, name: str, model: ModelConfig, floor: Floor | None) -> None:
         requests = load.make(model.vocab_size)
-        metrics = run_async(serving.measure(url, name, requests, serving.Load(load.concurrency))).metrics()
+        metrics = run_async(serving.measure(url, name, requests, Load(load.concurrency))).metrics()
         if metrics["failed"]:
             raise UserError(f"{load.title}: {metrics['failed']} requests failed: {'; '.join(metrics['errors'])}")
         for key, figure in load.figures.items():

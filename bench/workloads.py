@@ -26,6 +26,8 @@ class BenchRequest:
     prompt: list[int] | str = ""  # token ids are sent as they are, so that the input length is exact
     messages: list[dict[str, Any]] | None = None  # instead of a prompt: goes through the chat endpoint
     temperature: float = 0.0
+    arrival: float | None = None  # seconds from the start of a trace
+    repeat: int = 0  # how often it has been sent before, in a run that goes through its requests again
 
 
 def random_requests(

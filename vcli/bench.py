@@ -54,7 +54,8 @@ def bench(engine: EngineConfig, options: BenchConfig, quality: QualityConfig) ->
     if options.output:
         report.write(result, options.output)
     if not result.is_valid:
-        raise typer.Exit(EXIT_UNDECIDED if result.metrics["completed"] else 1)
+        has_figures = all(run.metrics["completed"] for run in result.runs or [result])
+        raise typer.Exit(EXIT_UNDECIDED if has_figures else 1)
 
 
 def _compare(engine: EngineConfig, options: BenchConfig, gates: QualityConfig) -> None:
@@ -90,17 +91,17 @@ def show_quality(quality: "Quality", gates: QualityConfig, as_json: bool = False
 
 
 def _serving(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
-    from bench.run import run_serving, serving_requests
+    from bench.run import run_sweep, serving_workloads
     from bench.server import running_server
     from vcli.console import Status
 
-    requests = serving_requests(engine, options)
+    workloads = serving_workloads(engine, options)
     with Status() as status:
         if options.url:
-            return run_serving(engine, options, options.url, requests, partial(_show_run, status))
+            return run_sweep(engine, options, options.url, workloads, partial(_show_run, status))
         status.show("starting the server")
         with running_server(serve_arguments(engine), partial(_show_start, status)) as url:
-            return run_serving(engine, options, url, requests, partial(_show_run, status))
+            return run_sweep(engine, options, url, workloads, partial(_show_run, status))
 
 
 def serve_arguments(config: EngineConfig) -> list[str]:
@@ -137,15 +138,17 @@ def _print(result: "BenchResult", as_json: bool) -> None:
     if as_json:
         out.out(result.to_json(), end="", highlight=False)
     else:
-        columns, rows = report.latency_table(result)
-        if rows:
-            print_table(report.describe(result), columns, rows)
+        *others, last = report.tables(result)
+        for table in others:
+            print_table(report.describe(result), *table)
         notes = [f"{name}: {text}" for name, text in result.definitions.items()]
-        print_table("" if rows else report.describe(result), *report.figure_table(result), notes=["", *notes])
-    for error, count in result.metrics.get("errors", {}).items():
-        console.print(f"{count} failed: {error}", style="red", markup=False)
-    for reason in result.metrics.get("invalid_reasons", []):
-        console.print(f"not a valid result: {reason}", style="red", markup=False)
+        print_table("" if others else report.describe(result), *last, notes=["", *notes])
+    for run in result.runs or [result]:
+        where = f"{report.describe_workload(run)}: " if result.runs else ""
+        for error, count in run.metrics.get("errors", {}).items():
+            console.print(f"{where}{count} failed: {error}", style="red", markup=False)
+        for reason in run.metrics.get("invalid_reasons", []):
+            console.print(f"{where}not a valid result: {reason}", style="red", markup=False)
 
 
 def _show_start(status: "Status", stage: str, fraction: float) -> None:

@@ -162,7 +162,38 @@ def parse_value(text: str, value_type: Any) -> Any:
         if text not in choices:
             raise ValueError(" or ".join(", ".join(choices).rsplit(", ", 1)))
         return text
+    if get_origin(value_type) is tuple:
+        return parse_list(text, get_args(value_type)[0])
+    if get_origin(value_type) is dict:
+        return parse_times(text)
     return _PARSERS[value_type](text)
+
+
+def parse_list(text: str, value_type: Any) -> tuple[Any, ...]:
+    """'1,16,64' -> (1, 16, 64); '1-256x4' -> (1, 4, 16, 64, 256): from, to and factor."""
+    values: list[Any] = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(\d[^-]*)-(.+)x([\d.]+)", item.strip())
+        if match is None:
+            values.append(parse_value(item, value_type))
+            continue
+        value, last = (parse_value(edge, value_type) for edge in match.groups()[:2])
+        factor = parse_float(match[3])
+        if not (value > 0 and factor > 1):
+            raise ValueError("numbers such as 1,16,64 or a range such as 1-64x4, whose factor is more than 1")
+        while value <= last:
+            values.append(value)
+            value = value_type(value * factor) if value_type(value * factor) > value else value + 1
+    return tuple(values)
+
+
+def parse_times(text: str) -> dict[str, float]:
+    """'ttft=500ms,itl=30ms' -> {"ttft": 0.5, "itl": 0.03}"""
+    pairs = [item.partition("=") for item in text.split(",")]
+    try:
+        return {name.strip(): parse_seconds(time) for name, _, time in pairs}
+    except ValueError:
+        raise ValueError("names and times such as ttft=500ms,itl=30ms") from None
 
 
 def parse_int(text: str) -> int:
@@ -211,6 +242,8 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     Path: Path,
 }
 
+_METAVARS: dict[Any, str] = {int: "INT", float: "NUMBER", Path: "FILE"}
+
 _PRINT_CONFIG = inspect.Parameter(
     "print_config",
     inspect.Parameter.KEYWORD_ONLY,
@@ -251,7 +284,9 @@ def _metavar(flag: Flag) -> str:
     value_type = members[0] if members else flag.type
     if get_origin(value_type) is Literal:
         return "|".join(get_args(value_type))
-    return {int: "INT", float: "NUMBER", Path: "FILE"}.get(value_type, "TEXT")
+    if get_origin(value_type) is tuple:
+        return _METAVARS[get_args(value_type)[0]] + ",..."
+    return "NAME=TIME,..." if get_origin(value_type) is dict else _METAVARS.get(value_type, "TEXT")
 
 
 def _default_note(flag: Flag) -> str:
@@ -263,4 +298,8 @@ def _default_note(flag: Flag) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value))
+    if isinstance(value, dict):
+        return ",".join(f"{name}={seconds:g}s" for name, seconds in value.items())
     return "-" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)

@@ -22,6 +22,7 @@ class FakeServer:
     sends_usage: bool = True
     fail: str = ""  # "http": status 500; "break": the stream ends early; "error": an error event inside the stream
     fail_every: int = 1  # only each n-th measured request
+    fail_from: int = 0  # and none before so many
     num_running: int = 0
     most_running: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -45,7 +46,7 @@ class FakeServer:
         if not self.knows_token_ids and "return_token_ids" in body:
             return web.json_response({"error": {"message": "unknown field return_token_ids"}}, status=400)
         self.bodies.append(body)
-        fails = bool(self.fail) and len(self.bodies) % self.fail_every == 0
+        fails = bool(self.fail) and len(self.bodies) % self.fail_every == 0 and len(self.bodies) > self.fail_from
         if fails and self.fail == "http":
             return web.json_response({"error": {"message": "out of coffee"}}, status=500)
         self.num_running += 1

@@ -1,21 +1,20 @@
 """The load client against a fake server whose delays are known. Ratios and orders only: the machine may be busy."""
 
 import asyncio
-import itertools
 
 import pytest
 
-from bench.client import LoadClient, _spread, arrival_times, closed_loop
+from bench.client import LoadClient, _spread
 from bench.metrics import RequestRecord
 from bench.workloads import BenchRequest
 
 
-def send(server, *requests: BenchRequest, concurrency: int = 1, **extensions: object) -> list[RequestRecord]:
+def send(server, *requests: BenchRequest, **extensions: object) -> list[RequestRecord]:
     records: list[RequestRecord] = []
 
     async def run() -> None:
         async with LoadClient(server.url, "fake", extensions=extensions, timeout_s=10) as client:
-            await closed_loop(client, list(requests), concurrency, records.append)
+            records.extend([await client.send(request) for request in requests])
 
     asyncio.run(run())
     return records
@@ -93,31 +92,6 @@ def test_a_server_that_is_not_there_is_a_failure(fake_server):
     (record,) = send(fake_server, completion(3))
 
     assert "127.0.0.1" in record.error
-
-
-def test_a_closed_loop_keeps_its_number_of_requests_under_way(fake_server):
-    fake_server.first_token_s = 0.05
-
-    records = send(fake_server, *[completion(2)] * 12, concurrency=4)
-
-    assert len(records) == 12
-    assert fake_server.most_running == 4
-
-
-def test_arrivals_are_poisson_at_the_asked_rate_and_the_same_for_a_seed():
-    times = arrival_times(4000, rate=50.0, seed=1)
-
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    mean = sum(gaps) / len(gaps)
-    deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
-    assert mean == pytest.approx(1 / 50, rel=0.1)
-    assert deviation == pytest.approx(mean, rel=0.1)  # exponential gaps: both are equal
-    assert times == arrival_times(4000, rate=50.0, seed=1)
-    assert times != arrival_times(4000, rate=50.0, seed=2)
-
-
-def test_an_infinite_rate_sends_everything_at_once():
-    assert arrival_times(3, rate=float("inf"), seed=0) == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(("num_chunks", "num_tokens"), [(3, 3), (3, 10), (5, 2), (1, 7), (7, 1)])

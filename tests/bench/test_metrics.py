@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.metrics import RequestRecord, latency_metrics, serving_metrics
+from bench.metrics import RequestRecord, Window, latency_metrics, serving_metrics
 
 
 def record(sent: float, *chunks: tuple[float, int], num_prompt_tokens: int = 10, error: str = "") -> RequestRecord:
@@ -92,3 +92,43 @@ def test_a_run_in_which_everything_failed_has_no_latencies():
     assert (figures["completed"], figures["failed"]) == (0, 2)
     assert figures["p99_e2el_ms"] is None
     assert figures["output_throughput"] == 0.0
+
+
+def test_goodput_counts_requests_that_meet_every_objective_and_no_failures():
+    quick = record(0.0, (0.4, 1), (0.5, 1), (0.6, 1))
+    late = record(0.0, (0.6, 1), (0.7, 1), (0.8, 1))
+    halting = record(0.0, (0.4, 1), (0.45, 1), (0.8, 1))  # its mean gap would do
+    failed = record(0.0, (0.4, 1), (2.0, 1), error="broke off")
+
+    def goodput(**slo: float) -> float:
+        return serving_metrics([quick, late, halting, failed], slo=slo)["request_goodput"]
+
+    assert goodput(ttft=0.5) * 2.0 == pytest.approx(2)
+    assert goodput(ttft=0.5, itl=0.2) * 2.0 == pytest.approx(1)
+    assert goodput(tpot=0.21, e2el=0.9) * 2.0 == pytest.approx(3)
+
+
+def test_a_window_counts_what_was_sent_and_what_came_in_it():
+    before = record(0.0, (1.0, 1), (2.0, 1), (3.0, 1), num_prompt_tokens=7)
+    inside = record(2.0, (2.5, 1), (3.5, 2), num_prompt_tokens=5)
+    after = record(4.5, (5.0, 1), num_prompt_tokens=3)
+
+    figures = serving_metrics([before, inside, after], Window(1.5, 4.0))
+
+    assert figures["duration"] == 2.5
+    assert figures["completed"] == 1
+    assert (figures["total_input_tokens"], figures["total_output_tokens"]) == (5, 2 + 3)
+    assert figures["request_throughput"] == pytest.approx(2 / 2.5)
+    assert figures["mean_ttft_ms"] == pytest.approx(500)
+    assert figures["mean_itl_ms"] == pytest.approx((1000 + 1000 + 500 + 500) / 4)
+
+
+def test_steady_throughput_leaves_the_first_wave_and_the_last_out():
+    """Two users, each with four requests of a second and one token: the middle of the run is steady."""
+    records = [record(float(i), (i + 0.75, 4), (i + 1.0, 6)) for i in range(4) for _ in range(2)]
+
+    figures = serving_metrics(records)
+
+    assert figures["output_throughput"] == pytest.approx(80 / 4)
+    assert figures["steady_output_throughput"] == pytest.approx((3 * 12 + 2 * 8) / 2)
+    assert serving_metrics(records[:2])["steady_output_throughput"] is None

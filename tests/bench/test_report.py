@@ -78,6 +78,41 @@ def test_every_extension_writes_a_file_that_names_the_model(tmp_path: Path, exte
     assert "tiny" in path.read_text()
 
 
+def make_sweep() -> BenchResult:
+    runs = []
+    for concurrency in (1, 16):
+        run = make_result(samples={"requests": {"sent": [0.0, 0.5], "error": ["", ""]}, "gaps": [0.1]})
+        run.workload = {**run.workload, "concurrency": concurrency}
+        runs.append(run)
+    runs[1].metrics = {**runs[1].metrics, "valid": False}
+    return BenchResult("sweep", "tiny", {"dataset": "random", "input_len": 16, "output_len": 2}, runs=runs)
+
+
+def test_a_sweep_is_a_row_each_run_in_every_form(tmp_path: Path):
+    sweep = make_sweep()
+    report.write(sweep, tmp_path / "sweep.json")
+
+    columns, rows = report.sweep_table(sweep)
+
+    assert [row[0] for row in rows] == [1, 16]
+    assert [row[-1] for row in rows] == ["", "not valid"]
+    assert rows[0][columns.index("TTFT p50 ms")] == pytest.approx(500)
+    assert not sweep.is_valid
+    assert BenchResult.read(tmp_path / "sweep.json") == sweep
+    assert list(pd.read_csv(io.StringIO(report.to_csv(sweep)))["workload.concurrency"]) == [1, 16]
+    assert report.to_markdown(sweep).count("\n| 1") == 2
+
+
+def test_samples_go_to_the_file_one_list_a_line_and_not_to_the_screen(tmp_path: Path):
+    run = make_sweep().runs[0]
+
+    report.write(run, tmp_path / "run.json")
+
+    assert '    "gaps": [0.1]' in (tmp_path / "run.json").read_text()
+    assert BenchResult.read(tmp_path / "run.json").samples == run.samples
+    assert "samples" not in json.loads(run.to_json())
+
+
 def test_an_unknown_extension_is_refused_with_the_known_ones(tmp_path: Path):
     with pytest.raises(UserError, match=r"\.json, \.csv, \.md, \.html"):
         report.check_extension(tmp_path / "result.xls")
@@ -88,7 +123,7 @@ def test_failures_add_the_adjusted_percentile_to_the_table():
     columns, rows = report.latency_table(make_result(num_failed=1))
 
     assert without == ["ms", "mean", "p50", "p95", "p99"]
-    assert columns[-1] == "adj_p99"
+    assert columns[-3:] == ["adj_p50", "adj_p95", "adj_p99"]
     assert [row[0] for row in rows] == ["TTFT", "TPOT", "ITL", "E2EL"]
     assert rows[0][-1] is None
 

@@ -1,13 +1,18 @@
 """A whole run against the fake server."""
 
 import asyncio
+import contextlib
+import threading
 import time
+from dataclasses import replace
 
+import psutil
 import pytest
 
-from bench.client import LagMeter
+from bench.client_processes import ClientProcesses
+from bench.load import LagMeter, Load
 from bench.metrics import RequestRecord
-from bench.serving import Load, RunProgress, ServingRun, measure, parse_metrics, served_model, server_metrics
+from bench.serving import RunProgress, ServingRun, measure, parse_metrics, served_model, server_metrics
 from bench.workloads import random_requests
 from engine.errors import UserError
 
@@ -117,20 +122,21 @@ def test_waste_is_taken_while_the_server_has_work():
 
 def test_a_late_client_makes_the_run_invalid_and_says_why():
     record = RequestRecord(0.0, [(1.0 + i * 0.01, 1) for i in range(11)], 1.2, 4)
-    prompt, late, busy = ServingRun([record]), ServingRun([record]), ServingRun([record])
-    prompt.lag.lags = [0.001] * 100
-    late.lag.lags = [0.001] * 90 + [0.02] * 10
-    busy.lag.cpu_share = 0.97
+    fine = LagMeter([0.0] * 95 + [0.001] * 5, cpu_share=0.5)
 
-    assert prompt.metrics()["valid"]
-    assert not late.metrics()["valid"]
-    assert "late by 20.0 ms" in late.metrics()["invalid_reasons"][0]
-    assert "97%" in busy.metrics()["invalid_reasons"][0]
+    def reasons(lag: LagMeter) -> list[str]:
+        return ServingRun([record], [fine, lag]).metrics()["invalid_reasons"]
+
+    assert reasons(fine) == []
+    assert "late by 20.0 ms, with 10.0 ms between tokens (both p99)" in reasons(LagMeter([0.001] * 90 + [0.02] * 10))[0]
+    assert "late by 2.0 ms on average, with 10.0 ms between tokens" in reasons(LagMeter([0.002] * 100))[0]
+    assert "97%" in reasons(LagMeter(cpu_share=0.97))[0]
 
 
 def test_the_lag_meter_notices_a_blocked_loop():
     async def block() -> LagMeter:
-        async with LagMeter() as lag:
+        lag = LagMeter()
+        async with lag.watching():
             await asyncio.sleep(0.05)
             time.sleep(0.3)
             await asyncio.sleep(0.05)
@@ -139,3 +145,133 @@ def test_the_lag_meter_notices_a_blocked_loop():
     lag = asyncio.run(block())
 
     assert max(lag.lags) > 0.2
+
+
+def test_a_closed_loop_keeps_its_number_of_requests_under_way(fake_server):
+    fake_server.first_token_s = 0.05
+
+    figures = run(fake_server, Load(concurrency=4)).metrics()
+
+    assert fake_server.most_running == 4
+    assert figures["max_concurrent_requests"] == 4
+
+
+def test_several_processes_send_what_one_would(fake_server, monkeypatch):
+    monkeypatch.setattr("bench.client_processes.STREAMS_PER_PROCESS", 2)
+    monkeypatch.setattr("bench.client_processes.CORES_PER_PROCESS", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(3))
+    fake_server.first_token_s = 0.05
+
+    figures = run(fake_server, Load(concurrency=6)).metrics()
+
+    assert figures["num_client_processes"] == 3
+    assert (figures["completed"], fake_server.most_running) == (12, 6)
+    assert sorted(body["prompt"] for body in fake_server.bodies[6:]) == sorted(r.prompt for r in REQUESTS)
+
+
+def test_samples_hold_what_the_figures_were_made_from(fake_server):
+    fake_server.fail, fake_server.fail_every, fake_server.gap_s = "break", 5, 0.01
+
+    measured = run(fake_server, Load(concurrency=1))
+
+    figures, samples = measured.metrics(), measured.samples()
+    requests = samples["requests"]
+    assert [bool(error) for error in requests["error"]] == [bool(r.error) for r in measured.records]
+    assert len(samples["gaps"]) == 10 * 3
+    assert requests["sent"] == sorted(requests["sent"])
+    assert min(requests["sent"]) >= 0
+    assert sum(n for n, error in zip(requests["num_output_tokens"], requests["error"], strict=True) if not error) == 40
+    ttfts = [ttft for ttft, error in zip(requests["ttft"], requests["error"], strict=True) if not error]
+    assert figures["mean_ttft_ms"] == pytest.approx(sum(ttfts) / 10 * 1e3, abs=0.001)
+    assert len(samples["server"]["time"]) == len(samples["server"]["num_requests_running"]) >= 2
+
+
+def test_a_run_of_a_certain_time_leaves_ramp_up_and_ramp_down_out(fake_server):
+    fake_server.first_token_s, fake_server.gap_s = 0.1, 0.01
+    stages: list[str] = []
+
+    measured = run(fake_server, Load(concurrency=3, duration_s=1.5), on_progress=lambda p: stages.append(p.stage))
+
+    figures, window = measured.metrics(), measured.window
+    assert window is not None
+    assert figures["duration"] == pytest.approx(1.5)
+    assert sum(record.ended < window.start for record in measured.records) >= 2
+    assert max(record.sent for record in measured.records) <= window.end < max(r.ended for r in measured.records)
+    assert 0 < figures["completed"] == sum(record.sent in window for record in measured.records)
+    assert figures["completed"] < len(measured.records)
+    assert list(dict.fromkeys(stages)) == ["warm-up", "ramp-up", "measuring"]
+
+
+def test_requests_sent_again_are_kept_from_the_prefix_cache(fake_server):
+    measured = run(fake_server, Load(concurrency=4, duration_s=1.0))
+
+    bodies = fake_server.bodies[4:]  # those before were the warm-up's
+    assert len(bodies) == len(measured.records) > len(REQUESTS)
+    seen = {(tuple(body["prompt"]), body["cache_salt"]) for body in bodies}
+    assert len(seen) == len(bodies)
+
+
+def test_a_client_that_is_held_up_says_so_itself(fake_server):
+    """Its process is stopped for half of the time, as on a machine that has too much to do."""
+    fake_server.gap_s = 0.02
+    running = threading.Event()
+
+    def hold_up() -> None:
+        running.wait(30)
+        while running.is_set():
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.suspend()
+                    time.sleep(0.05)
+                    child.resume()
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=hold_up)
+    thread.start()
+    try:
+        requests = [replace(request, output_len=30) for request in REQUESTS]
+        load = Load(concurrency=4)
+        progress = lambda p: running.set() if p.stage == "measuring" else None  # noqa: E731
+        figures = asyncio.run(measure(fake_server.url, "fake", requests, load, on_progress=progress)).metrics()
+    finally:
+        running.clear()
+        thread.join()
+
+    assert figures["completed"] == 12
+    assert not figures["valid"]
+    assert "the client was late by" in figures["invalid_reasons"][0]
+
+
+def test_a_client_process_that_dies_is_an_error_and_leaves_none_behind(fake_server):
+    fake_server.first_token_s = 30.0
+
+    def kill_client() -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            if clients := [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]:
+                clients[0].kill()
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill_client)
+
+    async def killed() -> None:
+        async with ClientProcesses({"url": fake_server.url, "model": "fake"}, REQUESTS, Load(concurrency=2)) as clients:
+            thread.start()
+            await clients.run(lambda record: None)
+
+    with pytest.raises(UserError, match="a process of the load client ended"):
+        asyncio.run(killed())
+    thread.join()
+    assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_a_server_that_answers_nothing_any_more_is_given_up(fake_server, monkeypatch):
+    monkeypatch.setattr("bench.serving.MAX_FAILURES_IN_A_ROW", 5)
+    fake_server.fail, fake_server.fail_from = "http", 20
+
+    requests = random_requests(10_000, input_len=4, output_len=2, vocab_size=1000, seed=0)
+    figures = asyncio.run(measure(fake_server.url, "fake", requests, Load(concurrency=2))).metrics()
+
+    assert 5 <= figures["failed"] < 100
+    assert "given up after 5 failures in a row" in figures["invalid_reasons"]

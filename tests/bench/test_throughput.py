@@ -30,7 +30,13 @@ def test_prefill_and_decode_are_told_apart_by_step():
 def test_a_tiny_model_is_measured_offline_and_against_transformers(tiny_checkpoint):
     engine = EngineConfig(model=str(tiny_checkpoint("llama")), device="cpu", max_num_seqs=8, kv_cache_memory=1 << 24)
     options = BenchConfig(
-        concurrency=4, num_prompts=6, input_len=24, output_len=5, range_ratio=0.5, offline=True, baseline="transformers"
+        concurrency=(4,),
+        num_prompts=6,
+        input_len=24,
+        output_len=5,
+        range_ratio=0.5,
+        offline=True,
+        baseline="transformers",
     )
     seen: list[tuple[int, int]] = []
 

@@ -41,13 +41,31 @@ def test_a_tiny_model_is_served_measured_and_stopped(tiny_checkpoint, tmp_path: 
     code, out, err = run_bench(str(tiny_checkpoint("llama")), *SMALL_RUN, *load, "--output", str(output))
 
     result = json.loads(output.read_text())
-    assert code == 0, err
+    assert code == (0 if result["valid"] else 4), err
     assert (result["completed"], result["failed"]) == (10, 0)
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (200, 60)
     assert result["mean_ttft_ms"] < result["mean_e2el_ms"]
     assert result["kv_waste_perc"] is None or 0 <= result["kv_waste_perc"] < 100
     assert all(word in out for word in ("TTFT", "p99", "output throughput", "request sent → first content token"))
     assert "measuring" in err
+
+
+def test_a_sweep_measures_one_server_at_every_point(tiny_checkpoint, tmp_path: Path):
+    output = tmp_path / "sweep.json"
+    load = ["--concurrency", "1-4x4", "--duration", "1s", "--input-len", "20", "--output-len", "6", "--slo", "ttft=1h"]
+
+    code, out, err = run_bench(str(tiny_checkpoint("llama")), *SMALL_RUN, *load, "--output", str(output))
+
+    sweep = json.loads(output.read_text())
+    assert code == (0 if all(run["valid"] for run in sweep["runs"]) else 4), err
+    assert [run["workload"]["concurrency"] for run in sweep["runs"]] == [1, 4]
+    assert [run["workload"]["seed"] for run in sweep["runs"]] == [0, 1]
+    assert [run["duration"] for run in sweep["runs"]] == pytest.approx([1.0, 1.0])
+    assert all(run["request_goodput"] == run["completed"] for run in sweep["runs"])
+    assert all(run["samples"]["requests"]["sent"] for run in sweep["runs"])
+    assert re.search(r"^concurrency +output tok/s", out, re.MULTILINE)
+    assert "2 of 2: measuring" in err
+    assert err.count("starting the server") == 1
 
 
 def test_json_goes_to_stdout_alone(tiny_checkpoint):
@@ -101,6 +119,11 @@ def test_a_server_that_dies_under_the_load_is_an_error_with_its_last_words(tiny_
         (["--concurrency", "0"], 2, "--concurrency must be at least 1, got 0"),
         (["--concurrency", "2", "--request-rate", "3"], 2, "exclude each other"),
         (["--request-rate", "-1"], 2, "--request-rate must be more than 0"),
+        (["--concurrency", "1,2", "--baseline", "transformers"], 2, "--baseline needs one --concurrency"),
+        (["--burstiness", "2"], 2, "--burstiness needs --request-rate"),
+        (["--request-rate", "inf", "--duration", "5s"], 2, "exclude each other"),
+        (["--slo", "speed=5ms"], 2, "--slo knows ttft, tpot, itl, e2el; got speed"),
+        (["--offline", "--duration", "5s"], 2, "--offline and --duration exclude each other"),
         (["--url", "http://127.0.0.1:1", "--offline"], 2, "exclude each other"),
         (["--url", "http://127.0.0.1:1"], 1, "no OpenAI-compatible server answers at http://127.0.0.1:1"),
         (["--output", "result.xls"], 1, "the extension must be one of"),

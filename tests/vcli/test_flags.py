@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from engine.config import EngineConfig
-from vcli.flags import FlagError, flags_of, parse_int, parse_seconds, resolve, with_flags
+from vcli.flags import FlagError, flags_of, parse_int, parse_seconds, parse_value, resolve, with_flags
 from vcli.server.config import ServerConfig
 
 
@@ -134,3 +134,27 @@ def test_every_knob_has_its_help_and_its_own_name():
     flags = flags_of(EngineConfig) + flags_of(ServerConfig)
     assert all(flag.help for flag in flags)
     assert len({flag.name for flag in flags}) == len(flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("64", (64,)), ("1, 16,1k", (1, 16, 1000)), ("1-64x4", (1, 4, 16, 64)), ("1-4x1.5,9", (1, 2, 3, 4, 9))],
+)
+def test_lists_are_numbers_and_ranges_with_a_factor(text: str, values: tuple[int, ...]):
+    assert parse_value(text, tuple[int, ...] | None) == values
+
+
+def test_lists_hold_fractions_where_the_flag_does():
+    assert parse_value("0.5-2x2,inf", tuple[float, ...] | None) == (0.5, 1.0, 2.0, float("inf"))
+
+
+@pytest.mark.parametrize("text", ["1,,2", "1-x2", "0-4x2", "1-64x1", "1-64", "many"])
+def test_a_list_that_is_none_is_told(text: str):
+    with pytest.raises(ValueError, match="number"):
+        parse_value(text, tuple[int, ...] | None)
+
+
+def test_named_times():
+    assert parse_value("ttft=500ms, itl=30ms", dict[str, float] | None) == {"ttft": 0.5, "itl": 0.03}
+    with pytest.raises(ValueError, match="ttft=500ms"):
+        parse_value("ttft:500", dict[str, float] | None)

@@ -1,0 +1,68 @@
+"""When requests are sent: arrivals by their distribution, repeats by their number."""
+
+import itertools
+import math
+
+import pytest
+
+from bench.client_processes import num_processes
+from bench.load import Load, arrivals, nth_request
+from bench.workloads import BenchRequest, random_requests
+
+REQUESTS = random_requests(100, input_len=4, output_len=100, vocab_size=1000, seed=0)
+
+
+def gaps(rate: float, burstiness: float, seed: int = 1) -> list[float]:
+    moments = itertools.islice(arrivals(Load(request_rate=rate, burstiness=burstiness, seed=seed), REQUESTS), 4000)
+    return [after - before for before, after in itertools.pairwise(moments)]
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_gaps_have_the_asked_rate_and_the_spread_of_their_burstiness(burstiness: float):
+    found = gaps(50.0, burstiness)
+
+    mean = sum(found) / len(found)
+    deviation = (sum((gap - mean) ** 2 for gap in found) / len(found)) ** 0.5
+    assert mean == pytest.approx(1 / 50, rel=0.1)
+    assert deviation / mean == pytest.approx(burstiness**-0.5, rel=0.1)  # of a gamma distribution; Poisson: 1
+
+
+def test_infinite_burstiness_is_a_constant_gap():
+    assert gaps(50.0, math.inf) == pytest.approx([1 / 50] * 3999)
+
+
+def test_arrivals_are_the_same_for_a_seed():
+    assert gaps(50.0, 1.0, seed=1) == gaps(50.0, 1.0, seed=1) != gaps(50.0, 1.0, seed=2)
+
+
+def test_an_infinite_rate_sends_everything_at_once():
+    assert list(itertools.islice(arrivals(Load(request_rate=math.inf), REQUESTS), 3)) == [0.0, 0.0, 0.0]
+
+
+def test_a_list_that_is_gone_through_again_knows_how_often():
+    requests = [BenchRequest(1, [7]), BenchRequest(1, [8])]
+
+    found = [nth_request(requests, index) for index in range(5)]
+
+    assert [(request.prompt, request.repeat) for request in found] == [([7], 0), ([8], 0), ([7], 1), ([8], 1), ([7], 2)]
+
+
+@pytest.mark.parametrize(
+    ("load", "cores", "expected"),
+    [
+        (Load(concurrency=16), 16, 1),
+        (Load(concurrency=64), 16, 1),
+        (Load(concurrency=65), 16, 2),
+        (Load(concurrency=2000), 16, 2),  # no more than there are requests
+        (Load(request_rate=10.0), 16, 1),
+        (Load(request_rate=600.0), 16, 3),  # 60,000 tokens a second
+        (Load(request_rate=1e6), 16, 4),
+        (Load(concurrency=65), 2, 1),
+    ],
+)
+def test_a_load_gets_processes_by_its_tokens_and_leaves_cores_to_the_server(
+    monkeypatch, load: Load, cores: int, expected: int
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(cores))
+
+    assert num_processes(load, REQUESTS) == expected
