@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 
 from bench.metrics import RequestRecord
-from bench.workloads import BenchRequest
+from bench.workloads import Answer, BenchRequest
 
 # Uvicorn drops idle connections after 5 s: leave them earlier, so that no request is sent into a closing one.
 KEEPALIVE_S = 2.0
@@ -28,8 +28,11 @@ class _Choice(msgspec.Struct):
 
     @property
     def has_content(self) -> bool:
-        delta = self.delta
-        return bool(self.token_ids or self.text or (delta and (delta.content or delta.reasoning_content)))
+        return bool(self.token_ids or self.content or (self.delta and self.delta.reasoning_content))
+
+    @property
+    def content(self) -> str:
+        return self.text or (self.delta and self.delta.content) or ""
 
 
 class _Usage(msgspec.Struct):
@@ -76,19 +79,25 @@ class LoadClient:
 
     async def send(self, request: BenchRequest) -> RequestRecord:
         """Run one request to its end. Never raises for a failure: the record holds it."""
+        record, _ = await self.exchange(request)
+        return record
+
+    async def exchange(self, request: BenchRequest) -> tuple[RequestRecord, Answer]:
+        """The same, and what came."""
         path, body = self._compose(request)
-        record = RequestRecord(sent=self.clock())
+        record, choices = RequestRecord(sent=self.clock()), list[_Choice]()
         try:
             async with self._session.post(self.url + path, json=body) as response:
                 if response.status != 200:
                     raise RefusedError(f"HTTP {response.status}: {_error_message(await response.text())}")
-                await self._receive(response, record)
+                await self._receive(response, record, choices)
         except TimeoutError:
             record.error = f"no data for {self.timeout_s:g} s"
         except (aiohttp.ClientError, OSError, RefusedError, msgspec.MsgspecError) as error:
             record.error = str(error) or type(error).__name__
         record.ended = self.clock()
-        return record
+        token_ids = [token for choice in choices for token in choice.token_ids or []]
+        return record, Answer("".join(choice.content for choice in choices), token_ids)
 
     async def get(self, path: str) -> str:
         """The body of a GET. Raises aiohttp.ClientError, OSError or TimeoutError."""
@@ -111,7 +120,9 @@ class LoadClient:
             return "/v1/chat/completions", {**body, "messages": request.messages}
         return "/v1/completions", {**body, "prompt": request.prompt}
 
-    async def _receive(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
+    async def _receive(
+        self, response: aiohttp.ClientResponse, record: RequestRecord, all_choices: list[_Choice]
+    ) -> None:
         usage: _Usage | None = None
         by_content: list[tuple[float, int]] = []  # arrivals with text, and in how many events it came
         async for now, chunks in _read_stream(response, self.clock):
@@ -120,6 +131,7 @@ class LoadClient:
                     raise RefusedError(_error_message(chunk.error))
                 usage = chunk.usage or usage
             choices = [choice for chunk in chunks for choice in chunk.choices]
+            all_choices += choices
             if num_tokens := sum(len(choice.token_ids or []) for choice in choices):
                 record.chunks.append((now, num_tokens))
             if num_events := sum(choice.has_content for choice in choices):

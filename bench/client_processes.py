@@ -59,7 +59,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class SharedTurnstile:
-    """Hands out the numbers of requests, in order, to all processes."""
+    """Hands out the numbers of requests (a conversation has one), in order, to all processes."""
 
     num_sent: "Synchronized[int]" = field(default_factory=lambda: _spawn.Value("q", 0))
     deadline: "Synchronized[float]" = field(default_factory=lambda: _spawn.Value("d", math.inf))
@@ -72,6 +72,10 @@ class SharedTurnstile:
                 return None
             self.num_sent.value = index + 1
             return index
+
+    @property
+    def is_closed(self) -> bool:
+        return time.perf_counter() >= self.deadline.value
 
 
 def num_processes(load: Load, requests: Sequence[BenchRequest]) -> int:

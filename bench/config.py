@@ -38,11 +38,18 @@ class BenchConfig:
         "objectives such as ttft=500ms,itl=30ms (also tpot, e2el): goodput counts the requests that meet them all",
     ] = None
     dataset: Annotated[
-        str, "`random` token ids, or a FILE: .jsonl lines with prompt or messages, ShareGPT .json, plain text lines"
+        str,
+        "`random` token ids, or a FILE: .jsonl lines with prompt or messages (and timestamp: a trace), ShareGPT .json, "
+        "plain text lines",
     ] = "random"
     input_len: Annotated[int, "tokens in a random prompt"] = 128
     output_len: Annotated[int, "tokens to generate, where a dataset does not say"] = 64
     range_ratio: Annotated[float, "random lengths vary by this share, up and down"] = 0.0
+    prefix_len: Annotated[int, "tokens before a random prompt that it shares with others"] = 0
+    num_prefixes: Annotated[int, "different ones of them, by turns"] = 1
+    turns: Annotated[
+        int, "requests of a conversation, random or ShareGPT: each is sent when the one before is answered"
+    ] = 1
     url: Annotated[str, "measure the server that runs there, instead of starting one"] = ""
     api_key: Annotated[str, "bearer token for --url; better given as VCLI_API_KEY"] = field(default="", repr=False)
     offline: Annotated[bool, "no server: all prompts at once into the engine in this process"] = False
@@ -56,7 +63,12 @@ class BenchConfig:
     json: Annotated[bool, "print the result as JSON instead of a table"] = False
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "input_len", "output_len"):
+        if self.prefix_len < 0:
+            raise ValueError(f"--prefix-len must be at least 0, got {self.prefix_len}")
+        if self.turns > 1 and (self.offline or self.baseline != "none"):
+            other = "--offline" if self.offline else "--baseline"
+            raise ValueError(f"--turns and {other} exclude each other: a batch has no next turn")
+        for name in ("num_prompts", "input_len", "output_len", "num_prefixes", "turns"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.client import LoadClient
 from bench.metrics import RequestRecord
-from bench.workloads import BenchRequest
+from bench.workloads import BenchRequest, next_turn
 
 LAG_PERIOD_S = 0.01
 TIMER_RESOLUTION_S = 0.001  # event loops round their timers up to milliseconds: so much is no lag
@@ -44,7 +44,11 @@ class Turnstile(Protocol):
     """Whom all client processes ask before they send a request."""
 
     def take(self) -> int | None:
-        """The number of the next request to send, counted over all processes; None: no more."""
+        """The number of the next request (or conversation) to send, over all processes; None: no more."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Is the time over, for further turns too?"""
 
 
 async def closed_loop(
@@ -54,7 +58,7 @@ async def closed_loop(
 
     async def user() -> None:
         while (index := turnstile.take()) is not None:
-            await send(client, nth_request(requests, index), on_record)
+            await converse(client, nth_request(requests, index), turnstile, on_record)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(num_users):
@@ -77,11 +81,18 @@ async def open_loop(
                 return
             if not math.isinf(moment):
                 lag.note(client.clock() - moment)
-            group.create_task(send(client, nth_request(requests, index), on_record))
+            group.create_task(converse(client, nth_request(requests, index), turnstile, on_record))
 
 
-async def send(client: LoadClient, request: BenchRequest, on_record: OnRecord) -> None:
-    on_record(await client.send(request))
+async def converse(client: LoadClient, request: BenchRequest, turnstile: Turnstile, on_record: OnRecord) -> None:
+    """Send a request and, as soon as it is answered, its next turns; a failure ends a conversation."""
+    following: BenchRequest | None = request
+    while following is not None:
+        record, answer = await client.exchange(following)
+        is_over = bool(record.error) or turnstile.is_closed
+        following = None if is_over else next_turn(following, answer)
+        record.ends_conversation = following is None
+        on_record(record)
 
 
 def nth_request(requests: Sequence[BenchRequest], index: int) -> BenchRequest:

@@ -49,6 +49,7 @@ class RequestRecord:
     ended: float = 0.0
     num_prompt_tokens: int = 0
     error: str = ""  # empty: it completed
+    ends_conversation: bool = True  # False: its next turn follows
 
     @property
     def num_output_tokens(self) -> int:

@@ -128,6 +128,10 @@ def describe_workload(result: BenchResult) -> str:
         shape = f"{workload['input_len']}/{workload['output_len']}{spread}"
     else:
         shape = str(workload["dataset"])
+    if workload.get("prefix_len"):
+        shape = f"{workload['prefix_len']}+{shape}"
+    if workload.get("turns"):
+        shape += f", {workload['turns']} turns"
     if result.runs:
         return f"{shape}, sweep of {len(result.runs)}"
     if result.kind == "throughput":
@@ -135,7 +139,7 @@ def describe_workload(result: BenchResult) -> str:
     if workload.get("request_rate") is not None:
         how = f"{workload['request_rate']} req/s"
     else:
-        how = f"{workload['concurrency']} concurrent"
+        how = f"{workload['concurrency']} concurrent" if "concurrency" in workload else "as recorded"
     if workload.get("duration") is not None:
         return f"{shape} for {workload['duration']:g} s, {how}"
     return f"{workload['num_prompts']} x {shape}, {how}"

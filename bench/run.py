@@ -67,12 +67,12 @@ def run_serving(
     served = served_model(url, options)
     name = engine.model if options.url and engine.model else str(served["id"])
     _check_lengths(requests, served.get("max_model_len"))
-    load = make_load(options, engine.seed)
+    load = make_load(options, requests, engine.seed)
     run = run_async(serving.measure(url, name, requests, load, api_key=options.api_key, on_progress=on_progress))
     result = BenchResult(
         kind="serving",
         model=short_name(name),
-        workload=_workload(engine, options, len(requests)),
+        workload=_workload(engine, options, requests, load),
         metrics=run.metrics(options.slo),
         environment=environment(),
         definitions=DEFINITIONS
@@ -86,8 +86,12 @@ def run_serving(
     return replace(result, floor=_floor(result, engine, lengths, load.concurrency or len(requests)))
 
 
-def make_load(options: BenchConfig, seed: int) -> Load:
-    """How the requests of a single point are sent."""
+def make_load(options: BenchConfig, requests: list[BenchRequest], seed: int) -> Load:
+    """How the requests of a single point are sent: as the options say or, if they do not, as a trace does."""
+    if options.concurrency is None and options.request_rate is None and requests[0].arrival is not None:
+        if options.duration_s is not None:
+            raise UserError("--duration does not go with a trace's own arrivals: cut it by --num-prompts")
+        return Load(seed=seed)
     rate = options.request_rate[0] if options.request_rate else None
     return Load(options.batch_size if rate is None else None, rate, options.burstiness, options.duration_s, seed)
 
@@ -149,7 +153,7 @@ def run_offline(
         kind="throughput",
         model=short_name(engine.model or path.stem),
         workload={
-            **_workload(engine, options, len(requests)),
+            **_workload(engine, options, requests),
             "device": ready.device,
             "dtype": ready.dtype,
             "max_num_seqs": ready.max_num_seqs,
@@ -181,7 +185,10 @@ def with_baseline(result: BenchResult, engine: EngineConfig, options: BenchConfi
 
 
 def make_requests(options: BenchConfig, seed: int, vocab_size: int) -> list[BenchRequest]:
-    """The workload. Raises UserError for a dataset file that cannot be read."""
+    """The workload. Raises UserError for a dataset file that cannot be read.
+
+    A file with fewer prompts than are wanted is gone through again; of a trace all are wanted unless told otherwise.
+    """
     if options.dataset == "random":
         return random_requests(
             options.num_requests,
@@ -190,8 +197,16 @@ def make_requests(options: BenchConfig, seed: int, vocab_size: int) -> list[Benc
             vocab_size=vocab_size,
             seed=seed,
             range_ratio=options.range_ratio,
+            prefix_len=options.prefix_len,
+            num_prefixes=options.num_prefixes,
+            turns=options.turns,
         )
-    return file_requests(Path(options.dataset), options.num_requests, output_len=options.output_len, seed=seed)
+    requests = file_requests(
+        Path(options.dataset), output_len=options.output_len, seed=seed, vocab_size=vocab_size, turns=options.turns
+    )
+    if requests[0].arrival is not None:
+        return requests[: options.num_prompts]
+    return [requests[i % len(requests)] for i in range(options.num_requests)]
 
 
 def token_requests(requests: list[BenchRequest], path: Path, engine: EngineConfig) -> list[BenchRequest]:
@@ -271,25 +286,34 @@ def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 def _check_lengths(requests: list[BenchRequest], max_model_len: int | None) -> None:
     """Refuse token prompts that the model has no room for, before a run full of failures."""
-    lengths = [len(request.prompt) + request.output_len for request in requests if isinstance(request.prompt, list)]
+    lengths = [
+        sum(len(turn.prompt) + turn.output_len for turn in request.turns)
+        for request in requests
+        if isinstance(request.prompt, list)
+    ]
     if max_model_len and max(lengths, default=0) > max_model_len:
         raise UserError(
-            f"a request has {max(lengths):,} tokens (input and output), the model has room for {max_model_len:,}: "
+            f"a request has {max(lengths):,} tokens (input and output, of all turns), the model has room for "
+            f"{max_model_len:,}: "
             "lower --input-len or --output-len, or raise --max-model-len"
         )
 
 
-def _workload(engine: EngineConfig, options: BenchConfig, num_requests: int) -> dict[str, Any]:
+def _workload(
+    engine: EngineConfig, options: BenchConfig, requests: list[BenchRequest], load: Load | None = None
+) -> dict[str, Any]:
+    """What was sent and how, for whoever reads the result; without a load: to the engine, all at once."""
     is_random = options.dataset == "random"
     host = urlsplit(options.url).hostname if options.url else None
-    is_closed = options.request_rate is None and not options.offline
     return {
         "dataset": options.dataset if is_random else Path(options.dataset).name,
-        "num_prompts": num_requests,
+        "num_prompts": len(requests),
         **({"input_len": options.input_len, "range_ratio": options.range_ratio} if is_random else {}),
+        **({"prefix_len": options.prefix_len, "num_prefixes": options.num_prefixes} if options.prefix_len else {}),
+        **({"turns": options.turns} if options.turns > 1 else {}),
         "output_len": options.output_len,
-        **({"concurrency": options.batch_size} if is_closed else {}),
-        **({"request_rate": str(options.request_rate[0])} if options.request_rate else {}),
+        **({"concurrency": load.concurrency} if load and load.concurrency else {}),
+        **({"request_rate": str(load.request_rate)} if load and load.request_rate else {}),
         **({"burstiness": str(options.burstiness)} if options.burstiness != 1 else {}),
         **({"duration": options.duration_s} if options.duration_s is not None else {}),
         **({"slo": options.slo} if options.slo else {}),

@@ -161,7 +161,7 @@ async def measure(
         task = {"url": url, "model": model, "api_key": api_key, "extensions": client.extensions}
         async with ClientProcesses(task, requests, load) as processes:
             ramp = _Ramp(run, load, processes)
-            num_requests = len(requests) if load.duration_s is None else None
+            num_requests = sum(len(r.turns) for r in requests) if load.duration_s is None else None
             async with _scraping(client, run), _reporting(run, ramp, num_requests, on_progress):
                 run.start, run.lags = await processes.run(ramp.add)
     return run
@@ -184,7 +184,8 @@ class _Ramp:
         if self.duration_s is None or self.run.window or self.run.is_hopeless:
             return
         now = time.perf_counter()
-        num_sent, num_ended = self.turnstile.num_sent.value, len(self.run.records)
+        num_sent = self.turnstile.num_sent.value
+        num_ended = sum(record.ends_conversation for record in self.run.records)
         if is_ramped_up(num_sent, num_ended) or now - self.start > self.duration_s:
             self.run.window = Window(now, now + self.duration_s)
             self.turnstile.deadline.value = self.run.window.end

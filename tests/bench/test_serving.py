@@ -275,3 +275,28 @@ def test_a_server_that_answers_nothing_any_more_is_given_up(fake_server, monkeyp
 
     assert 5 <= figures["failed"] < 100
     assert "given up after 5 failures in a row" in figures["invalid_reasons"]
+
+
+def test_a_conversation_waits_for_each_answer_and_takes_it_along(fake_server):
+    requests = random_requests(6, input_len=16, output_len=4, vocab_size=1000, seed=0, turns=3)
+    fake_server.first_token_s = 0.02
+
+    measured = asyncio.run(measure(fake_server.url, "fake", requests, Load(concurrency=2)))
+
+    bodies = fake_server.bodies[2:]  # without the warm-up
+    assert fake_server.most_running == 2
+    assert sorted(len(body["prompt"]) for body in bodies) == [16] * 6 + [36] * 6 + [56] * 6
+    first = requests[0].prompt
+    (second,) = (body["prompt"] for body in bodies if len(body["prompt"]) == 36 and body["prompt"][:16] == first)
+    assert second == [*first, *[1] * 4, *requests[0].then.prompt]
+    assert sum(record.ends_conversation for record in measured.records) == 6
+    assert measured.metrics()["completed"] == 18
+
+
+def test_a_trace_is_sent_when_it_says(fake_server):
+    requests = [replace(request, arrival=0.15 * i) for i, request in enumerate(REQUESTS[:6])]
+
+    samples = asyncio.run(measure(fake_server.url, "fake", requests, Load())).samples()
+
+    late = [sent - 0.15 * i for i, sent in enumerate(samples["requests"]["sent"])]
+    assert min(late) > -0.001  # it waits for the moment, and then as long as the machine lets it
