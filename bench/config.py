@@ -53,6 +53,11 @@ class BenchConfig:
     url: Annotated[str, "measure the server that runs there, instead of starting one"] = ""
     api_key: Annotated[str, "bearer token for --url; better given as VCLI_API_KEY"] = field(default="", repr=False)
     offline: Annotated[bool, "no server: all prompts at once into the engine in this process"] = False
+    batch_sizes: Annotated[
+        tuple[int, ...] | None,
+        "offline: time prefill and decode of so many sequences at once, 1,8,64 or 1-64x8, as llama-bench does",
+        "--batch-size",
+    ] = None
     baseline: Annotated[
         Literal["none", "transformers"], "afterwards run the same prompts through transformers' generate, and compare"
     ] = "none"
@@ -72,6 +77,11 @@ class BenchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.batch_sizes is not None and (not self.offline or self.baseline != "none" or self.dataset != "random"):
+            raise ValueError("--batch-size needs --offline, random prompts, and no --baseline")
+        for batch_size in self.batch_sizes or ():
+            if batch_size < 1:
+                raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
         for concurrency in self.concurrency or ():
             if concurrency < 1:
                 raise ValueError(f"--concurrency must be at least 1, got {concurrency}")

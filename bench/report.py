@@ -10,14 +10,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.figures import PEER
 from bench.result import KINDS, BenchResult
 from engine.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
@@ -103,8 +100,26 @@ def sweep_table(result: BenchResult) -> Table:
     return [*columns, ""], rows
 
 
+def batch_table(result: BenchResult) -> Table:
+    """Prefill and decode by batch size, as llama-bench writes it, with a column for each thing that may differ."""
+    rows, run = result.metrics["rows"], result.workload
+    has_floor = any(row["floor_ms"] for row in rows)
+    kept = run["dtype"] if run["quantization"] == "auto" else f"{run['dtype']}, {run['quantization']}"
+    columns = ["model", "device", "type", "batch", "test", "tok/s", "ms", *(["floor ms"] if has_floor else [])]
+    return columns, [
+        [
+            *(result.model, run["device"], kept, row["batch_size"], row["test"]),
+            f"{format_figure(row['tokens_per_s'])} ± {format_figure(row['std_tokens_per_s'])}",
+            *(row["ms"], *([row["floor_ms"]] if has_floor else [])),
+        ]
+        for row in rows
+    ]
+
+
 def tables(result: BenchResult) -> list[Table]:
     """What a person is shown of a result; tables without a row are left out."""
+    if "rows" in result.metrics:
+        return [batch_table(result)]
     shown = [sweep_table(result)] if result.runs else [latency_table(result), figure_table(result)]
     return [table for table in shown if table[1]]
 
@@ -134,6 +149,8 @@ def describe_workload(result: BenchResult) -> str:
         shape += f", {workload['turns']} turns"
     if result.runs:
         return f"{shape}, sweep of {len(result.runs)}"
+    if result.kind == "latency":
+        return f"{shape} by batch size, offline"
     if result.kind == "throughput":
         return f"{workload['num_prompts']} x {shape}, offline"
     if workload.get("request_rate") is not None:
@@ -171,7 +188,10 @@ def to_csv(result: BenchResult) -> str:
     """One line a run, so that the files of several runs can be put together; blocks as workload.seed and so on."""
     import pandas as pd
 
-    return str(pd.concat(map(_flat_frame, result.runs or [result])).to_csv(index=False))
+    if "rows" in result.metrics:
+        return str(pd.DataFrame(result.metrics["rows"]).assign(**_flat(result)).to_csv(index=False))
+    frames = [pd.DataFrame([_flat(run)]) for run in result.runs or [result]]
+    return str(pd.concat(frames).to_csv(index=False))
 
 
 def to_markdown(result: BenchResult) -> str:
@@ -321,13 +341,14 @@ def _put_between(text: str, begin: str, end: str, section: str, readme: Path) ->
     return f"{before}{begin}\n{section}\n{end}{after}"
 
 
-def _flat_frame(result: BenchResult) -> "pd.DataFrame":
+def _flat(result: BenchResult) -> dict[str, Any]:
+    """All but definitions, samples and rows, by dotted names."""
     import pandas as pd
 
-    values = {name: value for name, value in result.to_dict().items() if name != "definitions"}
+    values = {name: value for name, value in result.to_dict().items() if name not in ("definitions", "rows")}
     values["invalid_reasons"] = "; ".join(values.get("invalid_reasons", []))
     values["errors"] = "; ".join(f"{count}x {error}" for error, count in values.get("errors", {}).items())
-    return pd.json_normalize(values)
+    return dict(pd.json_normalize(values).iloc[0])
 
 
 def main(arguments: list[str]) -> int:

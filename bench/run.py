@@ -72,7 +72,7 @@ def run_serving(
     result = BenchResult(
         kind="serving",
         model=short_name(name),
-        workload=_workload(engine, options, requests, load),
+        workload=workload(engine, options, requests, load),
         metrics=run.metrics(options.slo),
         environment=environment(),
         definitions=DEFINITIONS
@@ -106,14 +106,14 @@ def serving_workloads(engine: EngineConfig, options: BenchConfig) -> list[list[B
 
     Each point draws its own (seed, seed + 1, ...): no prompt is in a prefix cache because another point has sent it.
     """
-    return [_serving_requests(*point) for point in _points(engine, options)]
+    return [serving_requests(*point) for point in _points(engine, options)]
 
 
 def _points(engine: EngineConfig, options: BenchConfig) -> list[tuple[EngineConfig, BenchConfig]]:
     return [(replace(engine, seed=engine.seed + i), point) for i, point in enumerate(options.points())]
 
 
-def _serving_requests(engine: EngineConfig, options: BenchConfig) -> list[BenchRequest]:
+def serving_requests(engine: EngineConfig, options: BenchConfig) -> list[BenchRequest]:
     if options.url:
         root = served_model(options.url, options).get("root")
         is_local = isinstance(root, str) and Path(root).exists()
@@ -153,7 +153,7 @@ def run_offline(
         kind="throughput",
         model=short_name(engine.model or path.stem),
         workload={
-            **_workload(engine, options, requests),
+            **workload(engine, options, requests),
             "device": ready.device,
             "dtype": ready.dtype,
             "max_num_seqs": ready.max_num_seqs,
@@ -164,6 +164,47 @@ def run_offline(
     )
     lengths = [(len(request.prompt), request.output_len) for request in requests]
     return replace(result, floor=_floor(result, engine, lengths, ready.max_num_seqs))
+
+
+def run_latency(
+    engine: EngineConfig,
+    options: BenchConfig,
+    on_start: Callable[[str, float], None],
+    on_progress: Callable[[str, int, int], None],
+) -> BenchResult:
+    """Measure prefill and decode of the engine in this process at each of options.batch_sizes."""
+    from bench import latency
+    from engine.core import EngineCore
+
+    path = resolve_model(engine.model, engine.revision)
+    core = EngineCore(replace(engine, skip_tokenizer_init=True), on_start)
+    if options.input_len + options.output_len + 1 > core.ready.max_model_len:
+        raise UserError(
+            f"--input-len {options.input_len:,} and --output-len {options.output_len:,} and one more are more than the "
+            f"model's {core.ready.max_model_len:,} tokens"
+        )
+    env = environment()
+    found = _find_floor(engine, env["gpu"] if core.ready.device.startswith("cuda") else None)
+    rows = latency.measure(
+        core,
+        options.batch_sizes or (),
+        input_len=options.input_len,
+        output_len=options.output_len,
+        seed=engine.seed,
+        floor=found,
+        on_progress=on_progress,
+    )
+    described = {"dataset": "random", "input_len": options.input_len, "output_len": options.output_len}
+    described |= {"seed": engine.seed, "device": core.ready.device, "dtype": core.ready.dtype}
+    described |= {"load_format": engine.load_format, "quantization": engine.quantization}
+    return BenchResult(
+        kind="latency",
+        model=short_name(engine.model or path.stem),
+        workload=described,
+        metrics={"rows": rows},
+        environment=env,
+        definitions=latency.DEFINITIONS | (latency.FLOOR_DEFINITION if found else {}),
+    )
 
 
 def with_baseline(result: BenchResult, engine: EngineConfig, options: BenchConfig) -> BenchResult:
@@ -299,7 +340,7 @@ def _check_lengths(requests: list[BenchRequest], max_model_len: int | None) -> N
         )
 
 
-def _workload(
+def workload(
     engine: EngineConfig, options: BenchConfig, requests: list[BenchRequest], load: Load | None = None
 ) -> dict[str, Any]:
     """What was sent and how, for whoever reads the result; without a load: to the engine, all at once."""
@@ -329,14 +370,19 @@ def _workload(
 def _floor(
     result: BenchResult, engine: EngineConfig, lengths: list[tuple[int, int]], batch: int
 ) -> dict[str, Any] | None:
-    """The floor on this machine's GPU; None where it is unknown or the run was not on it."""
-    ceilings = floor.find_ceilings(result.environment["gpu"])
-    if not lengths or ceilings is None or result.workload["device"] == "cpu":
+    """The floor of a run on this machine's GPU; None where it is unknown or the run was not on it."""
+    found = _find_floor(engine, result.environment["gpu"] if result.workload["device"] != "cpu" else None)
+    return found.summary(lengths, batch) if found and lengths else None
+
+
+def _find_floor(engine: EngineConfig, gpu: str | None) -> floor.Floor | None:
+    """What a GPU allows; None where nobody has measured that."""
+    ceilings = floor.find_ceilings(gpu)
+    if ceilings is None:
         return None
     path = resolve_model(engine.model, engine.revision)
     model = ModelConfig.from_path(path)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     if dtype == "float32":  # the matrix ceiling is for 16 bits
         return None
-    scheme = scheme_of_layers(model, engine.quantization, path)
-    return floor.Floor(model, dtype, ceilings, scheme=scheme).summary(lengths, batch)
+    return floor.Floor(model, dtype, ceilings, scheme=scheme_of_layers(model, engine.quantization, path))

@@ -119,10 +119,12 @@ def serve_arguments(config: EngineConfig) -> list[str]:
 
 
 def _offline(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
-    from bench.run import run_offline
+    from bench.run import run_latency, run_offline
     from vcli.console import Status
 
     with Status() as status:
+        if options.batch_sizes is not None:
+            return run_latency(engine, options, partial(_show_start, status), status.show)
 
         def show_run(num_done: int, num_tokens: int) -> None:
             status.show("measuring", num_done, options.num_requests, detail=f"{num_tokens:,} tokens")
@@ -142,7 +144,8 @@ def _print(result: "BenchResult", as_json: bool) -> None:
         for table in others:
             print_table(report.describe(result), *table)
         notes = [f"{name}: {text}" for name, text in result.definitions.items()]
-        print_table("" if others else report.describe(result), *last, notes=["", *notes])
+        as_markdown = result.kind == "latency"  # it is there to be pasted
+        print_table("" if others else report.describe(result), *last, notes=["", *notes], as_markdown=as_markdown)
     for run in result.runs or [result]:
         where = f"{report.describe_workload(run)}: " if result.runs else ""
         for error, count in run.metrics.get("errors", {}).items():

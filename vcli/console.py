@@ -21,10 +21,17 @@ console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, notes: Sequence[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    notes: Sequence[str] = (),
+    as_markdown: bool = False,
 ) -> None:
     """Print a result on stdout: names to the left, numbers to the right, `notes` below."""
-    if out.is_terminal:
+    if as_markdown:
+        _print_markdown_table(title, columns, rows)
+    elif out.is_terminal:
         _print_rich_table(title, columns, rows)
     else:
         _print_plain_table(title, columns, rows)
@@ -88,23 +95,39 @@ def _print_rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequenc
 
 
 def _print_plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    if title:
+        out.print(title, markup=False)
+    for cells in _aligned(columns, rows):
+        out.print("  ".join(cells).rstrip(), markup=False)
+
+
+def _print_markdown_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    if title:
+        out.print(f"{title}\n", markup=False)
+    head, *lines = _aligned(columns, rows)
+    rule = ["-" * (len(cell) - 1) + (":" if _is_numeric(rows, i) else "-") for i, cell in enumerate(head)]
+    for cells in (head, rule, *lines):
+        out.print(f"| {' | '.join(cells)} |", markup=False, soft_wrap=True)
+
+
+def _aligned(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[list[str]]:
+    """Head and rows as text, the cells of a column all of one width."""
     cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
     right = [_is_numeric(rows, index) for index in range(len(columns))]
-    if title:
-        out.print(title, markup=False)
-    for row in cells:
-        parts = [
+    return [
+        [
             text.rjust(width) if is_right else text.ljust(width)
             for text, width, is_right in zip(row, widths, right, strict=True)
         ]
-        out.print("  ".join(parts).rstrip(), markup=False)
+        for row in cells
+    ]
 
 
 def _is_numeric(rows: Sequence[Sequence[object]], index: int) -> bool:
-    """A column of numbers, written ones too: 1,234 and +3.5%."""
+    """A column of numbers, written ones too: 1,234 and +3.5% and 12 ± 1.5."""
     cells = [cell for row in rows if (cell := _cell(row[index])) != "-"]
-    return bool(cells) and all(re.fullmatch(r"[-+]?[\d,.]+(e[-+]\d+)?%?", cell) for cell in cells)
+    return bool(cells) and all(re.fullmatch(r"[-+]?[\d,.]+(e[-+]\d+)?%?( ± [\d,.]+)?", cell) for cell in cells)
 
 
 def _cell(value: object) -> str:

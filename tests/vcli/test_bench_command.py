@@ -68,6 +68,18 @@ def test_a_sweep_measures_one_server_at_every_point(tiny_checkpoint, tmp_path: P
     assert err.count("starting the server") == 1
 
 
+def test_batch_sizes_make_a_table_to_paste(tiny_checkpoint):
+    flags = ["--offline", "--batch-size", "1,2", "--input-len", "8", "--output-len", "3"]
+
+    code, out, err = run_bench(str(tiny_checkpoint("llama")), *SMALL_RUN, *flags)
+
+    assert code == 0, err
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert [line.split("|")[5].strip() for line in table[2:]] == ["pp8", "tg3 @ 8"] * 2
+    assert {line.count("|") for line in table} == {8}
+    assert re.fullmatch(r"\|( -+[-:] \|)+", table[1])
+
+
 def test_json_goes_to_stdout_alone(tiny_checkpoint):
     load = ["--concurrency", "2", "--num-prompts", "4", "--input-len", "8", "--output-len", "3", "--offline", "--json"]
 
@@ -120,6 +132,9 @@ def test_a_server_that_dies_under_the_load_is_an_error_with_its_last_words(tiny_
         (["--concurrency", "2", "--request-rate", "3"], 2, "exclude each other"),
         (["--request-rate", "-1"], 2, "--request-rate must be more than 0"),
         (["--concurrency", "1,2", "--baseline", "transformers"], 2, "--baseline needs one --concurrency"),
+        (["--batch-size", "1,8"], 2, "--batch-size needs --offline"),
+        (["--offline", "--batch-size", "0"], 2, "--batch-size must be at least 1, got 0"),
+        (["--turns", "2", "--offline"], 2, "--turns and --offline exclude each other"),
         (["--burstiness", "2"], 2, "--burstiness needs --request-rate"),
         (["--request-rate", "inf", "--duration", "5s"], 2, "exclude each other"),
         (["--slo", "speed=5ms"], 2, "--slo knows ttft, tpot, itl, e2el; got speed"),
