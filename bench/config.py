@@ -160,3 +160,43 @@ class QualityConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value:g}")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a gate compares, on what load, and when it is passed. Raises ValueError."""
+
+    metric: Annotated[
+        tuple[str, ...],
+        "how much a figure may change: `p99_itl<=+5%`, `throughput>=-3%`, or FILE.toml with a table [metrics] of them",
+    ] = ("throughput>=-5%",)
+    baseline: Annotated[
+        Path | None, "a result (.json) of `vcli bench` or of a gate: its load is run again, on its revision and on this"
+    ] = None
+    against: Annotated[
+        str,
+        "what to measure beside this code: a git revision, the URL of a server, or `recorded`: nothing but the trials "
+        "that a gate left in --baseline; default: the revision of --baseline",
+    ] = ""
+    budget_s: Annotated[float, "give up undecided after this time"] = 600.0
+    concurrency: Annotated[int | None, "requests under way at any time; default: those of --baseline, or 16"] = None
+    num_prompts: Annotated[int | None, "requests of a trial; default: 2 for each concurrent one"] = None
+    dataset: Annotated[str, "as in `vcli bench`: `random` token ids, or a FILE of prompts"] = "random"
+    input_len: Annotated[int | None, "tokens in a random prompt; default: those of --baseline, or 128"] = None
+    output_len: Annotated[int | None, "tokens to generate; default: those of --baseline, or 64"] = None
+    url: Annotated[str, "measure the server that runs there as this code, instead of starting one"] = ""
+    api_key: Annotated[str, "bearer token for servers given by URL; better given as VCLI_API_KEY"] = field(
+        default="", repr=False
+    )
+    output: Annotated[
+        tuple[str, ...], "write the result to FILE: .json (the next --baseline), .xml (JUnit) or .md; may be repeated"
+    ] = ()
+    json: Annotated[bool, "print the result as JSON instead of a table"] = False
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "num_prompts", "input_len", "output_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.budget_s > 0:
+            raise ValueError(f"budget_s must be more than 0, got {self.budget_s:g}")

@@ -12,7 +12,7 @@ from bench.metrics import DEFINITIONS
 from engine.errors import UserError
 
 KINDS = ("serving", "throughput")  # "sweep" has several of them
-BLOCKS = ("workload", "baseline", "floor", "environment", "definitions")
+BLOCKS = ("workload", "baseline", "floor", "environment", "definitions", "trials")
 
 
 @dataclass
@@ -27,6 +27,7 @@ class BenchResult:
     definitions: dict[str, str] = field(default_factory=lambda: dict(DEFINITIONS))
     samples: dict[str, Any] | None = None  # what the figures were made from (bench.serving.ServingRun.samples)
     runs: list[Self] = field(default_factory=list)  # of a sweep, which has no figures of its own
+    trials: list[dict[str, Any]] | None = None  # of a gate: the figures of both sides of each pair
 
     @property
     def is_valid(self) -> bool:

@@ -1,18 +1,30 @@
 """The commands and their help. What a command needs is imported when it runs, so that help is instant."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from engine.errors import UserError
 from vcli.bench import bench
+from vcli.bench_gate import gate
 from vcli.flags import Command, FlagError
 from vcli.quantize import quantize
 from vcli.serve import serve
 
+
+class Commands(TyperGroup):
+    """Commands of one word or two: `vcli bench MODEL` beside `vcli bench gate`. (A folder called gate is ./gate.)"""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = " ".join(args[:2])
+        return (name, self.commands[name], args[2:]) if name in self.commands else super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="vcli",
+    cls=Commands,
     help="Serve and benchmark open-weight language models. Every flag has an environment twin: --max-model-len is "
     "VCLI_MAX_MODEL_LEN. Numbers may carry units: 32k, 8GiB, 500ms.",
     no_args_is_help=True,
@@ -24,7 +36,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console entry. Exit codes: 0 fine, 1 error, 2 usage."""
+    """The console entry. Exit codes: 0 fine, 1 error, 2 usage, 3 a gate was not passed, 4 nothing could be decided."""
     try:
         app(prog_name="vcli")
     except UserError as error:
@@ -53,4 +65,5 @@ def _vcli(
 
 app.command(cls=Command)(serve)
 app.command(cls=Command, short_help="Measure latency and throughput of a model.")(bench)
+app.command("bench gate", cls=Command, short_help="Has this code become slower than another?")(gate)
 app.command(cls=Command, short_help="Make a quantized checkpoint of a model.")(quantize)

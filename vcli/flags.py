@@ -51,6 +51,11 @@ class Flag:
         return bool in (self.type, *get_args(self.type))
 
     @property
+    def is_repeated(self) -> bool:
+        """May be given several times, each time with one or more values between commas: a tuple[str, ...]."""
+        return self.type == tuple[str, ...]
+
+    @property
     def is_seconds(self) -> bool:
         return self.field.endswith("_s")
 
@@ -134,10 +139,12 @@ def flags_of(config: type) -> list[Flag]:
     return flags
 
 
-def resolve(flag: Flag, given: str | bool | None) -> Setting:
+def resolve(flag: Flag, given: str | bool | list[str] | None) -> Setting:
     """A flag's value: what was given on the command line, else its environment variable, else the default."""
     if isinstance(given, bool):
         return Setting(flag, given, "flag")
+    if isinstance(given, list):
+        return Setting(flag, flag.parse(",".join(given), flag.name), "flag")
     if given is not None:
         return Setting(flag, flag.parse(given, flag.name), "flag")
     if text := os.environ.get(flag.variable, ""):
@@ -172,6 +179,8 @@ def parse_value(text: str, value_type: Any) -> Any:
 def parse_list(text: str, value_type: Any) -> tuple[Any, ...]:
     """'1,16,64' -> (1, 16, 64); '1-256x4' -> (1, 4, 16, 64, 256): from, to and factor."""
     values: list[Any] = []
+    if value_type is str:
+        return tuple(item.strip() for item in text.split(",") if item.strip())
     for item in text.split(","):
         match = re.fullmatch(r"(\d[^-]*)-(.+)x([\d.]+)", item.strip())
         if match is None:
@@ -264,7 +273,7 @@ def _parameter(flag: Flag, panel: str) -> inspect.Parameter:
         return _keyword(flag.field, Annotated[bool | None, switch])
     names = flag.options or (flag.name,)
     option = typer.Option(*names, metavar=_metavar(flag), help=help_text, show_default=False, rich_help_panel=panel)
-    return _keyword(flag.field, Annotated[str | None, option])
+    return _keyword(flag.field, Annotated[list[str] | None if flag.is_repeated else str | None, option])
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:
@@ -290,7 +299,7 @@ def _metavar(flag: Flag) -> str:
 
 
 def _default_note(flag: Flag) -> str:
-    if flag.default in (None, "") or flag.is_secret or (flag.is_switch and flag.options):
+    if flag.default in (None, "", ()) or flag.is_secret or (flag.is_switch and flag.options):
         return "."
     return f" (default: {_shown(flag.default)}{'s' if flag.is_seconds else ''})."
 
@@ -299,7 +308,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return ",".join(map(_shown, value))
+        return ",".join(map(_shown, value)) or "-"
     if isinstance(value, dict):
         return ",".join(f"{name}={seconds:g}s" for name, seconds in value.items())
     return "-" if value in (None, "") else f"{value:g}" if isinstance(value, float) else str(value)

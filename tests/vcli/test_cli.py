@@ -16,7 +16,15 @@ def vcli(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["serve", "--help"], ["bench", "--help"], ["quantize", "--help"], ["--version"]]
+    "arguments",
+    [
+        ["--help"],
+        ["serve", "--help"],
+        ["bench", "--help"],
+        ["bench", "gate", "--help"],
+        ["quantize", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments):
     code = f"""

@@ -22,6 +22,7 @@ class Config:
     wait_s: Annotated[float, "how long"] = 30.0
     cached: Annotated[bool, "remember things"] = True
     file: Annotated[Path | None, "where"] = None
+    name: Annotated[tuple[str, ...], "who"] = ("Ada",)
     api_key: Annotated[str, "password"] = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +53,13 @@ def test_defaults_are_the_dataclasss_own():
 def test_every_kind_of_field_is_read_from_its_flag():
     arguments = ["--size", "3", "--limit", "2K", "--mode", "slow", "--share", "0.25", "--wait", "250ms"]
     config, *_ = run(*arguments, "--no-cached", "--file", "a/b", "--api-key", "x")
-    assert config == Config(3, 2048, "slow", 0.25, 0.25, False, Path("a/b"), "x")
+    assert config == Config(3, 2048, "slow", 0.25, 0.25, False, Path("a/b"), api_key="x")
+
+
+def test_a_repeated_flag_collects_its_values():
+    assert run("--name", "Grace", "--name", "Edsger, Alan")[0].name == ("Grace", "Edsger", "Alan")
+    assert run(VCLI_NAME="Grace,Edsger")[0].name == ("Grace", "Edsger")
+    assert run()[0].name == ("Ada",)
 
 
 def test_flag_beats_environment_beats_default():

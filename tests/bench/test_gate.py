@@ -1,0 +1,225 @@
+"""The gate: played on recorded noise of a machine, against fake servers, and its files."""
+
+import contextlib
+import json
+import random
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import gate_report
+from bench.config import GateConfig
+from bench.engines import Engine, RecordingEndedError, at_url, recording
+from bench.environment import environment
+from bench.gate import Gate, run_gate
+from bench.limits import Limit, Verdict, read_limits
+from bench.load import Load
+from bench.result import BenchResult
+from bench.workloads import random_requests
+from engine.config import EngineConfig
+from engine.errors import UserError
+
+# Trials of two equal servers in turn, on two cores shared with compilers and tests; in "loaded" with a low priority, so
+# that one trial can be three times as fast as the next.
+NOISE = json.loads((Path(__file__).parents[1] / "data" / "gate-noise.json").read_text())
+LIMITS = read_limits(["throughput>=-5%", "p50_itl<=+5%"])
+REQUESTS = random_requests(4, input_len=16, output_len=5, vocab_size=1000, seed=0)
+
+
+def gate_on_tape(tape: list[dict[str, float]], slowdown: float, seed: int) -> Gate:
+    """A gate whose trials are those of a recording, one after the other, this code's being slower by `slowdown`."""
+    slots = iter(tape)
+
+    def play(factor: float) -> Engine:
+        def run_trial(requests: Any, load: Any) -> dict[str, float]:
+            if (slot := next(slots, None)) is None:
+                raise RecordingEndedError("the tape is at its end")
+            return {name: value / factor if "throughput" in name else value * factor for name, value in slot.items()}
+
+        return Engine("tape", lambda show: contextlib.nullcontext(run_trial))
+
+    gate = Gate(play(1.0), play(1 + slowdown), LIMITS, budget_s=1000, coin=random.Random(seed))
+    gate.run(lambda index: [], Load(concurrency=1))
+    return gate
+
+
+def verdicts(series: str, slowdown: float, num_gates: int) -> list[Verdict]:
+    """Gates that each begin somewhere in the recording, which goes round."""
+    slots, rng = [dict(zip(NOISE["figures"], row, strict=True)) for row in NOISE[series]], random.Random(1)
+    begins = [rng.randrange(len(slots)) for _ in range(num_gates)]
+    return [gate_on_tape((slots[b:] + slots[:b]) * 5, slowdown, seed).verdict for seed, b in enumerate(begins)]
+
+
+@pytest.mark.parametrize("series", ["busy", "loaded"])
+def test_unchanged_code_is_not_called_regressed(series: str):
+    assert verdicts(series, 0.0, 200).count(Verdict.REGRESSED) <= 1  # less than 1 %
+
+
+def test_unchanged_code_passes():
+    assert verdicts("busy", 0.0, 100).count(Verdict.FINE) >= 95
+
+
+def test_a_slowdown_of_10_percent_is_caught():
+    assert verdicts("busy", 0.1, 100).count(Verdict.REGRESSED) >= 95
+
+
+def test_a_slowdown_is_never_called_fine_however_loaded_the_machine_is():
+    assert verdicts("loaded", 0.1, 100).count(Verdict.FINE) <= 5
+
+
+def slowed(server, gap_s: float) -> Engine:
+    """The fake server, which takes so long for a token whenever this engine is asked."""
+
+    @contextlib.contextmanager
+    def start(show: Any) -> Any:
+        with at_url(server.url).start(show) as run_trial:
+
+            def run_slowly(requests: Any, load: Load) -> dict[str, Any]:
+                server.gap_s = gap_s
+                return run_trial(requests, load)
+
+            yield run_slowly
+
+    return Engine(f"{gap_s * 1e3:g} ms a token", start)
+
+
+def real_gate(before: Engine, after: Engine, *limits: str) -> Gate:
+    gate = Gate(before, after, read_limits(limits), budget_s=200)
+    gate.run(lambda index: REQUESTS, Load(concurrency=4))
+    return gate
+
+
+def test_a_server_that_became_slower_is_found_with_the_right_change(fake_server):
+    gate = real_gate(slowed(fake_server, 0.02), slowed(fake_server, 0.04), "p50_itl<=+30%")
+
+    (found,) = gate.findings()
+    assert gate.verdict is Verdict.REGRESSED
+    assert found["verdict"] == "regressed"
+    assert found["measured"] == pytest.approx(1.0, abs=0.25)
+    assert {pair.start for pair in gate.pairs} == {0, 1}  # it was seen twice
+    assert len({pair.is_after_first for pair in gate.pairs}) == 2
+
+
+def test_a_regression_that_fresh_engines_do_not_show_is_none(fake_server):
+    starts = iter([0.04, 0.02])
+
+    def unlucky_once(show: Any) -> Any:
+        return slowed(fake_server, next(starts)).start(show)
+
+    gate = real_gate(slowed(fake_server, 0.02), Engine("unlucky", unlucky_once), "p50_itl<=+30%")
+
+    assert gate.verdict is Verdict.FINE
+
+
+def test_failed_requests_end_the_gate(fake_server):
+    fake_server.fail, fake_server.fail_every = "break", 7
+
+    with pytest.raises(UserError, match=r"failed: the stream broke off before \[DONE\]"):
+        real_gate(at_url(fake_server.url), at_url(fake_server.url), "throughput>=-50%")
+
+
+def test_trials_in_which_the_client_was_too_slow_do_not_count():
+    good, bad = {"failed": 0, "output_throughput": 10.0}, {"failed": 0, "output_throughput": 1.0, "valid": False}
+    gate = Gate(recording("a", [good] * 40), recording("b", [good, bad] * 20), read_limits(["throughput>=-5%"]), 100)
+
+    gate.run(lambda index: [], Load(concurrency=1))
+
+    assert gate.verdict is Verdict.FINE
+    assert gate.findings()[0]["measured"] == 0
+    assert gate.num_invalid >= 5
+
+
+def test_a_recording_that_is_too_short_leaves_it_undecided():
+    trials = [{"output_throughput": 10.0}] * 3
+    gate = Gate(recording("a", trials), recording("b", trials), read_limits(["throughput>=-5%"]), 100)
+
+    gate.run(lambda index: [], Load(concurrency=1))
+
+    assert gate.verdict is Verdict.UNDECIDED
+    assert gate.reason.startswith("all 3 recorded trials are used")
+
+
+def test_a_gate_writes_the_next_baseline_which_holds_on_the_same_machine_alone(fake_server, tmp_path: Path):
+    fake_server.first_token_s = fake_server.gap_s = 0.02
+    file, here = tmp_path / "first.json", GateConfig(url=fake_server.url, metric=("p50_ttft<=+200%",))
+    load = replace(here, concurrency=2, input_len=8, output_len=4, metric=("p50_ttft<=+40%",))
+    first = run_gate(EngineConfig(), replace(load, against=fake_server.url), lambda config: [])
+    gate_report.write(first, file)
+
+    again = run_gate(EngineConfig(), replace(here, baseline=file, against="recorded"), lambda config: [])
+
+    assert (first.metrics["verdict"], again.metrics["verdict"]) == ("fine", "fine")
+    assert again.workload == first.workload
+    gate_report.write(replace(first, environment={**environment(), "cpu": "Another CPU"}), file)
+    with pytest.raises(UserError, match="was measured with cpu Another CPU, here it is"):
+        run_gate(EngineConfig(), replace(here, baseline=file, against="recorded"), lambda config: [])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "--baseline FILE or --against REV"),
+        ({"against": "no-such-branch"}, "'no-such-branch' is no revision of"),
+        ({"against": "recorded"}, "needs the trials of a gate"),
+        ({"against": "HEAD", "metric": ("p99_itl",)}, "must read like p99_itl<=\\+5%"),
+        ({"against": "HEAD", "metric": ("p98_itl<=+5%",)}, "no figure is called p98_itl; there are throughput, "),
+        ({"against": "HEAD", "metric": ("throughput>=-100%",)}, "nothing can change by -100 %"),
+        ({"against": "HEAD", "metric": ("nowhere.toml",)}, "nowhere.toml: needs a table"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_one_sentence(options: dict[str, Any], words: str, default_model):
+    with pytest.raises(UserError, match=words):
+        run_gate(EngineConfig(), GateConfig(**options), lambda config: [])
+
+
+def test_a_run_of_another_kind_is_no_baseline(tmp_path: Path):
+    file = tmp_path / "offline.json"
+    file.write_text(BenchResult(kind="throughput").to_json())
+
+    with pytest.raises(UserError, match="of kind 'throughput'; a gate repeats a run against a server"):
+        run_gate(EngineConfig(), GateConfig(baseline=file), lambda config: [])
+
+
+def test_limits_are_read_from_a_file_too(tmp_path: Path):
+    file = tmp_path / "limits.toml"
+    file.write_text('[metrics]\nthroughput = ">=-3%"\np99_itl = "<= +5%"\n')
+
+    assert read_limits([str(file), "p99_itl<=+5%"]) == [Limit.parse("throughput>=-3%"), Limit.parse("p99_itl<=+5%")]
+
+
+def test_more_is_worse_or_better_as_the_limit_says():
+    slower = {"output_throughput": 80.0, "p99_itl_ms": 12.5}, {"output_throughput": 100.0, "p99_itl_ms": 10.0}
+    for limit in read_limits(["throughput>=-5%", "p99_itl<=+5%"]):
+        assert limit.log_ratio(slower[1], slower[0]) == pytest.approx(0.2231, abs=1e-4)
+    assert read_limits(["throughput>=-5%"])[0].median_change([0.2231]) == pytest.approx(-0.2, abs=1e-4)
+    assert read_limits(["p99_itl<=+5%"])[0].median_change([0.2231]) == pytest.approx(0.25, abs=1e-4)
+
+
+def result_of(gate: Gate) -> BenchResult:
+    figures = {"verdict": gate.verdict.value, "reason": gate.reason, "before": "main", "after": "this code"}
+    figures |= {"num_pairs": len(gate.pairs), "num_starts": 2, "num_invalid": 1, "limits": gate.findings()}
+    workload = {"dataset": "random", "num_prompts": 4, "input_len": 8, "output_len": 4, "concurrency": 2}
+    return BenchResult("gate", "tiny", workload, figures, {"cpu": "Fine CPU", "cpu_count": 2, "gpu": None})
+
+
+def test_the_files_say_what_was_found():
+    slow = {"output_throughput": 80.0, "p50_itl_ms": 10.0}
+    fast = {"output_throughput": 100.0, "p50_itl_ms": 10.0}
+    gate = Gate(recording("main", [fast] * 60), recording("now", [slow] * 60), LIMITS, 100)
+    gate.run(lambda index: [], Load(concurrency=1))
+
+    result = result_of(gate)
+    suite = ET.fromstring(gate_report.to_junit(result))
+    page = gate_report.to_markdown(result)
+
+    assert [suite.get(name) for name in ("tests", "failures", "errors")] == ["2", "1", "0"]
+    assert [(case.get("name"), [child.tag for child in case]) for case in suite] == [
+        ("throughput>=-5%", ["failure"]),
+        ("p50_itl<=+5%", []),
+    ]
+    assert "| throughput>=-5% | -20.0% |" in page
+    assert "**regressed (" in page
+    assert "1 more left out, the client was too slow in them" in page
