@@ -381,11 +381,11 @@ def main(arguments: list[str]) -> int:
         engine = EngineConfig(str(path.resolve()), load_format="dummy", skip_tokenizer_init=True)
         engine = replace(engine, quantization=options.quantization)
         benches.append(ModelBench(engine, results, only, None if benches else options.trace))
-    # What most figures hang on comes first, should the run be cut off.
-    parts: list[Callable[[], None]] = []
+    # Kernels before long runs, which warm the GPU up until it slows down; then what most figures hang on, should the run be
+    # cut off.
+    parts: list[Callable[[], None]] = [partial(measure_kernels, results, only)]
     parts += [part for bench in benches for part in (bench.measure_engine, bench.measure_server)]
     parts += [part for bench in benches for part in (bench.measure_fp8, bench.measure_invariant)]
-    parts.append(partial(measure_kernels, results, only))
     num_failed = sum(not _succeeds(part) for part in parts)
     print(f"\n{speed_table(results.values['rows'])}\n\n{results.path}")
     print(f"took {time.perf_counter() - started:.0f} s, {num_failed} parts failed")
