@@ -381,8 +381,8 @@ def main(arguments: list[str]) -> int:
         engine = EngineConfig(str(path.resolve()), load_format="dummy", skip_tokenizer_init=True)
         engine = replace(engine, quantization=options.quantization)
         benches.append(ModelBench(engine, results, only, None if benches else options.trace))
-    # Kernels before long runs, which warm the GPU up until it slows down; then what most figures hang on, should the run be
-    # cut off.
+    # Kernels before long runs, which warm the GPU up until it slows down; then what most figures hang on, should the
+    # run be cut off.
     parts: list[Callable[[], None]] = [partial(measure_kernels, results, only)]
     parts += [part for bench in benches for part in (bench.measure_engine, bench.measure_server)]
     parts += [part for bench in benches for part in (bench.measure_fp8, bench.measure_invariant)]
