@@ -3,6 +3,7 @@
 # make test     the same set-up, then every test
 # make setup    the set-up alone
 # make lint     ruff and mypy
+# make gate     is the default model still faster than transformers by what it was? (vcli bench gate; two minutes at most)
 # make interop  checkpoints to and from other libraries, each in an environment of its own below .interop
 #               make interop LIBRARIES="gptqmodel llm-compressor" does it with some of them; AutoGPTQ needs Python 3.11
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LIBRARIES ?= gptqmodel llm-compressor autoawq auto-gptq
 
-.PHONY: serve test setup lint interop
+.PHONY: serve test setup lint gate interop
 
 serve: setup
 	$(BIN)/vcli serve $(ARGS)
@@ -22,6 +23,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Undecided, which is exit code 4, is a noisy machine and no regression.
+gate: setup
+	$(BIN)/vcli bench gate --against transformers --metric "throughput>=+60%" --budget 80s --device cpu \
+	  --concurrency 4 --num-prompts 4 --input-len 32 --output-len 32 $(ARGS) || test $$? -eq 4
 
 interop: setup $(LIBRARIES:%=.interop/%/.installed)
 	$(BIN)/python -m pytest tests/interop $(ARGS)

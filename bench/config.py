@@ -175,8 +175,8 @@ class GateConfig:
     ] = None
     against: Annotated[
         str,
-        "what to measure beside this code: a git revision, the URL of a server, or `recorded`: nothing but the trials "
-        "that a gate left in --baseline; default: the revision of --baseline",
+        "what to measure beside this code: a git revision, the URL of a server, `transformers` (its generate, which "
+        "tells throughput alone), or `recorded`: the trials that a gate left in --baseline; default: its revision",
     ] = ""
     budget_s: Annotated[float, "give up undecided after this time"] = 600.0
     concurrency: Annotated[int | None, "requests under way at any time; default: those of --baseline, or 16"] = None

@@ -12,14 +12,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from bench import serving
+from bench.baseline import running_baseline
 from bench.environment import ROOT, git_revision
 from bench.load import Load
-from bench.run import run_async
+from bench.run import baseline_model, baseline_task, run_async
 from bench.server import OnProgress, running_server
 from bench.workloads import BenchRequest
+from engine.config import EngineConfig
 from engine.errors import UserError
 
 RunTrial = Callable[[list[BenchRequest], Load], dict[str, Any]]  # figures under the keys of bench/metrics.py
@@ -60,6 +63,22 @@ def other_revision(revision: str, arguments: list[str]) -> Engine:
 
     name = commit[:9] if commit.startswith(revision) else f"{revision} ({commit[:9]})"
     return Engine(name, start)
+
+
+def transformers_generate(engine: EngineConfig) -> Engine:
+    """Plain transformers on the same weights: it tells throughput alone."""
+
+    @contextlib.contextmanager
+    def start(on_progress: OnProgress) -> Iterator[RunTrial]:
+        on_progress("transformers", 0.0)
+        with running_baseline(baseline_model(engine)) as run:
+
+            def run_trial(requests: list[BenchRequest], load: Load) -> dict[str, Any]:
+                return run(baseline_task(requests, engine, load.concurrency or len(requests)))
+
+            yield run_trial
+
+    return Engine(f"transformers {version('transformers')} generate", start)
 
 
 def at_url(url: str, api_key: str = "") -> Engine:

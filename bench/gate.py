@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from bench.config import BenchConfig, GateConfig
-from bench.engines import Engine, RecordingEndedError, at_url, other_revision, recording, this_checkout
+from bench.engines import (
+    Engine,
+    RecordingEndedError,
+    at_url,
+    other_revision,
+    recording,
+    this_checkout,
+    transformers_generate,
+)
 from bench.environment import environment
 from bench.limits import Limit, Verdict, read_limits
 from bench.load import Load
 from bench.result import BenchResult
-from bench.run import serving_workloads, short_name, workload
+from bench.run import serving_requests, short_name, workload
 from bench.server import OnProgress
 from bench.workloads import BenchRequest
 from engine.config import EngineConfig
@@ -162,7 +170,7 @@ def run_gate(
     load = Load(options_of_trial.batch_size, seed=engine.seed)
 
     def requests_of(index: int) -> list[BenchRequest]:
-        return serving_workloads(replace(engine, seed=engine.seed + index), options_of_trial)[0]
+        return serving_requests(replace(engine, seed=engine.seed + index), options_of_trial)
 
     first = requests_of(0)  # what is wrong with them is said now
     gate = Gate(*_engines(engine, options, baseline, serve_arguments), limits, options.budget_s)
@@ -231,6 +239,8 @@ def _engines(
     after = at_url(options.url, options.api_key) if options.url else this_checkout(serve_arguments(engine))
     if options.against == "recorded":
         return recording(f"{options.baseline}", _recorded_trials(options, baseline)), after
+    if options.against == "transformers":
+        return transformers_generate(engine), after
     if "://" in options.against:
         return at_url(options.against, options.api_key), after
     revision = options.against or baseline.environment.get("git_revision")

@@ -62,7 +62,7 @@ class Limit:
         """How much worse `after` is than `before`. Raises UserError when one of them does not tell."""
         was, now = before.get(self.key), after.get(self.key)
         if not was or not now:
-            raise UserError(f"--metric {self.text}: a trial has no {self.key} (before: {was}, after: {now})")
+            raise UserError(f"--metric {self.text}: {self.key} is {was} on one side, {now} on the other: limit another")
         return self._worse(math.log(now / was))
 
     def as_change(self, log_ratio: float) -> float:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from bench import floor, serving
 from bench.baseline import DEFINITIONS as BASELINE_DEFINITIONS
-from bench.baseline import BaselineTask, run_baseline
+from bench.baseline import BaselineModel, BaselineTask, running_baseline
 from bench.config import BenchConfig
 from bench.environment import environment
 from bench.load import Load
@@ -210,19 +210,27 @@ def run_latency(
 def with_baseline(result: BenchResult, engine: EngineConfig, options: BenchConfig) -> BenchResult:
     """The result with the same prompts run through transformers, batch by batch."""
     path = resolve_model(engine.model, engine.revision)
-    requests = token_requests(make_requests(options, engine.seed, ModelConfig.from_path(path).vocab_size), path, engine)
-    task = BaselineTask(
-        path=str(path),
-        load_format=engine.load_format,
-        device=engine.device,
-        dtype=engine.dtype,
-        prompts=[request.prompt for request in requests if isinstance(request.prompt, list)],
-        output_lens=[request.output_len for request in requests],
-        batch_size=min(options.batch_size, len(requests)),
-    )
-    baseline = run_baseline(task)
+    requests = make_requests(options, engine.seed, ModelConfig.from_path(path).vocab_size)
+    with running_baseline(baseline_model(engine)) as run:
+        baseline = run(baseline_task(requests, engine, options.batch_size))
     baseline["ratio"] = result.metrics["output_throughput"] / baseline["output_throughput"]
     return replace(result, baseline=baseline, definitions=result.definitions | BASELINE_DEFINITIONS)
+
+
+def baseline_model(engine: EngineConfig) -> BaselineModel:
+    """The same weights, device and number type for transformers."""
+    path = resolve_model(engine.model, engine.revision)
+    return BaselineModel(str(path), engine.load_format, engine.device, engine.dtype)
+
+
+def baseline_task(requests: list[BenchRequest], engine: EngineConfig, batch_size: int) -> BaselineTask:
+    """The same requests for transformers."""
+    requests = token_requests(requests, resolve_model(engine.model, engine.revision), engine)
+    return BaselineTask(
+        prompts=[request.prompt for request in requests if isinstance(request.prompt, list)],
+        output_lens=[request.output_len for request in requests],
+        batch_size=min(batch_size, len(requests)),
+    )
 
 
 def make_requests(options: BenchConfig, seed: int, vocab_size: int) -> list[BenchRequest]:
