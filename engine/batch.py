@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ class NewRow(msgspec.Struct, array_like=True):
 
     row: int
     params: SamplingParams
-    token_ids: list[int]  # all tokens so far (prompt, and output after a preemption)
+    token_ids: Sequence[int]  # all tokens so far (prompt, and output after a preemption)
     num_prompt_tokens: int
     block_ids: list[int]  # blocks it already owns (prefix hits and those of its first chunk)
     stop_token_ids: list[int]  # tokens that min_tokens forbids for a while

@@ -5,6 +5,8 @@ memory, so that a later request with the same prefix takes it back. Invariants: 
 ref_count is zero, and `_block_of_hash` and `_hash_of_block` are each other's inverse.
 """
 
+from __future__ import annotations
+
 import hashlib
 from array import array
 from collections import OrderedDict
@@ -22,6 +24,7 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._hash_of_block: dict[int, bytes] = {}
         self._block_of_hash: dict[bytes, int] = {}
+        self._hash_before: dict[bytes, bytes] = {}  # by the same hashes, that of the prefix without the block
 
     @property
     def num_free(self) -> int:
@@ -37,20 +40,44 @@ class BlockPool:
         for _ in range(num_blocks):
             block_id, _ = self._free.popitem(last=False)
             if (block_hash := self._hash_of_block.pop(block_id, None)) is not None:
-                del self._block_of_hash[block_hash]
+                del self._block_of_hash[block_hash], self._hash_before[block_hash]
             self._ref_counts[block_id] = 1
             block_ids.append(block_id)
         return block_ids
 
-    def find(self, block_hashes: Iterable[bytes]) -> list[int]:
-        """The blocks that hold the longest known prefix, without taking them."""
+    def find(self, prefix: PrefixHashes, token_ids: array[int], most: int) -> list[int]:
+        """The blocks that hold the longest known prefix, of up to `most` blocks, without taking them."""
+        if prefix.hashes or not self._recall(prefix, token_ids, most):
+            prefix.extend(token_ids)
         found = []
-        for block_hash in block_hashes:
+        for block_hash in prefix.hashes[:most]:
             block_id = self._block_of_hash.get(block_hash)
             if block_id is None:
                 break
             found.append(block_id)
         return found
+
+    def _recall(self, prefix: PrefixHashes, token_ids: array[int], most: int) -> bool:
+        """Fill in the hashes of the longest known prefix, few of them worked out: its end is looked for in ever smaller
+        steps, and a known block tells the hash of the one before. False if a block before the end is not known.
+        """
+        words, num_blocks, hasher, last = prefix.bytes_of(token_ids), 0, prefix.hasher, prefix.seed
+        step = 1 << most.bit_length()
+        while step := step // 2:
+            if num_blocks + step > most:
+                continue
+            ahead = hasher.copy()
+            ahead.update(words[num_blocks * prefix.block_bytes : (num_blocks + step) * prefix.block_bytes])
+            if (block_hash := ahead.digest()) in self._block_of_hash:
+                num_blocks, hasher, last = num_blocks + step, ahead, block_hash
+        hashes = []
+        while last != prefix.seed:
+            if last not in self._hash_before:
+                return False
+            hashes.append(last)
+            last = self._hash_before[last]
+        prefix.hashes, prefix.hasher = hashes[::-1], hasher
+        return True
 
     def share(self, block_ids: Iterable[int]) -> None:
         """Add an owner to blocks found in the prefix cache."""
@@ -59,12 +86,14 @@ class BlockPool:
                 del self._free[block_id]
             self._ref_counts[block_id] += 1
 
-    def remember(self, block_id: int, block_hash: bytes) -> None:
-        """Make a full block findable. Of two blocks with equal content the first stays the known one."""
+    def remember(self, block_id: int, prefix: PrefixHashes, index: int) -> None:
+        """Make block `index` of a sequence findable. Of two blocks with equal content the first stays the known one."""
         assert self._ref_counts[block_id] > 0, f"block {block_id} has no owner"
+        block_hash = prefix.hashes[index]
         if block_hash not in self._block_of_hash:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
+            self._hash_before[block_hash] = prefix.hashes[index - 1] if index else prefix.seed
 
     def free(self, block_ids: Sequence[int]) -> None:
         """Drop an owner. Later blocks are freed first, so that eviction shortens a prefix from its end."""
@@ -81,20 +110,29 @@ class BlockPool:
             assert (count == 0) == (block_id in self._free), f"block {block_id} has {count} owners"
         assert {h: b for b, h in self._hash_of_block.items()} == self._block_of_hash
         assert len(self._hash_of_block) == len(self._block_of_hash)
+        assert self._hash_before.keys() == self._block_of_hash.keys()
 
 
-def hash_seed(salt: str) -> bytes:
-    """The parent of a first block's hash: prefixes under different salts never meet."""
-    return hashlib.sha256(salt.encode()).digest()
+class PrefixHashes:
+    """Of each full block of a sequence, a hash of all tokens up to its end: sha256, salted.
 
+    Prefixes under different salts never meet.
+    """
 
-def extend_block_hashes(hashes: list[bytes], seed: bytes, token_ids: Sequence[int], block_size: int) -> None:
-    """Append the hashes of the full blocks of token_ids that `hashes` lacks: sha256(parent hash, token ids)."""
-    first, last = len(hashes) * block_size, len(token_ids) // block_size * block_size
-    if first >= last:
-        return
-    tokens = memoryview(array("q", token_ids[first:last])).cast("B")
-    parent, num_bytes = hashes[-1] if hashes else seed, 8 * block_size
-    for start in range(0, len(tokens), num_bytes):
-        parent = hashlib.sha256(parent + tokens[start : start + num_bytes]).digest()
-        hashes.append(parent)
+    def __init__(self, salt: str, block_size: int) -> None:
+        self.seed = hashlib.sha256(salt.encode()).digest()  # stands before the first block's hash
+        self.block_size = block_size
+        self.block_bytes = block_size * array("i").itemsize
+        self.hashes: list[bytes] = []  # as far as they are worked out
+        self.hasher = hashlib.sha256(self.seed)  # has seen the tokens of that many blocks
+
+    def extend(self, token_ids: array[int]) -> None:
+        """Append the hashes of the full blocks of token_ids that are not there yet."""
+        words, first = self.bytes_of(token_ids), len(self.hashes)
+        for i in range(first, len(token_ids) // self.block_size):
+            self.hasher.update(words[i * self.block_bytes : (i + 1) * self.block_bytes])
+            self.hashes.append(self.hasher.copy().digest())
+
+    @staticmethod
+    def bytes_of(token_ids: array[int]) -> memoryview:
+        return memoryview(token_ids).cast("B")

@@ -4,9 +4,13 @@ Prefill, decode, chunks, prefix hits and recomputation are one thing: a request 
 and each step pays some of them. Changed by Scheduler alone.
 """
 
+from __future__ import annotations
+
+from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from engine.block_pool import PrefixHashes
 from engine.sampling_params import SamplingParams
 
 
@@ -15,17 +19,16 @@ class Request:
     """A prompt, what was drawn after it, and where its keys and values lie."""
 
     request_id: str
-    token_ids: list[int]  # prompt, then every output token that the host knows
+    token_ids: array[int]  # int32: prompt, then every output token that the host knows
+    prefix: PrefixHashes  # of the full blocks of token_ids, as far as they are worked out
     num_prompt_tokens: int
     params: SamplingParams
     max_tokens: int  # output tokens at most, the model's context considered
     eos_token_ids: frozenset[int]
     order: tuple[int, int] = (0, 0)  # (priority, arrival number): smaller is served first and preempted last
-    hash_seed: bytes = b""  # requests share blocks only under the same seed
     num_computed_tokens: int = 0  # tokens whose KV is in the cache, or will be after the steps in flight
     num_in_flight: int = 0  # tokens drawn by steps in flight: part of the sequence, value not known yet
     block_ids: list[int] = field(default_factory=list)
-    block_hashes: list[bytes] = field(default_factory=list)  # of the full blocks, as far as computed
     num_registered_blocks: int = 0  # leading blocks that the prefix cache knows
     row: int = -1  # its place in the device tables while it runs
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first ran

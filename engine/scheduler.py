@@ -9,12 +9,13 @@ Steps may be in flight: `schedule` counts on what they will do, `update` learns 
 """
 
 import time
+from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
 
 from engine.batch import NewRow, ScheduledBatch, ScheduledRequest
-from engine.block_pool import BlockPool, extend_block_hashes, hash_seed
+from engine.block_pool import BlockPool, PrefixHashes
 from engine.messages import AddRequest, EngineStats, TokenLogprob, TokenOutput
 from engine.request import Request
 
@@ -70,13 +71,13 @@ class Scheduler:
         )
         request = Request(
             request_id=message.request_id,
-            token_ids=list(message.prompt_token_ids),
+            token_ids=array("i", message.prompt_token_ids),
+            prefix=PrefixHashes(salt, self.block_size),
             num_prompt_tokens=num_prompt_tokens,
             params=message.params,
             max_tokens=min(message.params.max_tokens or room, room),
             eos_token_ids=self.eos_token_ids,
             order=(message.priority if self.policy == "priority" else 0, self._num_arrivals),
-            hash_seed=hash_seed(salt),
         )
         self.requests[request.request_id] = request
         insort(self.waiting, request, key=_order)
@@ -225,9 +226,8 @@ class Scheduler:
     def _find_prefix(self, request: Request) -> list[int]:
         if request.params.prompt_logprobs is not None:
             return []  # every prompt position must pass through the model
-        extend_block_hashes(request.block_hashes, request.hash_seed, request.token_ids, self.block_size)
         longest = (len(request.token_ids) - 1) // self.block_size  # one token at least must be computed
-        return self.pool.find(request.block_hashes[:longest])
+        return self.pool.find(request.prefix, request.token_ids, longest)
 
     def _schedule(self, request: Request, num_tokens: int) -> ScheduledRequest:
         """Book num_tokens of a running request for this step; there is room for them."""
@@ -260,9 +260,9 @@ class Scheduler:
         num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
         if num_full <= request.num_registered_blocks:
             return
-        extend_block_hashes(request.block_hashes, request.hash_seed, request.token_ids, self.block_size)
+        request.prefix.extend(request.token_ids)
         for i in range(request.num_registered_blocks, num_full):
-            self.pool.remember(request.block_ids[i], request.block_hashes[i])
+            self.pool.remember(request.block_ids[i], request.prefix, i)
         request.num_registered_blocks = num_full
 
     def _finish(self, request: Request, reason: str) -> None:

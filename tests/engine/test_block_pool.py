@@ -1,25 +1,36 @@
 import random
 import time
+from array import array
 
 import pytest
 
-from engine.block_pool import BlockPool, extend_block_hashes, hash_seed
+from engine.block_pool import BlockPool, PrefixHashes
 
 
-def hashes_of(tokens: list[int], salt: str = "") -> list[bytes]:
-    hashes: list[bytes] = []
-    extend_block_hashes(hashes, hash_seed(salt), tokens, block_size=4)
-    return hashes
+def hashed(tokens: list[int], salt: str = "") -> PrefixHashes:
+    prefix = PrefixHashes(salt, block_size=4)
+    prefix.extend(array("i", tokens))
+    return prefix
+
+
+def find(pool: BlockPool, tokens: list[int]) -> list[int]:
+    """By a request that has worked out no hash yet."""
+    return pool.find(PrefixHashes("", block_size=4), array("i", tokens), len(tokens) // 4)
+
+
+def remember(pool: BlockPool, blocks: list[int], tokens: list[int]) -> None:
+    for index, block in enumerate(blocks[: len(tokens) // 4]):
+        pool.remember(block, hashed(tokens), index)
 
 
 def test_freed_prefix_is_found_again():
     pool = BlockPool(num_blocks=4, block_size=4)
-    hashes = hashes_of(list(range(10)))
+    tokens = list(range(10))
     blocks = pool.allocate(3)
-    for block, block_hash in zip(blocks, hashes, strict=False):
-        pool.remember(block, block_hash)
+    remember(pool, blocks, tokens)
     pool.free(blocks)
-    assert pool.find(hashes) == blocks[:2]
+    assert find(pool, tokens) == blocks[:2]
+    assert pool.find(hashed(tokens), array("i", tokens), 1) == blocks[:1]
     pool.share(blocks[:2])
     assert pool.num_free == 2
     pool.check()
@@ -28,32 +39,55 @@ def test_freed_prefix_is_found_again():
 def test_the_block_freed_longest_ago_is_evicted_first_and_forgotten():
     pool = BlockPool(num_blocks=2, block_size=4)
     first, second = pool.allocate(2)
-    old, new = hashes_of([1, 2, 3, 4])[0], hashes_of([5, 6, 7, 8])[0]
-    pool.remember(first, old)
-    pool.remember(second, new)
+    old, new = [1, 2, 3, 4], [5, 6, 7, 8]
+    remember(pool, [first], old)
+    remember(pool, [second], new)
     pool.free([first])
     pool.free([second])
     assert pool.allocate(1) == [first]
-    assert pool.find([old]) == []
-    assert pool.find([new]) == [second]
+    assert find(pool, old) == []
+    assert find(pool, new) == [second]
     pool.check()
 
 
 def test_a_prefix_is_evicted_from_its_end():
     pool = BlockPool(num_blocks=3, block_size=4)
-    hashes = hashes_of(list(range(12)))
+    tokens = list(range(12))
     blocks = pool.allocate(3)
-    for block, block_hash in zip(blocks, hashes, strict=True):
-        pool.remember(block, block_hash)
+    remember(pool, blocks, tokens)
     pool.free(blocks)
     pool.allocate(1)
-    assert pool.find(hashes) == blocks[:2]
+    assert find(pool, tokens) == blocks[:2]
+
+
+@pytest.mark.parametrize("num_known", range(24))
+def test_the_end_of_the_known_prefix_is_found_wherever_it_is(num_known: int):
+    pool = BlockPool(num_blocks=32, block_size=4)
+    tokens = list(range(100))
+    blocks = pool.allocate(32)[:num_known]
+    remember(pool, blocks, tokens)
+    for most in (23, num_known, num_known // 2):
+        prefix = PrefixHashes("", block_size=4)
+        assert pool.find(prefix, array("i", tokens), most) == blocks[:most]
+        prefix.extend(array("i", tokens))
+        assert prefix.hashes == hashed(tokens).hashes
+
+
+def test_blocks_behind_a_forgotten_one_are_not_found():
+    pool = BlockPool(num_blocks=8, block_size=4)
+    tokens = list(range(32))
+    blocks = pool.allocate(8)
+    remember(pool, blocks, tokens)
+    pool.free(blocks[2:3])
+    assert pool.allocate(1) == blocks[2:3]
+    assert find(pool, tokens) == blocks[:2]
+    pool.check()
 
 
 def test_hashes_depend_on_the_whole_prefix_and_the_salt():
-    assert hashes_of([1, 2, 3, 4, 5, 6, 7, 8])[1] != hashes_of([0, 2, 3, 4, 5, 6, 7, 8])[1]
-    assert hashes_of([1, 2, 3, 4])[0] != hashes_of([1, 2, 3, 4], salt="tenant")[0]
-    assert hashes_of([1, 2, 3, 4])[0] == hashes_of([1, 2, 3, 4, 5])[0]
+    assert hashed([1, 2, 3, 4, 5, 6, 7, 8]).hashes[1] != hashed([0, 2, 3, 4, 5, 6, 7, 8]).hashes[1]
+    assert hashed([1, 2, 3, 4]).hashes[0] != hashed([1, 2, 3, 4], salt="tenant").hashes[0]
+    assert hashed([1, 2, 3, 4]).hashes[0] == hashed([1, 2, 3, 4, 5]).hashes[0]
 
 
 def test_a_block_freed_twice_is_noticed():
@@ -70,7 +104,7 @@ def test_a_random_walk_agrees_with_a_brute_force_pool(seed: int):
     rng = random.Random(seed)
     pool = BlockPool(num_blocks=12, block_size=4)
     owners: dict[int, int] = dict.fromkeys(range(12), 0)
-    content: dict[int, bytes] = {}
+    content: dict[int, int] = {}  # of the known blocks: each the first of one of six prompts
     freed_at: dict[int, int] = {block: block - 100 for block in range(12)}
     held: list[list[int]] = []
     for clock in range(1000):
@@ -91,14 +125,14 @@ def test_a_random_walk_agrees_with_a_brute_force_pool(seed: int):
                 freed_at[block] = clock * 100 + age
         elif action == "remember" and any(held):
             block = rng.choice([b for blocks in held for b in blocks])
-            block_hash = bytes([rng.randrange(6)])
-            if block not in content and block_hash not in content.values():
-                content[block] = block_hash
-                pool.remember(block, block_hash)
+            prompt = rng.randrange(6)
+            if block not in content and prompt not in content.values():
+                content[block] = prompt
+                remember(pool, [block], [prompt] * 4)
         elif action == "share":
-            wanted = bytes([rng.randrange(6)])
-            expected = [b for b, h in content.items() if h == wanted]
-            assert pool.find([wanted]) == expected
+            wanted = rng.randrange(6)
+            expected = [b for b, prompt in content.items() if prompt == wanted]
+            assert find(pool, [wanted] * 4) == expected
             pool.share(expected)
             for block in expected:
                 owners[block] += 1
