@@ -36,7 +36,7 @@ class ScheduledRequest(msgspec.Struct, array_like=True):
 
 
 class ScheduledBatch(msgspec.Struct, array_like=True):
-    """One step's work in plain numbers. Requests with one token come first, then the prefill chunks.
+    """One step's work in plain numbers. Requests with one token come first, new ones last of them, then prefill chunks.
 
     A token that the host does not know yet (it was drawn in a step still in flight) needs no value here: the row keeps
     its own tokens on the device.
@@ -61,7 +61,7 @@ class ForwardBatch:
     context_lens: Tensor  # [R] tokens of the request in the cache after this step
     rows: Tensor  # [R] its line in block_table
     block_table: Tensor  # [max_num_seqs, max_blocks] block ids, in order
-    num_decodes: int  # the first so many requests have one token each
+    num_decodes: int  # the first so many requests have one token each, all before it was cached by earlier steps
     max_query_len: int
     max_context_len: int
     wanted: Tensor | None = None  # [S] the tokens whose last hidden states are wanted; None: all T of them

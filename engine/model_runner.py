@@ -150,12 +150,12 @@ class ModelRunner:
         longest_decode = max((request.start + 1 for request in requests if request.num_tokens == 1), default=0)
         size = self.mixed_graphs.fit(num_tokens) if self.mixed_graphs else None
         if self._asks_prompts(batch):
-            hidden = self._forward_mixed(*self._exact_inputs(requests, None))
+            hidden = self._forward_mixed(*self._exact_inputs(batch, None))
             complete = self._compute_prompt_logprobs(batch, hidden)
             last = np.cumsum([request.num_tokens for request in requests])[[r.samples for r in requests]] - 1
             return hidden.index_select(0, self._upload(last)), complete
         if self.mixed_graphs is None or size is None or longest_decode > MAX_GRAPH_CONTEXT:
-            return self._forward_mixed(*self._exact_inputs(requests, num_sampled)), {}
+            return self._forward_mixed(*self._exact_inputs(batch, num_sampled)), {}
         inputs = self._mixed_inputs(requests, size, self._max_num_requests(size))
         self.clock.enter("forward")
         return self.mixed_graphs.run(inputs, size)[:num_sampled], {}
@@ -207,13 +207,16 @@ class ModelRunner:
         return logits, ops.take_best(logits, rows, contexts, self.token_ids)
 
     def _exact_inputs(
-        self, requests: list[ScheduledRequest], num_wanted: int | None
+        self, batch: ScheduledBatch, num_wanted: int | None
     ) -> tuple[Tensor, int, int, int | None, int, int, int]:
         """The arguments of `_forward_mixed` for a batch as it is."""
+        requests, new_rows = batch.requests, {new.row for new in batch.new_rows}
         counts = [request.num_tokens for request in requests]
+        # A new request may share blocks with a prompt that is computed in this very step.
+        num_decodes = sum(request.num_tokens == 1 and request.row not in new_rows for request in requests)
         inputs = self._upload(self._mixed_inputs(requests, sum(counts), len(requests)))
         longest = max(request.start + request.num_tokens for request in requests)
-        return inputs, sum(counts), len(requests), num_wanted, counts.count(1), max(counts), longest
+        return inputs, sum(counts), len(requests), num_wanted, num_decodes, max(counts), longest
 
     def _mixed_inputs(self, requests: list[ScheduledRequest], num_tokens: int, num_requests: int) -> np.ndarray:
         """What `_forward_mixed` needs of each token and request, int32, filled up to num_tokens and num_requests.

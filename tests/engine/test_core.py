@@ -165,6 +165,22 @@ class PaddedRuns(Graphs):
         return self.body(torch.from_numpy(inputs), size)
 
 
+def test_the_last_token_of_a_prompt_that_the_same_step_computes_is_no_decode(tiny_checkpoint, monkeypatch):
+    """A decode may be given its context before what came just before has ended."""
+    core, batches = make_core(tiny_checkpoint("llama")), []
+    forward = core.worker.model.forward
+    monkeypatch.setattr(core.worker.model, "forward", lambda batch: batches.append(batch) or forward(batch))
+    params, prompt = SamplingParams(temperature=0.0, max_tokens=3), list(range(3, 36))
+    core.add(AddRequest("running", [5, 6, 7], params))
+    core.step()
+    for name in ("first", "second"):
+        core.add(AddRequest(name, prompt, params))
+    core.step()
+    assert batches[-1].query_start.diff().tolist() == [1, 1, 33]
+    assert batches[-1].context_lens.tolist() == [4, 33, 33]
+    assert batches[-1].num_decodes == 1
+
+
 def test_padded_batches_draw_the_same_tokens(tiny_checkpoint, monkeypatch):
     folder = tiny_checkpoint("llama")
     options = {"max_num_batched_tokens": 40, "max_prefill_chunk": 30, "kv_cache_memory": 3 << 15}
