@@ -200,3 +200,29 @@ class GateConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not self.budget_s > 0:
             raise ValueError(f"budget_s must be more than 0, got {self.budget_s:g}")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """What the engine does while it is watched, and where the result goes. Raises ValueError."""
+
+    concurrency: Annotated[int, "requests under way at any time"] = DEFAULT_CONCURRENCY
+    dataset: Annotated[str, "`random` token ids, or a FILE of prompts, as of `vcli bench`"] = "random"
+    input_len: Annotated[int, "tokens in a random prompt"] = 128
+    output_len: Annotated[int, "tokens to generate, where a dataset does not say"] = 64
+    duration_s: Annotated[float, "how long to watch; a second run checks the advice, as long again"] = 10.0
+    check: Annotated[bool, "start the engine again as the first advice says, and measure what it brings"] = True
+    trace: Annotated[Path | None, "write some steps as a Chrome trace (Perfetto reads it): .json or .json.gz"] = None
+    output: Annotated[Path | None, "write the result to FILE: .json"] = None
+    json: Annotated[bool, "print the result as JSON instead of tables"] = False
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "input_len", "output_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.duration_s > 0:
+            raise ValueError(f"duration_s must be more than 0, got {self.duration_s:g}")
+        for name, endings in (("trace", (".json", ".json.gz")), ("output", (".json",))):
+            path = getattr(self, name)
+            if path is not None and not path.name.endswith(endings):
+                raise ValueError(f"{name} must end in {' or '.join(endings)}, got {path}")

@@ -38,6 +38,33 @@ def find_ceilings(gpu: str | None) -> Ceilings | None:
     return next((c for c in CEILINGS if gpu and c.name in gpu.split()), None)
 
 
+def layer_matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer: outputs and inputs."""
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "qkv": (heads + 2 * kv_heads, model.hidden_size),
+        "o": (model.hidden_size, heads),
+        "gate_up": (2 * model.intermediate_size, model.hidden_size),
+        "down": (model.hidden_size, model.intermediate_size),
+    }
+
+
+def num_params(model: ModelConfig) -> dict[str, int]:
+    """Of the matrices of all layers, and of the output head."""
+    of_layer = {name: outputs * inputs for name, (outputs, inputs) in layer_matrices(model).items()}
+    num_head = model.vocab_size * model.hidden_size
+    return {name: model.num_layers * num for name, num in of_layer.items()} | {"logits": num_head}
+
+
+def weight_bytes(model: ModelConfig, dtype: str, scheme: Scheme | None) -> float:
+    """Of a number in the layers, with its share of a 16-bit scale and of a zero."""
+    if scheme is None:
+        return DTYPE_BYTES[dtype]
+    in_block = (scheme.block[0] or model.hidden_size) * (scheme.block[1] or model.hidden_size)
+    grid_bits = 16 + (0 if scheme.is_symmetric else scheme.bits)
+    return (scheme.bits + grid_bits / in_block) / 8
+
+
 @dataclass(frozen=True)
 class Floor:
     """The least times of one model on one device. Lengths are in tokens, times in seconds."""
@@ -51,14 +78,7 @@ class Floor:
     @property
     def num_params(self) -> dict[str, int]:
         """Read in a decode step, by matrix: those of all layers, and the output head."""
-        c = self.model
-        of_layer = {
-            "qkv": c.hidden_size * c.head_dim * (c.num_heads + 2 * c.num_kv_heads),
-            "o": c.hidden_size * c.head_dim * c.num_heads,
-            "gate_up": 2 * c.hidden_size * c.intermediate_size,
-            "down": c.hidden_size * c.intermediate_size,
-        }
-        return {name: c.num_layers * num for name, num in of_layer.items()} | {"logits": c.vocab_size * c.hidden_size}
+        return num_params(self.model)
 
     @property
     def num_layer_params(self) -> int:
@@ -104,18 +124,9 @@ class Floor:
     def _product_s(self, name: str, batch: int) -> tuple[float, float]:
         """Reading a matrix of all layers, and multiplying a batch with it."""
         num, is_head = self.num_params[name], name == "logits"
-        num_bytes = num * (DTYPE_BYTES[self.dtype] if is_head else self._linear_bytes)
+        num_bytes = num * (DTYPE_BYTES[self.dtype] if is_head else weight_bytes(self.model, self.dtype, self.scheme))
         rate = self.ceilings.flops_per_s if is_head else self._linear_flops_per_s
         return num_bytes / self.ceilings.bytes_per_s, 2 * num * batch / rate
-
-    @property
-    def _linear_bytes(self) -> float:
-        """Of a number in the layers, with its share of a 16-bit scale and of a zero."""
-        if self.scheme is None:
-            return DTYPE_BYTES[self.dtype]
-        in_block = (self.scheme.block[0] or self.model.hidden_size) * (self.scheme.block[1] or self.model.hidden_size)
-        grid_bits = 16 + (0 if self.scheme.is_symmetric else self.scheme.bits)
-        return (self.scheme.bits + grid_bits / in_block) / 8
 
     @property
     def _linear_flops_per_s(self) -> float:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.ceilings import Call, Ceilings, measure_ceilings, median_us
 from bench.environment import environment
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE
@@ -29,7 +30,6 @@ from engine.sampling_params import SamplingParams
 
 ROTATED_BYTES = 256 << 20  # several times the L2 cache of any GPU
 MAX_SETS = 64
-REPLAYS = 9
 HIDDEN, INNER, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 4096, 14336, 32, 8, 128, 128_256
 QKV = (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM
 MIXED = [*range(100, 2000, 13), *[1] * 13]  # of 147 requests, and the rows that fill up a graph for 160
@@ -40,7 +40,6 @@ SAMPLERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("top-p", {"top_p": 0.9}),
     ("top-k, top-p", {"temperature": 0.6, "top_k": 20, "top_p": 0.95}),
 )
-Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,6 @@ class Case:
     @property
     def bytes(self) -> float:
         return self.read + self.written
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    read_bytes_per_s: float
-    copied_bytes_per_s: float  # read and written ones together
-    flops_per_s: float
-
-    def bytes_s(self, case: Case) -> float:
-        """What is written moves with as much of what is read at the speed of a copy, the rest at that of reading."""
-        copied = min(case.read, case.written)
-        rest = case.bytes - 2 * copied
-        return 2 * copied / self.copied_bytes_per_s + rest / self.read_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("kernels are timed on a GPU, and there is none")
-    ceilings = measure_ceilings()
+    ceilings = measure_ceilings(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: read {ceilings.read_bytes_per_s / 1e12:.2f} TB/s, ", end="")
     print(f"copy {ceilings.copied_bytes_per_s / 1e12:.2f} TB/s, ", end="")
     print(f"bf16 matrix product {ceilings.flops_per_s / 1e12:.0f} TFLOP/s\n")
@@ -124,22 +110,12 @@ def row(timing: Timing) -> str:
     )
 
 
-def measure_ceilings() -> Ceilings:
-    num_bytes, size = 4 << 30, 8192
-    source = torch.randn(num_bytes // 4, device="cuda")
-    a, b = _random(size, size), _random(size, size)
-    read_us = _median_us(source.sum)
-    copy_us = _median_us(partial(torch.empty_like(source).copy_, source))
-    matmul_us = _median_us(partial(torch.mm, a, b))
-    return Ceilings(num_bytes / read_us * 1e6, 2 * num_bytes / copy_us * 1e6, 2 * size**3 / matmul_us * 1e6)
-
-
 def measure(case: Case, ceilings: Ceilings) -> Timing:
     num_sets = int(min(MAX_SETS, max(2, ROTATED_BYTES // max(case.bytes, 1) + 1)))
     calls, torch_calls = zip(*(case.make() for _ in range(num_sets)), strict=True)
     us = time_calls(calls)
     torch_us = time_calls(torch_calls) if torch_calls[0] else None
-    bytes_s, flops_s = ceilings.bytes_s(case), case.flops / ceilings.flops_per_s
+    bytes_s, flops_s = ceilings.bytes_s(case.read, case.written), case.flops / ceilings.flops_per_s
     return Timing(
         case.op,
         case.shape,
@@ -168,7 +144,7 @@ def time_calls(calls: tuple[Call, ...]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call() for _ in range(rounds) for call in calls]  # kept: each call writes to memory of its own
-    us = _median_us(graph.replay) / len(kept)
+    us = median_us(graph.replay) / len(kept)
     del kept
     graph.reset()
     return us
@@ -328,18 +304,6 @@ def _caches(num_blocks: int) -> tuple[Tensor, Tensor]:
 
 def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-
-def _median_us(call: Call) -> float:
-    for _ in range(3):
-        call()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
-    for before, after in events:
-        before.record()
-        call()
-        after.record()
-    torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in events) * 1e3
 
 
 def _host_us(calls: tuple[Call, ...]) -> float:

@@ -332,9 +332,10 @@ def measure_kernels(results: Results, only: re.Pattern[str]) -> None:
     if not wanted:
         return
     from bench import kernels
+    from bench.ceilings import Ceilings
 
     is_known = find_ceilings(results.values["environment"]["gpu"]) is not None
-    ceilings = kernels.Ceilings(H200.bytes_per_s, figures.COPY_BYTES_PER_S, H200.flops_per_s)
+    ceilings = Ceilings(H200.bytes_per_s, figures.COPY_BYTES_PER_S, H200.flops_per_s)
     for case in kernels.cases():
         if roofline := wanted.get((case.op, case.shape)):
             us = kernels.measure(case, ceilings).us

@@ -8,7 +8,8 @@ import gzip
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,18 +22,19 @@ TRACED_WARM_UP_STEPS = 4
 # What a kernel does, by its name. Matrix products are told apart by what comes before and after them.
 PRODUCT = "product"
 KERNELS = (
-    ("attention", r"^(decode|combine|prefill)"),
+    ("attention", r"^(decode|combine|prefill|paged_attention)"),
     ("norm", r"rms_norm"),
     ("rotary and KV write", r"rotate"),
-    ("activation", r"gated_(silu|gelu)"),
+    ("activation", r"gated_(silu|gelu|activation)"),
     ("sampling", r"argmax|take_best|sample|gumbel|logprobs"),
-    (PRODUCT, r"few_rows|many_rows|nvjet|gemm|gemv|cutlass|splitK"),
+    (PRODUCT, r"few_rows|many_rows|nvjet|gemm|gemv|cutlass|splitK|linear$|^logits"),
 )
+COPY = "copy"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch on the GPU. Times in microseconds."""
+    """One launch on a GPU, or one call of an op on a CPU. Times in microseconds."""
 
     name: str
     start: float
@@ -70,15 +72,73 @@ def record(core: EngineCore, num_steps: int, path: Path | None) -> list[Kernel]:
         return read_kernels(path)
 
 
-def read_kernels(path: Path) -> list[Kernel]:
-    """The kernels of a Chrome trace, by their start."""
+def record_window(step: Callable[[], object], num_steps: int, path: Path) -> tuple[float, float]:
+    """Trace all that `num_steps` calls of `step` have the GPU do; the time.perf_counter()s of its start and end."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    plan = schedule(wait=0, warmup=TRACED_WARM_UP_STEPS, active=1, repeat=1)
+    with profile(activities=[ProfilerActivity.CUDA], schedule=plan, acc_events=True) as profiler:
+        for _ in range(TRACED_WARM_UP_STEPS):
+            step()
+            torch.cuda.synchronize()
+            profiler.step()
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            step()
+        torch.cuda.synchronize()
+        end = time.perf_counter()
+    profiler.export_chrome_trace(str(path))
+    return start, end
+
+
+def read_trace(path: Path) -> dict[str, Any]:
+    """A Chrome trace: .json or .json.gz."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    events: list[dict[str, Any]] = json.loads(text)["traceEvents"]
-    kernels = [
-        Kernel(_short_name(event["name"]), float(event["ts"]), float(event["ts"]) + float(event["dur"]))
-        for event in events
-        if event.get("cat") == "kernel"
-    ]
+    return dict(json.loads(text))
+
+
+def write_trace(values: dict[str, Any], path: Path) -> None:
+    text = json.dumps(values).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+def write_calls(calls: list[Kernel], path: Path) -> None:
+    """Ops of a CPU, on time.perf_counter()'s clock, as a Chrome trace."""
+    events = [_event(call.name, "op", call.start, call.end) for call in calls]
+    write_trace({"traceEvents": events, "baseTimeNanoseconds": time.time_ns() - time.perf_counter_ns()}, path)
+
+
+def add_stages(spans: list[tuple[str, float, float]], path: Path) -> None:
+    """Put the stages of the engine's thread, between time.perf_counter()s, into a Chrome trace."""
+    values = read_trace(path)
+    # Traces count from a moment of their own.
+    shift_us = (time.time_ns() - time.perf_counter_ns() - values.get("baseTimeNanoseconds", 0)) / 1e3
+    stages = [_event(stage, "stage", start * 1e6 + shift_us, end * 1e6 + shift_us) for stage, start, end in spans]
+    write_trace(values | {"traceEvents": values["traceEvents"] + stages}, path)
+
+
+def _event(name: str, category: str, start: float, end: float) -> dict[str, Any]:
+    """A span between two microseconds; a thread of its own for each category."""
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": category,
+        "pid": "engine",
+        "tid": category,
+        "ts": start,
+        "dur": end - start,
+    }
+
+
+def read_kernels(path: Path, *, with_copies: bool = False) -> list[Kernel]:
+    """The kernels of a Chrome trace, by their start. with_copies: and the copies between host and GPU, named so."""
+    kernels = []
+    for event in read_trace(path)["traceEvents"]:
+        is_copy = with_copies and event.get("cat") in ("gpu_memcpy", "gpu_memset")
+        if is_copy or event.get("cat") == "kernel":
+            name = COPY if is_copy else _short_name(event["name"])
+            kernels.append(Kernel(name, float(event["ts"]), float(event["ts"]) + float(event["dur"])))
     return sorted(kernels, key=lambda kernel: kernel.start)
 
 
@@ -129,14 +189,18 @@ def _added_us(kernels: list[Kernel]) -> Iterator[float]:
 def _parts(kernels: list[Kernel]) -> list[str]:
     """The part of the model that each kernel belongs to."""
     parts = [_kind(kernel.name) for kernel in kernels]
-    others = [index for index, part in enumerate(parts) if part != PRODUCT]
+    others = [index for index, part in enumerate(parts) if part not in (PRODUCT, COPY)]
     for before, after in pairwise([-1, *others, len(parts)]):
         neighbours = parts[before] if before >= 0 else "", parts[after] if after < len(parts) else ""
-        parts[before + 1 : after] = _products(*neighbours, after - before - 1)
+        products = [index for index in range(before + 1, after) if parts[index] == PRODUCT]
+        for index, name in zip(products, _products(*neighbours, len(products)), strict=True):
+            parts[index] = name
     return parts
 
 
 def _kind(name: str) -> str:
+    if name == COPY:
+        return COPY
     return next((kind for kind, pattern in KERNELS if re.search(pattern, name)), "other")
 
 

@@ -72,18 +72,21 @@ class Worker:
                 loading.close()  # it has no hands free, and its memory is known when the weights are in it
             # A GPU gets its weights meanwhile: what is measured depends on their shapes alone.
             on_progress("measuring memory", 0.0)
-            largest_batch_bytes = self._run_largest_batch(longest)
+            self.largest_batch_bytes = self._run_largest_batch(longest)
             attentions = self.model.attentions
             block_bytes = kv_cache.bytes_per_block(attentions, self.kv_dtype)
-            self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, largest_batch_bytes)
+            self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, self.largest_batch_bytes)
             self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
             kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
             self.runner = ModelRunner(
                 self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks, self.clock
             )
+        self.graph_bytes = 0
         if self.device.type == "cuda" and not config.enforce_eager:
             on_progress("capturing CUDA graphs", 0.0)
+            free, _ = torch.cuda.mem_get_info(self.device)
             tokens_per_s = self.runner.capture_graphs(self.max_num_batched_tokens)
+            self.graph_bytes = free - torch.cuda.mem_get_info(self.device)[0]
             if config.max_prefill_chunk is None:
                 num_tokens = int(LONGEST_PAUSE_S * tokens_per_s) // 256 * 256
                 self.max_prefill_chunk = min(max(num_tokens, 512), self.max_num_batched_tokens)

@@ -10,6 +10,7 @@ from engine.errors import UserError
 from vcli.bench import bench
 from vcli.bench_gate import gate
 from vcli.flags import Command, FlagError
+from vcli.profile import profile
 from vcli.quantize import quantize
 from vcli.serve import serve
 
@@ -66,4 +67,5 @@ def _vcli(
 app.command(cls=Command)(serve)
 app.command(cls=Command, short_help="Measure latency and throughput of a model.")(bench)
 app.command("bench gate", cls=Command, short_help="Has this code become slower than another?")(gate)
+app.command(cls=Command, short_help="Tell where a step's time goes, and what to do about it.")(profile)
 app.command(cls=Command, short_help="Make a quantized checkpoint of a model.")(quantize)

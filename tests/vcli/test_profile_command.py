@@ -1,0 +1,53 @@
+"""`vcli profile` from the outside, with a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--device", "cpu", "--max-num-seqs", "8", "--kv-cache-memory", "16MiB"]
+LOAD = ["--concurrency", "2", "--input-len", "16", "--output-len", "8", "--duration", "400ms"]
+
+
+def run_profile(*arguments: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "vcli", "profile", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_tiny_models_time_is_told_part_by_part_and_kept(tiny_checkpoint, tmp_path: Path):
+    output, trace = tmp_path / "profile.json", tmp_path / "trace.json"
+
+    code, out, err = run_profile(
+        str(tiny_checkpoint("llama")), *SMALL, *LOAD, "--output", str(output), "--trace", str(trace)
+    )
+
+    assert code == 0, err
+    assert all(
+        f"\n{part}" in out for part in ("attention", "gate_up", "schedule", "all", "forward", "KV cache", "weights")
+    )
+    assert "measured on this device: read" in out
+    result = json.loads(output.read_text())
+    assert 0.98 <= sum(part["share"] for part in result["parts"]) <= 1.001
+    assert 0.98 <= result["coverage"] <= 1.02
+    if result["check"]:
+        assert f"Tried: {result['check']['verdict']}." in out
+    assert any(event["name"] == "paged_attention" for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_what_cannot_be_watched_is_one_sentence(tiny_checkpoint):
+    code, _, err = run_profile(str(tiny_checkpoint("llama")), *SMALL, *LOAD, "--input-len", "600", "--no-check")
+    assert code == 1
+    assert "a request has 608 tokens (input and output), the model has room for 512" in err
+
+    code, _, err = run_profile("--trace", "trace.txt")
+    assert code == 2
+    assert "--trace must end in .json or .json.gz, got trace.txt" in err
