@@ -181,7 +181,8 @@ def _rates(setups: list[tuple[EngineConfig, ProfileConfig]], on_progress: OnProg
 
 @contextlib.contextmanager
 def loaded_engine(engine: EngineConfig, options: ProfileConfig, on_progress: OnProgress) -> Iterator[ClosedLoop]:
-    """An engine under load, beyond the first prompts. Its memory is free at the end."""
+    """An engine under load, beyond the first prompts."""
+    _free_memory()  # of an engine before this one, whose last reference may be gone since its end only
     path = resolve_model(engine.model, engine.revision)
     core = EngineCore(replace(engine, model=str(path), skip_tokenizer_init=True), on_progress)
     tokenizer = None if engine.skip_tokenizer_init else Tokenizer.load(engine.tokenizer or str(path))
@@ -193,7 +194,6 @@ def loaded_engine(engine: EngineConfig, options: ProfileConfig, on_progress: OnP
         yield loop
     finally:
         del core, loop.core
-        _free_memory()
 
 
 def look_into(loop: ClosedLoop, path: Path | None) -> Window:
