@@ -48,6 +48,19 @@ class Check:
         return f"{what}: it does not help here" if ratio < 1 - NOISE else f"{what}: no difference that could be told"
 
 
+def in_words(found: list[Advice], checked: Advice | None = None, check: Check | None = None) -> list[str]:
+    """Findings line by line, and what came of the one that was tried."""
+    lines = []
+    for place, advice in enumerate(found):
+        head = "The bottleneck is" if place == 0 else "Then"
+        lines.append(f"{head} {advice.bottleneck}: {advice.evidence}.")
+        if advice.remedy:
+            lines.append(f"  Try {advice.remedy}.")
+        if advice is checked and check:
+            lines.append(f"  Tried: {check.verdict}.")
+    return lines or ["Nothing stands out: every part is near what the device can do."]
+
+
 def advise(profile: Profile) -> list[Advice]:
     """All that is worth saying, the most promising first."""
     found = [advice for rule in RULES for advice in rule(profile)]

@@ -19,7 +19,7 @@ DETOKENIZE = "detokenize"  # a stage beside those of the engine's: in a server t
 class Step:
     """One call of EngineCore.step: what it launched, what came out of it, and the engine's state after it."""
 
-    end: float  # time.perf_counter()
+    end: float  # time.monotonic()
     num_decodes: int  # requests that computed one token and drew the next
     num_prompt_tokens: int  # all other tokens
     num_output_tokens: int
@@ -65,11 +65,11 @@ class ClosedLoop:
         """Steps of about so many seconds, at least two."""
         clock, run = self.core.clock, Run()
         clock.enter("receive")
-        before, start = dict(clock.seconds), time.perf_counter()
-        while len(run.steps) < 2 or time.perf_counter() - start < seconds:
+        before, start = dict(clock.seconds), time.monotonic()
+        while len(run.steps) < 2 or time.monotonic() - start < seconds:
             run.steps.append(self.step())
         clock.enter("receive")
-        run.seconds = time.perf_counter() - start
+        run.seconds = time.monotonic() - start
         run.stage_seconds = {stage: clock.seconds[stage] - before[stage] for stage in before}
         return run
 
@@ -85,7 +85,7 @@ class ClosedLoop:
         stats, launched = core.stats, core.batch.requests if core.stats.num_steps > num_steps else []
         num_decodes = sum(request.num_tokens == 1 and request.samples for request in launched)
         return Step(
-            end=time.perf_counter(),
+            end=time.monotonic(),
             num_decodes=num_decodes,
             num_prompt_tokens=sum(request.num_tokens for request in launched) - num_decodes,
             num_output_tokens=sum(len(output.token_ids) for output in outputs),

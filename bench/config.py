@@ -206,6 +206,7 @@ class GateConfig:
 class ProfileConfig:
     """What the engine does while it is watched, and where the result goes. Raises ValueError."""
 
+    url: Annotated[str, "watch the server that runs there, under the load that others give it"] = ""
     concurrency: Annotated[int, "requests under way at any time"] = DEFAULT_CONCURRENCY
     dataset: Annotated[str, "`random` token ids, or a FILE of prompts, as of `vcli bench`"] = "random"
     input_len: Annotated[int, "tokens in a random prompt"] = 128
@@ -220,6 +221,8 @@ class ProfileConfig:
         for name in ("concurrency", "input_len", "output_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.url and self.trace:
+            raise ValueError("--url and --trace exclude each other: a server's steps are not looked into from outside")
         if not self.duration_s > 0:
             raise ValueError(f"duration_s must be more than 0, got {self.duration_s:g}")
         for name, endings in (("trace", (".json", ".json.gz")), ("output", (".json",))):

@@ -10,7 +10,6 @@ import contextlib
 import gc
 import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,7 +44,7 @@ from engine.worker import pick_device, pick_dtype
 TRACED_STEPS = 40
 RAMP_SHARE = 0.25  # of the duration, before it
 TURNS = 4  # of each of two engines
-REQUESTS_AT_A_TIME, FILE_REQUESTS = 64, 1024
+REQUESTS_AT_A_TIME = 64
 MODEL_STAGES = ("forward", "sample")  # in which the ops are called
 IDLE = "idle"  # of a GPU
 GLUE = "between the ops"  # of a CPU: the embedding, tables, and Python
@@ -206,13 +205,12 @@ def look_into(loop: ClosedLoop, path: Path | None) -> Window:
             loop.step()
         batches.append(loop.core.batch.requests)
 
-    clock.spans = []
     with tempfile.TemporaryDirectory() as folder:
         file = path or Path(folder) / "trace.json"
         is_gpu = loop.core.worker.device.type == "cuda"
         start, end, kernels = (_trace_gpu if is_gpu else _trace_cpu)(step, clock, file)
-        spans, clock.spans = clock.spans, None
-        spans = [span for span in spans if start <= span[1] and span[2] <= end]
+        spans = [span for span in clock.spans or [] if start <= span[1] and span[2] <= end]
+        clock.spans = None
         trace.add_stages(spans, file)
     stage_seconds = dict.fromkeys(clock.seconds, 0.0)
     for stage, began, ended in spans:
@@ -221,6 +219,7 @@ def look_into(loop: ClosedLoop, path: Path | None) -> Window:
 
 
 def _trace_gpu(step: Callable[[], None], clock: StepClock, path: Path) -> tuple[float, float, list[Kernel]]:
+    clock.spans = []
     start, end = trace.record_window(step, TRACED_STEPS, path)
     return start, end, trace.read_kernels(path, with_copies=True)
 
@@ -229,13 +228,12 @@ def _trace_cpu(step: Callable[[], None], clock: StepClock, path: Path) -> tuple[
     calls: list[Kernel] = []
     with timed_ops(calls):
         clock.enter("receive")
-        start = time.perf_counter()
+        clock.spans = spans = list[tuple[str, float, float]]()
         for _ in range(TRACED_STEPS):
             step()
         clock.enter("receive")
-        end = time.perf_counter()
     trace.write_calls(calls, path)
-    return start, end, calls
+    return spans[0][1], spans[-1][2], calls
 
 
 def find_parts(window: Window, model_work: ModelWork, ceilings: Ceilings) -> list[Part]:
@@ -307,7 +305,9 @@ def _endless_requests(
 ) -> Iterator[BenchRequest]:
     """The same ones for the same seed. A file's prompts come again in the end, and are in the prefix cache then."""
     if options.dataset != "random":
-        prompts = file_requests(Path(options.dataset), FILE_REQUESTS, output_len=options.output_len, seed=engine.seed)
+        prompts = file_requests(
+            Path(options.dataset), output_len=options.output_len, seed=engine.seed, vocab_size=vocab_size
+        )
         yield from itertools.cycle(token_requests(prompts, path, engine))
     lengths = {"input_len": options.input_len, "output_len": options.output_len}
     for seed in itertools.count(engine.seed):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.advice import Advice, Check, advise
+from bench.advice import Advice, Check, advise, in_words
 from bench.profile import GLUE, IDLE, Part, Profile
 from bench.report import Table
 from bench.result import BenchResult
@@ -100,15 +100,7 @@ def batch_table(profile: Profile) -> Table:
 
 def sentences(report: Report) -> list[str]:
     """What it all comes to."""
-    lines = []
-    for place, advice in enumerate(report.advice):
-        head = "The bottleneck is" if place == 0 else "Then"
-        lines.append(f"{head} {advice.bottleneck}: {advice.evidence}.")
-        if advice.remedy:
-            lines.append(f"  Try {advice.remedy}.")
-        if advice is report.checked and report.check:
-            lines.append(f"  Tried: {report.check.verdict}.")
-    return lines or ["Nothing stands out: every part is near what the device can do."]
+    return in_words(report.advice, report.checked, report.check)
 
 
 def ceilings_note(profile: Profile) -> str:

@@ -73,7 +73,7 @@ def record(core: EngineCore, num_steps: int, path: Path | None) -> list[Kernel]:
 
 
 def record_window(step: Callable[[], object], num_steps: int, path: Path) -> tuple[float, float]:
-    """Trace all that `num_steps` calls of `step` have the GPU do; the time.perf_counter()s of its start and end."""
+    """Trace all that `num_steps` calls of `step` have the GPU do; the time.monotonic()s of its start and end."""
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -83,11 +83,11 @@ def record_window(step: Callable[[], object], num_steps: int, path: Path) -> tup
             step()
             torch.cuda.synchronize()
             profiler.step()
-        start = time.perf_counter()
+        start = time.monotonic()
         for _ in range(num_steps):
             step()
         torch.cuda.synchronize()
-        end = time.perf_counter()
+        end = time.monotonic()
     profiler.export_chrome_trace(str(path))
     return start, end
 
@@ -104,16 +104,16 @@ def write_trace(values: dict[str, Any], path: Path) -> None:
 
 
 def write_calls(calls: list[Kernel], path: Path) -> None:
-    """Ops of a CPU, on time.perf_counter()'s clock, as a Chrome trace."""
+    """Ops of a CPU, on time.monotonic()'s clock, as a Chrome trace."""
     events = [_event(call.name, "op", call.start, call.end) for call in calls]
-    write_trace({"traceEvents": events, "baseTimeNanoseconds": time.time_ns() - time.perf_counter_ns()}, path)
+    write_trace({"traceEvents": events, "baseTimeNanoseconds": time.time_ns() - time.monotonic_ns()}, path)
 
 
 def add_stages(spans: list[tuple[str, float, float]], path: Path) -> None:
-    """Put the stages of the engine's thread, between time.perf_counter()s, into a Chrome trace."""
+    """Put the stages of the engine's thread, between time.monotonic()s, into a Chrome trace."""
     values = read_trace(path)
     # Traces count from a moment of their own.
-    shift_us = (time.time_ns() - time.perf_counter_ns() - values.get("baseTimeNanoseconds", 0)) / 1e3
+    shift_us = (time.time_ns() - time.monotonic_ns() - values.get("baseTimeNanoseconds", 0)) / 1e3
     stages = [_event(stage, "stage", start * 1e6 + shift_us, end * 1e6 + shift_us) for stage, start, end in spans]
     write_trace(values | {"traceEvents": values["traceEvents"] + stages}, path)
 

@@ -103,7 +103,7 @@ class EngineStats(msgspec.Struct, array_like=True):
     prefix_cache_hits: int = 0  # tokens found
     batch_tokens: int = 0  # of the last step
     stage_seconds: dict[str, float] = {}  # by stage of step_clock.py, since the engine's start
-    time: float = 0.0  # time.monotonic() of all this
+    time: float = 0.0  # time.monotonic() up to which they are counted
 
 
 class StepOutput(Message):

@@ -61,6 +61,12 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
 
     core = EngineCore(config, on_progress)
     socket.send(messages.encode(core.ready))
+
+    def send(outputs: list[messages.TokenOutput]) -> None:
+        core.stats.time = core.clock.since
+        socket.send(messages.encode(messages.StepOutput(outputs, core.stats)))
+
+    send([])  # an engine that nobody has asked yet has stages, too
     parent = os.getppid()
     while True:
         changed = False
@@ -85,8 +91,7 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
         outputs = core.step() if core.has_work else []
         core.clock.enter("send")
         if outputs or changed or core.stats.num_steps > num_steps:
-            core.stats.time = time.monotonic()
-            socket.send(messages.encode(messages.StepOutput(outputs, core.stats)))
+            send(outputs)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,20 @@ STAGES = {
 
 
 class StepClock:
-    """Seconds by stage. `spans`, once it is a list, gets every stage that ends, with its time.perf_counter()s."""
+    """Seconds by stage, counted up to the time.monotonic() `since`.
+
+    `spans`, once it is a list, gets every stage that ends, with its start and end.
+    """
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self.spans: list[tuple[str, float, float]] | None = None
-        self._stage, self._since = "idle", time.perf_counter()
+        self._stage, self.since = "idle", time.monotonic()
 
     def enter(self, stage: str) -> None:
         """End the stage that is under way, and begin another or the same."""
-        now = time.perf_counter()
-        self.seconds[self._stage] += now - self._since
+        now = time.monotonic()
+        self.seconds[self._stage] += now - self.since
         if self.spans is not None:
-            self.spans.append((self._stage, self._since, now))
-        self._stage, self._since = stage, now
+            self.spans.append((self._stage, self.since, now))
+        self._stage, self.since = stage, now

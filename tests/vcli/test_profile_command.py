@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,3 +52,43 @@ def test_what_cannot_be_watched_is_one_sentence(tiny_checkpoint):
     code, _, err = run_profile("--trace", "trace.txt")
     assert code == 2
     assert "--trace must end in .json or .json.gz, got trace.txt" in err
+
+
+def test_a_server_is_watched_under_the_load_of_others(start_server, tiny_checkpoint):
+    server = start_server("--kv-cache-memory", "16MiB", model=tiny_checkpoint("llama")).wait_ready()
+    is_over = threading.Event()
+
+    def ask() -> None:
+        while not is_over.is_set():
+            server.post("/v1/completions", json={"prompt": [5, 6, 7], "max_tokens": 64, "ignore_eos": True})
+
+    client = threading.Thread(target=ask)
+    client.start()
+    try:
+        code, out, err = run_profile("--url", server.url, "--duration", "2s", "--json")
+    finally:
+        is_over.set()
+        client.join()
+
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["num_steps"] > 10
+    assert 0.9 <= result["coverage"] <= 1.1  # a reading may be a step late
+    assert result["stages"]["forward"] > result["stages"]["update"] > 0
+    assert result["advice"]
+
+
+def test_a_server_that_nobody_has_asked_yet_is_idle(start_server, tiny_checkpoint):
+    server = start_server("--kv-cache-memory", "16MiB", model=tiny_checkpoint("llama")).wait_ready()
+
+    code, out, err = run_profile("--url", server.url, "--duration", "500ms")
+
+    assert code == 0, err
+    assert "The bottleneck is not the engine: 100% of the time no request is there." in out
+
+
+def test_a_model_and_a_server_exclude_each_other(tiny_checkpoint):
+    code, _, err = run_profile(str(tiny_checkpoint("llama")), "--url", "http://127.0.0.1:9")
+
+    assert code == 2
+    assert "MODEL and --url exclude each other" in err
