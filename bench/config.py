@@ -64,7 +64,11 @@ class BenchConfig:
     quality: Annotated[
         str, "no load: hold MODEL against the checkpoint named here, on held-out text, in memory and in speed"
     ] = ""
-    output: Annotated[Path | None, "write the result to FILE: .json, .csv, .md or .html"] = None
+    output: Annotated[
+        Path | None,
+        "write the result to FILE: .json, .html, .md, .csv (a line a run), .requests.csv (a line a request), .svg or "
+        ".png",
+    ] = None
     json: Annotated[bool, "print the result as JSON instead of a table"] = False
 
     def __post_init__(self) -> None:

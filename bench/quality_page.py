@@ -1,7 +1,6 @@
-"""A comparison of two checkpoints as one page that needs nothing beside it: no script, no font, no network.
+"""A comparison of two checkpoints as a page.
 
 Charts are bars in SVG, stretched to the room there is; their words are HTML, so that they stay legible on a phone.
-Colours follow the reader's light or dark setting.
 """
 
 import math
@@ -9,6 +8,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from bench import page
 from bench.quality import LayerError, Pair, Quality
 from bench.quality_report import SPEEDS, busyness, describe_machine, megabytes, minutes, quality_table, shown
 
@@ -18,31 +18,13 @@ OWN_PARTS = {  # of a decoder layer; other parts are linear layers
 }
 NOTABLE_PERC = 1.0  # a change of less is neither good nor bad
 STYLE = """
-:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b2430; --soft: #5b6675; --line: #dfe3e9;
-  --after: #2563c9; --before: #9aa5b4; --good: #17703a; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #12161c; --card: #1b2129; --ink: #e8ecf1; --soft: #a3afbd; --line: #313a46;
-    --after: #6ea8ff; --before: #66727f; --good: #6fd396; --bad: #ff9c94; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 48px; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 4px; }
-h2 { font-size: 1.15rem; margin: 36px 0 4px; }
-h3 { font-size: .95rem; margin: 0; }
-p { margin: 0 0 12px; max-width: 75ch; }
-.soft, .legend, .ticks, .ends, dl { color: var(--soft); font-size: .875rem; }
-.lead { font-size: 1.1rem; margin: 16px 0 20px; }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(max(160px, 30%), 1fr)); }
+:root { --after: var(--series-0); --before: var(--series-5); }
+.legend, .ticks, .ends { color: var(--soft); font-size: .875rem; }
 .panels { grid-template-columns: repeat(auto-fill, minmax(max(160px, 23%), 1fr)); }
-.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
-.value { font-size: 1.6rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.value small { font-size: .875rem; font-weight: 400; }
-.good { color: var(--good); } .bad { color: var(--bad); }
 .plot { border-bottom: 1px solid var(--soft); margin-top: 8px; }
-svg { display: block; width: 100%; }
-svg .mean, svg .p99 { stroke: var(--ink); stroke-width: 2; vector-effect: non-scaling-stroke; }
-svg .p99 { stroke: var(--bad); stroke-dasharray: 6 4; }
+.plot svg { display: block; width: 100%; }
+.plot .mean, .plot .p99 { stroke: var(--ink); stroke-width: 2; vector-effect: non-scaling-stroke; }
+.plot .p99 { stroke: var(--bad); stroke-dasharray: 6 4; }
 .ticks { position: relative; height: 1.6em; }
 .ticks span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
 .ends { display: flex; justify-content: space-between; }
@@ -55,11 +37,6 @@ svg .p99 { stroke: var(--bad); stroke-dasharray: 6 4; }
   font-variant-numeric: tabular-nums; font-size: .875rem; }
 .bar i { display: block; height: 12px; border-radius: 2px; }
 .bar b { font-weight: 500; text-align: right; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9375rem; }
-th, td { text-align: right; padding: 6px 0 6px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; padding-left: 0; }
-dt { font-weight: 600; margin-top: 8px; } dd { margin: 0; }
 """
 
 
@@ -78,12 +55,7 @@ def to_html(quality: Quality) -> str:
         _layers(quality.layers),
         _figures(quality),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(quality.after)} against {escape(quality.before)}</title>\n<style>{STYLE}</style>\n</head>\n"
-        "<body>\n<main>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
-    )
+    return page.page(f"{quality.after} against {quality.before}", sections, STYLE)
 
 
 def summary(quality: Quality) -> str:
@@ -106,15 +78,17 @@ def _cards(quality: Quality) -> str:
     kl = quality.kl
     cards = [
         _pair_card("Perplexity", quality.perplexity, shown, less_is_better=True),
-        _card("Same next token", f"{quality.top1_agreement:.1%}", "of the positions"),
-        _card("KL divergence", f"{shown(kl['mean'])} <small>nats</small>", f"on average, 99% below {shown(kl['p99'])}"),
+        page.card("Same next token", f"{quality.top1_agreement:.1%}", "of the positions"),
+        page.card(
+            "KL divergence", f"{shown(kl['mean'])} <small>nats</small>", f"on average, 99% below {shown(kl['p99'])}"
+        ),
         _pair_card("Weights in memory", quality.bytes, megabytes, less_is_better=True, unit="MB"),
     ]
     for label, name in (("Decode, batch 1", "decode_1"), ("Prefill", "prefill")):
         pair = quality.tokens_per_s[name]
         if _ratio(pair) is not None:
             cards.append(_pair_card(label, pair, shown, less_is_better=False, unit="tok/s"))
-    return f'<div class="grid">{"".join(cards)}</div>'
+    return page.grid(cards)
 
 
 def _pair_card(label: str, pair: Pair, show: Callable[[Any], str], *, less_is_better: bool, unit: str = "") -> str:
@@ -123,11 +97,7 @@ def _pair_card(label: str, pair: Pair, show: Callable[[Any], str], *, less_is_be
     change = (ratio - 1) * 100
     verdict = "" if abs(change) < NOTABLE_PERC else "good" if (change < 0) == less_is_better else "bad"
     note = f'<span class="{verdict}">{change:+.1f}%</span> from {show(pair["before"])}'
-    return _card(label, f"{show(pair['after'])} <small>{unit}</small>", note)
-
-
-def _card(label: str, value: str, note: str) -> str:
-    return f'<div class="card"><h3>{label}</h3><div class="value">{value}</div><div class="soft">{note}</div></div>'
+    return page.card(label, f"{show(pair['after'])} <small>{unit}</small>", note)
 
 
 def _divergence(quality: Quality) -> str:
@@ -178,7 +148,7 @@ def _speed(quality: Quality) -> str:
     warning = f' <span class="bad">{busy[0].upper()}{busy[1:]}.</span>' if busy else ""
     return f"""<h2>Speed</h2>
 <p class="soft">Tokens per second on {escape(describe_machine(quality))}, more is better.{warning}</p>
-<div class="wide grid">{"".join(panels)}</div>"""
+{page.grid(panels, is_wide=True)}"""
 
 
 def _layers(layers: Sequence[LayerError]) -> str:
@@ -189,7 +159,7 @@ def _layers(layers: Sequence[LayerError]) -> str:
     linear = {part: errors for part, errors in parts.items() if part not in OWN_PARTS}
     text = f"""<h2>Layers</h2>
 <p class="soft">The difference from the original, as a share of what should have come out.</p>
-<div class="wide grid">{"".join(own)}</div>"""
+{page.grid(own, is_wide=True)}"""
     if linear:
         top = max(error.error for errors in linear.values() for error in errors)
         panels = "".join(_layer_panel(part, errors, top) for part, errors in linear.items())
@@ -228,8 +198,6 @@ def _bars(title: str, values: Sequence[float], top: float, titles: Sequence[str]
 
 def _figures(quality: Quality) -> str:
     columns, rows = quality_table(quality)
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     text, env = quality.text, quality.environment
     facts = {
         "text": f"{text['name']}, its first {text['windows']} x {text['window_tokens']:,} tokens",
@@ -237,13 +205,10 @@ def _figures(quality: Quality) -> str:
         "made": f"{env.get('date')} by vcli {env.get('vcli')}, revision {(env.get('git_revision') or 'unknown')[:9]}",
         "command": str(env.get("command")),
     }
-    described = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in (facts | quality.definitions).items()
-    )
     return f"""<h2>All figures</h2>
-<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+{page.table(columns, rows)}
 <h2>What they are, and where they come from</h2>
-<dl>{described}</dl>"""
+{page.definitions(facts | quality.definitions)}"""
 
 
 def _ratio(pair: Pair) -> float | None:

@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import output
 from bench.quality import LayerError, Pair, Quality
-from bench.report import Table, check_extension, markdown_table
+from bench.report import Table, markdown_table
 from engine.errors import UserError
 
 BUSY_LOAD = 1.5  # a core: the measurement itself makes 1
@@ -78,21 +80,8 @@ def write(quality: Quality, folder: Path) -> None:
 
 
 def write_file(quality: Quality, path: Path) -> None:
-    """Write it in the format that the file's extension names. Raises UserError."""
-    from bench.quality_page import to_html
-
-    writers: dict[str, Callable[[Quality], str]] = {
-        ".json": to_json,
-        ".csv": to_csv,
-        ".md": to_markdown,
-        ".html": to_html,
-    }
-    check_extension(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(writers[path.suffix](quality), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+    """Write it in the format that the file's name says. Raises UserError."""
+    output.write(path, {ending: partial(content, quality) for ending, content in FORMATS.items()})
 
 
 def to_json(quality: Quality) -> str:
@@ -112,6 +101,20 @@ def to_markdown(quality: Quality) -> str:
     """The table and what it says, for a model card."""
     lines = "\n".join(f"- {note}" for note in notes(quality))
     return f"### {describe(quality)}\n\n{markdown_table(*quality_table(quality))}\n\n{lines}\n"
+
+
+def to_html(quality: Quality) -> str:
+    from bench import quality_page
+
+    return quality_page.to_html(quality)
+
+
+FORMATS: dict[str, Callable[[Quality], str]] = {
+    ".json": to_json,
+    ".csv": to_csv,
+    ".md": to_markdown,
+    ".html": to_html,
+}
 
 
 def read(path: Path) -> Quality:

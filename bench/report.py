@@ -1,17 +1,23 @@
 """Results as rows for a table, as files, and as the table in the README.
 
+    python -m bench.report RESULT.json RESULT.html
+
+writes a result in another of the FORMATS, and
+
     python -m bench.report bench/results README.md
 
-writes the README's tables anew from the JSON files of the folder, between their marker comments. Running it twice
-changes nothing.
+the README's tables anew from the JSON files of the folder, between their marker comments. Running it twice changes
+nothing.
 """
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import output
 from bench.figures import PEER
 from bench.result import KINDS, BenchResult
 from engine.errors import UserError
@@ -20,7 +26,6 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 KERNELS_BEGIN, KERNELS_END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
 QUALITY_BEGIN, QUALITY_END = "<!-- quality:begin -->", "<!-- quality:end -->"
-EXTENSIONS = (".json", ".csv", ".md", ".html")
 LATENCIES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2EL", "e2el"))
 # Key, what the person reads, unit. A figure that a run does not have is left out.
 FIGURES = (
@@ -163,25 +168,8 @@ def describe_workload(result: BenchResult) -> str:
 
 
 def write(result: BenchResult, path: Path) -> None:
-    """Write a result in the format that the file's extension names."""
-    writers = {
-        ".json": lambda: result.to_json(with_samples=True),
-        ".csv": lambda: to_csv(result),
-        ".md": lambda: to_markdown(result),
-    }
-    writers[".html"] = lambda: to_html(result)
-    check_extension(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(writers[path.suffix](), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
-
-
-def check_extension(path: Path) -> None:
-    """Raise UserError before a long run rather than after it."""
-    if path.suffix not in EXTENSIONS:
-        raise UserError(f"--output {path}: the extension must be one of {', '.join(EXTENSIONS)}")
+    """Write a result in the format that the file's name says. Raises UserError."""
+    output.write(path, {ending: partial(content, result) for ending, content in FORMATS.items()})
 
 
 def to_csv(result: BenchResult) -> str:
@@ -194,6 +182,40 @@ def to_csv(result: BenchResult) -> str:
     return str(pd.concat(frames).to_csv(index=False))
 
 
+def to_requests_csv(result: BenchResult) -> str:
+    """One line a request: times in seconds from the start of its run, tokens, and what load it was part of."""
+    import pandas as pd
+
+    runs = [run for run in result.runs or [result] if run.samples]
+    if not runs:
+        raise UserError("the result has no samples: its requests are not known one by one")
+    loads = [{k: run.workload[k] for k in ("concurrency", "request_rate") if k in run.workload} for run in runs]
+    frames = [
+        pd.DataFrame(run.samples["requests"]).assign(**load)
+        for run, load in zip(runs, loads, strict=True)
+        if run.samples
+    ]
+    return str(pd.concat(frames).to_csv(index=False))
+
+
+def to_html(result: BenchResult) -> str:
+    from bench import result_page
+
+    return result_page.to_html(result)
+
+
+def to_svg(result: BenchResult) -> str:
+    from bench import result_page
+
+    return result_page.to_svg(result)
+
+
+def to_png(result: BenchResult) -> bytes:
+    from bench.charts import png
+
+    return png(to_svg(result))
+
+
 def to_markdown(result: BenchResult) -> str:
     parts = [f"### {describe(result)}"]
     parts += [markdown_table(*table) for table in tables(result)]
@@ -202,11 +224,15 @@ def to_markdown(result: BenchResult) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def to_html(result: BenchResult) -> str:
-    import pandas as pd
-
-    frames = [pd.DataFrame(rows, columns=columns) for columns, rows in tables(result)]
-    return f"<h3>{describe(result)}</h3>\n" + "\n".join(str(frame.to_html(index=False)) for frame in frames)
+FORMATS: dict[str, Callable[[BenchResult], str | bytes]] = {
+    ".json": lambda result: result.to_json(with_samples=True),
+    ".csv": to_csv,
+    ".requests.csv": to_requests_csv,
+    ".md": to_markdown,
+    ".html": to_html,
+    ".svg": to_svg,
+    ".png": to_png,
+}
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -353,14 +379,17 @@ def _flat(result: BenchResult) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
-        print("usage: python -m bench.report RESULTS_FOLDER README", file=sys.stderr)
+        print("usage: python -m bench.report RESULT.json FILE, or RESULTS_FOLDER README", file=sys.stderr)
         return 2
+    source, target = map(Path, arguments)
     try:
-        changed = update_readme(Path(arguments[0]), Path(arguments[1]))
+        if source.is_dir():
+            print(f"{target}: {'updated' if update_readme(source, target) else 'already up to date'}")
+        else:
+            write(BenchResult.read(source), target)
     except UserError as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 1
-    print(f"{arguments[1]}: {'updated' if changed else 'already up to date'}")
     return 0
 
 

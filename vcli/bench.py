@@ -34,12 +34,12 @@ def bench(engine: EngineConfig, options: BenchConfig, quality: QualityConfig) ->
     and speed. Flags hold for both, but --quantization and --kv-cache-dtype for AFTER alone: so their price can be told,
     too. Exit code 3: a gate, --max-ppl-increase or --max-kl, was not passed.
     """
-    from bench import report
+    from bench import output, quality_report, report
     from bench.run import with_baseline
     from vcli.console import Status
 
     if options.output:
-        report.check_extension(options.output)
+        output.check(options.output, quality_report.FORMATS if options.quality else report.FORMATS)
     if options.quality:
         _compare(engine, options, quality)
         return

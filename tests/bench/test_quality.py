@@ -19,7 +19,7 @@ from bench.baseline import load_transformers
 from bench.config import HELD_OUT_TEXT, QualityConfig
 from bench.quality import LayerError, Quality, held_out_windows, measure
 from bench.quality_page import summary, to_html
-from bench.quality_report import quality_table, read, shown, to_csv, to_markdown, write, write_file
+from bench.quality_report import FORMATS, quality_table, read, shown, to_csv, to_markdown, write, write_file
 from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.quantization.weight import Scheme, round_to_nearest
@@ -419,7 +419,7 @@ def test_the_readme_gets_a_line_for_each_recipe_and_the_commands(quality, tmp_pa
     assert "old" not in once
 
 
-@pytest.mark.parametrize("extension", report.EXTENSIONS)
+@pytest.mark.parametrize("extension", FORMATS)
 def test_every_extension_writes_a_file_that_names_the_checkpoint(quality, tmp_path: Path, extension: str):
     path = tmp_path / "new" / f"compared{extension}"
 

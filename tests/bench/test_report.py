@@ -7,37 +7,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench import report
-from bench.metrics import RequestRecord, serving_metrics
+from bench import output, report
 from bench.result import BenchResult
 from engine.errors import UserError
-
-
-def make_result(num_failed: int = 0, **changes: object) -> BenchResult:
-    records = [RequestRecord(float(i), [(i + 0.5, 1), (i + 0.6, 1)], i + 0.7, 16) for i in range(4)]
-    records += [RequestRecord(0.0, ended=1.0, error="HTTP 500: oh")] * num_failed
-    values = {
-        "kind": "serving",
-        "model": "tiny",
-        "workload": {
-            "dataset": "random",
-            "num_prompts": 4,
-            "input_len": 16,
-            "output_len": 2,
-            "range_ratio": 0.0,
-            "concurrency": 2,
-            "seed": 0,
-        },
-        "metrics": {**serving_metrics(records), "valid": True, "invalid_reasons": [], "errors": {}},
-        "environment": {
-            "gpu": None,
-            "cpu": "A CPU",
-            "cpu_count": 2,
-            "command": "vcli bench tiny",
-            "git_revision": "abc",
-        },
-    }
-    return BenchResult(**(values | changes))
+from tests.bench.results import make_result, make_samples, make_sweep
 
 
 def test_json_comes_back_as_it_was(tmp_path: Path):
@@ -69,23 +42,36 @@ def test_csv_is_one_line_with_the_same_figures():
     assert frame["environment.command"][0] == "vcli bench tiny"
 
 
-@pytest.mark.parametrize("extension", report.EXTENSIONS)
-def test_every_extension_writes_a_file_that_names_the_model(tmp_path: Path, extension: str):
-    path = tmp_path / "new" / f"result{extension}"
+@pytest.mark.parametrize("ending", [".json", ".csv", ".md", ".html", ".svg"])
+def test_every_format_writes_a_file_that_names_the_model(tmp_path: Path, ending: str):
+    path = tmp_path / "new" / f"result.v2{ending}"
 
-    report.write(make_result(num_failed=1), path)
+    report.write(make_result(num_failed=1, samples=make_samples()), path)
 
     assert "tiny" in path.read_text()
 
 
-def make_sweep() -> BenchResult:
-    runs = []
-    for concurrency in (1, 16):
-        run = make_result(samples={"requests": {"sent": [0.0, 0.5], "error": ["", ""]}, "gaps": [0.1]})
-        run.workload = {**run.workload, "concurrency": concurrency}
-        runs.append(run)
-    runs[1].metrics = {**runs[1].metrics, "valid": False}
-    return BenchResult("sweep", "tiny", {"dataset": "random", "input_len": 16, "output_len": 2}, runs=runs)
+def test_a_csv_of_requests_has_a_line_for_each_of_every_run(tmp_path: Path):
+    sweep = make_sweep()
+    for run in sweep.runs:
+        run.samples = make_samples()
+
+    report.write(sweep, tmp_path / "sweep.requests.csv")
+    frame = pd.read_csv(tmp_path / "sweep.requests.csv")
+
+    assert list(frame["concurrency"]) == [1, 1, 1, 16, 16, 16]
+    assert frame["ttft"][1] == 0.3
+    assert frame["error"][5] == "HTTP 500: oh"
+    with pytest.raises(UserError, match="no samples"):
+        report.to_requests_csv(make_result())
+
+
+def test_a_result_in_json_becomes_any_other_file(tmp_path: Path):
+    report.write(make_result(samples=make_samples()), tmp_path / "run.json")
+
+    assert report.main([str(tmp_path / "run.json"), str(tmp_path / "run.png")]) == 0
+
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sweep_is_a_row_each_run_in_every_form(tmp_path: Path):
@@ -108,14 +94,14 @@ def test_samples_go_to_the_file_one_list_a_line_and_not_to_the_screen(tmp_path: 
 
     report.write(run, tmp_path / "run.json")
 
-    assert '    "gaps": [0.1]' in (tmp_path / "run.json").read_text()
+    assert '    "gaps": [0.1, 0.1, 0.1]' in (tmp_path / "run.json").read_text()
     assert BenchResult.read(tmp_path / "run.json").samples == run.samples
     assert "samples" not in json.loads(run.to_json())
 
 
 def test_an_unknown_extension_is_refused_with_the_known_ones(tmp_path: Path):
-    with pytest.raises(UserError, match=r"\.json, \.csv, \.md, \.html"):
-        report.check_extension(tmp_path / "result.xls")
+    with pytest.raises(UserError, match=r"\.json, \.csv, \.requests\.csv, \.md, \.html, \.svg, \.png"):
+        output.check(tmp_path / "result.xls", report.FORMATS)
 
 
 def test_failures_add_the_adjusted_percentile_to_the_table():

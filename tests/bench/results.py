@@ -1,0 +1,57 @@
+"""Results made by hand."""
+
+from typing import Any
+
+from bench.metrics import RequestRecord, serving_metrics
+from bench.result import BenchResult
+
+
+def make_result(num_failed: int = 0, **changes: object) -> BenchResult:
+    records = [RequestRecord(float(i), [(i + 0.5, 1), (i + 0.6, 1)], i + 0.7, 16) for i in range(4)]
+    records += [RequestRecord(0.0, ended=1.0, error="HTTP 500: oh")] * num_failed
+    values = {
+        "kind": "serving",
+        "model": "tiny",
+        "workload": {
+            "dataset": "random",
+            "num_prompts": 4,
+            "input_len": 16,
+            "output_len": 2,
+            "range_ratio": 0.0,
+            "concurrency": 2,
+            "seed": 0,
+        },
+        "metrics": {**serving_metrics(records), "valid": True, "invalid_reasons": [], "errors": {}},
+        "environment": {
+            "gpu": None,
+            "cpu": "A CPU",
+            "cpu_count": 2,
+            "command": "vcli bench tiny",
+            "git_revision": "abc",
+        },
+    }
+    return BenchResult(**(values | changes))
+
+
+def make_samples() -> dict[str, Any]:
+    """Two requests of three and two tokens, and one that failed."""
+    requests = {
+        "sent": [0.0, 0.5, 0.6],
+        "ttft": [0.2, 0.3, None],
+        "e2el": [0.4, 0.4, None],
+        "num_prompt_tokens": [16, 16, 0],
+        "num_output_tokens": [3, 2, 0],
+        "error": ["", "", "HTTP 500: oh"],
+    }
+    server = {"time": [0.0, 0.5], "num_requests_waiting": [1.0, 0.0], "kv_cache_usage_perc": [0.25, 0.5]}
+    return {"requests": requests, "gaps": [0.1, 0.1, 0.1], "server": server, "window": None}
+
+
+def make_sweep() -> BenchResult:
+    runs = []
+    for concurrency in (1, 16):
+        run = make_result(samples=make_samples())
+        run.workload = {**run.workload, "concurrency": concurrency}
+        runs.append(run)
+    runs[1].metrics = {**runs[1].metrics, "valid": False}
+    return BenchResult("sweep", "tiny", {"dataset": "random", "input_len": 16, "output_len": 2}, runs=runs)

@@ -1,0 +1,150 @@
+"""The page of a result: loud about what went wrong, drawn from the samples, and whole by itself."""
+
+import itertools
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from bench import result_page
+from bench.charts import BarChart, Chart
+from bench.result import BenchResult
+from engine.errors import UserError
+from tests.bench.results import make_result, make_samples, make_sweep
+
+
+def drawn(result: BenchResult) -> dict[str, Chart | BarChart]:
+    return {chart.title: chart for _, _, charts in result_page.chart_sections(result) for chart in charts}
+
+
+def line(result: BenchResult, title: str) -> list[tuple[float, float]]:
+    chart = drawn(result)[title]
+    assert isinstance(chart, Chart)
+    return list(chart.series[0].points)
+
+
+class TagCheck(HTMLParser):
+    """Every tag that is opened is closed, in order; nothing is fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe")
+        assert not {"src", "href", "onload"} & {name for name, _ in attrs}
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("make", [lambda: make_result(samples=make_samples()), make_result, make_sweep])
+def test_a_page_is_well_formed_and_fetches_nothing(make):
+    html = result_page.to_html(make())
+
+    check = TagCheck()
+    check.feed(html)
+    assert check.open == []
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_headline_definitions_and_command_are_on_the_page():
+    html = result_page.to_html(make_result(samples=make_samples()))
+
+    assert "Half of the requests get their first token within 500.0 ms. Then a token follows every 100.0 ms." in html
+    assert re.search(r"TTFT</h3><div class=\"value\">500.0 <small>ms</small>", html)
+    assert "vcli bench tiny" in html
+    assert "request sent → first content token" in html
+
+
+def test_failures_and_reasons_why_a_run_says_nothing_stand_first():
+    reason = "the client was <late>"
+    run = make_result(num_failed=2)
+    run.metrics |= {"errors": {"HTTP 500: oh": 2}, "valid": False, "invalid_reasons": [reason]}
+
+    html = result_page.to_html(run)
+
+    assert "2 of 6 requests failed" in html
+    assert "2 x HTTP 500: oh" in html
+    assert "the client was &lt;late&gt;" in html
+    assert html.index("Not a valid result") < html.index('<div class="grid">')
+    assert "alarm" not in result_page.to_html(make_result()).partition("</head>")[2]
+
+
+def test_latencies_come_from_the_samples_of_what_completed():
+    ms = result_page.latencies_ms(make_result(samples=make_samples()))
+
+    assert ms["ttft"] == pytest.approx([200, 300])
+    assert ms["tpot"] == pytest.approx([100, 100])
+    assert ms["itl"] == pytest.approx([100, 100, 100])
+    assert ms["e2el"] == pytest.approx([400, 400])
+
+
+def test_with_a_window_only_what_was_sent_and_what_came_in_it_is_drawn():
+    run = make_result(samples=make_samples() | {"window": [0.35, 1.0]})
+
+    ms = result_page.latencies_ms(run)
+
+    assert ms["ttft"] == pytest.approx([300])
+    assert len(ms["itl"]) == 2  # of the first request its last token, of the second one all but the first
+    assert "The figures are of the shaded time." in result_page.to_html(run)
+
+
+def test_a_distribution_rises_from_0_to_100_percent():
+    assert result_page.shares_below([30, 10, 20, 20]) == [(10, 0), (10, 25), (20, 50), (20, 75), (30, 100)]
+    assert len(result_page.shares_below(list(range(100_000)))) <= result_page.MAX_POINTS + 1
+
+
+def test_tokens_over_time_add_up_to_all_tokens():
+    points = result_page.tokens_over_time(make_samples())
+
+    assert sum(rate * (b - a) for (a, rate), (b, _) in itertools.pairwise(points)) == pytest.approx(5)
+    assert points[-1][0] == pytest.approx(0.9)  # when the last one came
+
+
+def test_queue_and_kv_cache_are_the_servers_own_figures():
+    run = make_result(samples=make_samples())
+
+    assert line(run, "Requests waiting on the server") == [(0.0, 1.0), (0.5, 0.0)]
+    assert line(run, "KV cache in use, %") == [(0.0, 25.0), (0.5, 50.0)]
+    assert line(run, "Requests under way") == [(0.0, 1), (0.4, 0), (0.5, 1), (0.9, 0)]
+
+
+def test_a_sweep_draws_throughput_against_latency_with_the_load_beside_each_dot():
+    sweep = make_sweep()
+
+    chart = drawn(sweep)["TTFT, ms"]
+
+    assert isinstance(chart, Chart)
+    assert [series.name for series in chart.series] == ["p50", "p99"]
+    assert chart.series[0].points[0] == (sweep.runs[0].metrics["output_throughput"], pytest.approx(500))
+    assert chart.series[1].labels == ["1", "16"]
+
+
+def test_figures_of_old_results_have_a_page_but_no_picture():
+    assert "All figures" in result_page.to_html(make_result())
+    with pytest.raises(UserError, match="no samples"):
+        result_page.to_svg(make_result())
+
+
+def test_offline_results_have_charts_of_their_own():
+    rows = [
+        {"test": "tg128", "batch_size": size, "tokens_per_s": 50.0 * size, "std_tokens_per_s": 1.0, "ms": 20.0}
+        | {"floor_ms": None}
+        for size in (1, 8)
+    ]
+    workload = make_result().workload | {"device": "cpu", "dtype": "bfloat16", "quantization": "auto"}
+    by_batch = make_result(kind="latency", workload=workload, metrics={"rows": rows})
+    whole = make_result(
+        kind="throughput", metrics={"output_throughput": 5.0, "decode_throughput": 8.0, "duration": 1.0}
+    )
+
+    assert line(by_batch, "tg128: tokens per second") == [(1, 50.0), (8, 400.0)]
+    bars = drawn(whole)["Tokens per second"]
+    assert isinstance(bars, BarChart)
+    assert [bar.value for bar in bars.bars] == [5.0, 8.0]
+    assert "tg128</h3>" in result_page.to_html(by_batch)
+    assert "Output throughput" in result_page.to_html(whole)
