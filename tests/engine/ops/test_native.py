@@ -264,3 +264,17 @@ def test_without_a_library_the_reference_runs(variables, says, tmp_path):
     assert result.stdout.strip() == "[[4.0, 4.0]]"
     assert says in result.stderr
     assert bool(says) == bool(result.stderr)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("vocab_size", [1, 17, 49_152])
+def test_of_equal_logits_the_first_is_the_best(rows, vocab_size):
+    torch.manual_seed(0)
+    logits = torch.randint(-3, 3, (rows, vocab_size)).float()
+    logits[-1] = float("-inf")
+    firsts = [row.index(max(row)) for row in logits.tolist()]
+    places, ends = torch.arange(rows, dtype=torch.int32), torch.full((rows,), 2, dtype=torch.int32)
+    token_ids = torch.zeros(rows, 4, dtype=torch.int32)
+
+    assert native.take_best(logits, places, ends, token_ids).tolist() == firsts
+    assert token_ids[:, 2].tolist() == firsts
