@@ -58,8 +58,15 @@ class ClosedLoop:
         self.core, self.requests, self.tokenizer = core, requests, tokenizer
         self.concurrency = concurrency
         self.num_sent = 0
+        self.num_started = 0  # those that have their first token
         self._states: dict[str, RequestState] = {}
         core.clock.seconds.setdefault(DETOKENIZE, 0.0)
+
+    def warm_up(self, seconds: float) -> None:
+        """At least so long, and until the first requests of all have computed their prompts."""
+        self.run(seconds)
+        while self.num_started < self.concurrency:
+            self.step()
 
     def run(self, seconds: float) -> Run:
         """Steps of about so many seconds, at least two."""
@@ -97,13 +104,6 @@ class ClosedLoop:
             kv_waste=1 - stats.num_slots_used / stats.num_slots_allocated if stats.num_slots_allocated else 0.0,
         )
 
-    def end(self) -> None:
-        """Forget the requests under way."""
-        self.core.abort(list(self._states))
-        while self.core.has_work:
-            self.core.step()
-        self._states.clear()
-
     def _send(self) -> None:
         request = next(self.requests)
         prompt = request.prompt
@@ -136,6 +136,7 @@ class ClosedLoop:
         for output in outputs:
             state = self._states[output.request_id]
             if not state.timings.num_output_tokens:
+                self.num_started += 1
                 num_prompt_tokens += state.timings.num_prompt_tokens
             if state.take(0, output, now).finish_reason is not None:
                 del self._states[output.request_id]

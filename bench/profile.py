@@ -42,7 +42,7 @@ from engine.tokenizer import Tokenizer
 from engine.worker import pick_device, pick_dtype
 
 TRACED_STEPS = 40
-RAMP_SHARE = 0.25  # of the duration, before it
+RAMP_SHARE = 0.25  # of the duration, before it: at least so long
 TURNS = 4  # of each of two engines
 REQUESTS_AT_A_TIME = 64
 MODEL_STAGES = ("forward", "sample")  # in which the ops are called
@@ -189,7 +189,7 @@ def loaded_engine(engine: EngineConfig, options: ProfileConfig, on_progress: OnP
     loop = ClosedLoop(core, requests, options.concurrency, tokenizer)
     try:
         on_progress("warming up", 0.0)
-        loop.run(options.duration_s * RAMP_SHARE)
+        loop.warm_up(options.duration_s * RAMP_SHARE)
         yield loop
     finally:
         del core, loop.core

@@ -139,6 +139,15 @@ def test_a_closed_loop_keeps_its_requests_under_way(tiny_checkpoint):
     assert sum(run.stage_seconds.values()) == pytest.approx(run.seconds, rel=0.02)
 
 
+def test_a_loop_is_warm_when_all_first_prompts_are_done(tiny_checkpoint):
+    core = EngineCore(tiny_engine(tiny_checkpoint("llama"), max_num_batched_tokens=16))
+    loop = ClosedLoop(core, endless(20, 30), concurrency=8, tokenizer=None)
+
+    loop.warm_up(seconds=0.0)
+
+    assert loop.num_started >= 8
+
+
 def test_a_profile_of_a_tiny_model_adds_up_and_can_be_read_again(tiny_checkpoint):
     options = ProfileConfig(concurrency=4, input_len=16, output_len=8, duration_s=0.3)
 
