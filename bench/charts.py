@@ -133,6 +133,7 @@ class BarChart:
 
     title: str
     bars: Sequence[Bar]
+    colours: Sequence[int] = ()  # of each bar; empty: one after the other
     row_height: float = field(default=42, init=False)
 
     def svg(self) -> str:
@@ -152,7 +153,8 @@ class BarChart:
             words = " ".join(part for part in (shorten(bar.value) if bar.value is not None else "", bar.note) if part)
             parts.append(_text(words, WIDTH - MARGIN, y + 14, "end"))
             if bar.value is not None:
-                parts.append(_rect(f"f{i % MAX_SERIES}", MARGIN, y + 20, bar.value * scale, 12))
+                colour = self.colours[i] if self.colours else i
+                parts.append(_rect(f"f{colour % MAX_SERIES}", MARGIN, y + 20, bar.value * scale, 12))
             if bar.low is not None and bar.high is not None:
                 low, high = MARGIN + bar.low * scale, MARGIN + bar.high * scale
                 parts.append(_line("error-bar", low, y + 26, high, y + 26))

@@ -5,9 +5,10 @@ definitions. Charts are SVG (bench/charts.py), or HTML where the words are the c
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 
-from bench.charts import COLORS
+from bench.charts import COLORS, BarChart, Chart
 from bench.charts import STYLE as CHART_STYLE
 
 _LIGHT, _DARK = ("; ".join(f"--{name}: {pair[i]}" for name, pair in COLORS.items()) for i in (0, 1))
@@ -34,12 +35,28 @@ pre {{ margin: 0; white-space: pre-wrap; font-size: .875rem; }}
 .scroll {{ overflow-x: auto; margin-top: 12px; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .9375rem; }}
 th, td {{ text-align: right; padding: 6px 0 6px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; white-space: normal; padding-left: 0; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; padding-left: 0; min-width: 8.5em; }}
+td.words {{ white-space: normal; text-align: left; min-width: 16em; }}
 dt {{ font-weight: 600; margin-top: 8px; }} dd {{ margin: 0; }}
 {CHART_STYLE}
 @media (min-width: 960px) {{ .chart text {{ font-size: 11.5px; }} }}
 @media (max-width: 480px) {{ .card {{ padding: 12px 10px; }} main {{ padding: 20px 12px 40px; }} }}
 """
+
+
+Section = tuple[str, str, list[Chart | BarChart]]  # title, what it shows, charts
+LONG_CELL = 30  # letters; what is longer is broken into lines
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is on the page of one kind of result alone."""
+
+    alarms: list[str]  # HTML
+    summary: str
+    cards: list[str]  # HTML
+    sections: list[Section]
+    facts: dict[str, str] = field(default_factory=dict)  # beside the definitions
 
 
 def page(title: str, sections: Iterable[str], style: str = "") -> str:
@@ -70,8 +87,13 @@ def alarm(title: str, sentences: Iterable[str]) -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    kind = ' class="words"' if len(text) > LONG_CELL else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def definitions(facts: Mapping[str, str]) -> str:

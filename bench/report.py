@@ -11,8 +11,10 @@ nothing.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,10 +123,43 @@ def batch_table(result: BenchResult) -> Table:
     ]
 
 
+def engine_table(result: BenchResult) -> Table:
+    """One row an engine: medians with their intervals, and times the reference's; one that has no figures says why."""
+    reference = result.metrics["reference"]
+    columns = ["engine", "output tok/s", f"x {reference}", "TTFT p50 ms", "TPOT p50 ms", "ITL p99 ms", "start s"]
+    rows = []
+    for engine in result.engines or []:
+        figures, starts = engine["figures"], engine["start_s"]
+        throughput = figures.get("output_throughput", {})
+        rows.append(
+            [
+                " ".join(filter(None, [engine["name"], engine["version"]])),
+                in_interval(throughput.get("median"), throughput.get("interval")),
+                in_interval(throughput.get("ratio"), throughput.get("ratio_interval")),
+                *(figures.get(key, {}).get("median") for key in ("p50_ttft_ms", "p50_tpot_ms", "p99_itl_ms")),
+                statistics.median(starts) if starts else None,
+                engine["memory_bytes"] / 1e6 if engine["memory_bytes"] else None,
+                "" if engine["status"] == "measured" else f"{engine['status']}: {engine['reason']}",
+            ]
+        )
+    return [*columns, "memory MB", ""], rows
+
+
+def in_interval(value: float | None, interval: Sequence[float | None] | None) -> str | None:
+    """431.0 (400.0 to 450.0)"""
+    if value is None:
+        return None
+    if not interval or None in interval or interval[0] == interval[1]:
+        return format_figure(value)
+    return f"{format_figure(value)} ({format_figure(interval[0])} to {format_figure(interval[1])})"
+
+
 def tables(result: BenchResult) -> list[Table]:
     """What a person is shown of a result; tables without a row are left out."""
     if "rows" in result.metrics:
         return [batch_table(result)]
+    if result.engines:
+        return [engine_table(result)]
     shown = [sweep_table(result)] if result.runs else [latency_table(result), figure_table(result)]
     return [table for table in shown if table[1]]
 
@@ -173,11 +208,15 @@ def write(result: BenchResult, path: Path) -> None:
 
 
 def to_csv(result: BenchResult) -> str:
-    """One line a run, so that the files of several runs can be put together; blocks as workload.seed and so on."""
+    """One line a run, an engine or a batch size; names of blocks with dots, such as workload.seed."""
     import pandas as pd
 
     if "rows" in result.metrics:
         return str(pd.DataFrame(result.metrics["rows"]).assign(**_flat(result)).to_csv(index=False))
+    if result.engines:
+        flat = _flat(replace(result, engines=None))
+        engines = [{k: v for k, v in engine.items() if k not in ("samples", "rounds")} for engine in result.engines]
+        return str(pd.json_normalize(engines).assign(**flat).to_csv(index=False))
     frames = [pd.DataFrame([_flat(run)]) for run in result.runs or [result]]
     return str(pd.concat(frames).to_csv(index=False))
 

@@ -12,7 +12,7 @@ from bench.metrics import DEFINITIONS
 from engine.errors import UserError
 
 KINDS = ("serving", "throughput")  # "sweep" has several of them
-BLOCKS = ("workload", "baseline", "floor", "environment", "definitions", "trials")
+BLOCKS = ("workload", "baseline", "floor", "environment", "definitions", "trials", "engines")
 
 
 @dataclass
@@ -28,6 +28,7 @@ class BenchResult:
     samples: dict[str, Any] | None = None  # what the figures were made from (bench.serving.ServingRun.samples)
     runs: list[Self] = field(default_factory=list)  # of a sweep, which has no figures of its own
     trials: list[dict[str, Any]] | None = None  # of a gate: the figures of both sides of each pair
+    engines: list[dict[str, Any]] | None = None  # of a comparison: what was measured of each
 
     @property
     def is_valid(self) -> bool:
@@ -36,6 +37,8 @@ class BenchResult:
     def to_dict(self, with_samples: bool = False) -> dict[str, Any]:
         names = (*BLOCKS, *(["samples"] if with_samples else []))
         blocks = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.engines is not None and not with_samples:
+            blocks["engines"] = [{k: v for k, v in engine.items() if k != "samples"} for engine in self.engines]
         runs = {"runs": [run.to_dict(with_samples) for run in self.runs]} if self.runs else {}
         return {"kind": self.kind, "model": self.model, **self.metrics, **blocks, **runs}
 

@@ -55,3 +55,44 @@ def make_sweep() -> BenchResult:
         runs.append(run)
     runs[1].metrics = {**runs[1].metrics, "valid": False}
     return BenchResult("sweep", "tiny", {"dataset": "random", "input_len": 16, "output_len": 2}, runs=runs)
+
+
+def make_engine(name: str, throughput: float | None, ratio: float = 1.0, **changes: Any) -> dict[str, Any]:
+    """One engine of a comparison; without a throughput it was not measured."""
+    figures, rounds, samples = {}, [], None
+    if throughput is not None:
+        figures = {
+            "output_throughput": make_figure(throughput, ratio),
+            "p50_ttft_ms": make_figure(1e4 / throughput, 1 / ratio),
+            "p50_tpot_ms": make_figure(2e3 / throughput, 1 / ratio),
+            "p99_itl_ms": make_figure(5e3 / throughput, 1 / ratio),
+        }
+        rounds, samples = [{"failed": 0}] * 6, make_samples()
+    values = {
+        "name": name,
+        "version": "1.2" if rounds else None,
+        "command": f"{name} serve tiny" if rounds else "",
+        "status": "measured" if rounds else "missing",
+        "reason": "" if rounds else f"no {name} is installed: pip install {name}",
+        "start_s": [8.0, 9.5] if rounds else [],
+        "memory_bytes": 5e8 if rounds else None,
+        "figures": figures,
+        "rounds": rounds,
+        "samples": samples,
+    }
+    return values | changes
+
+
+def make_figure(median: float, ratio: float) -> dict[str, Any]:
+    def around(value: float) -> list[float]:
+        return [0.95 * value, 1.1 * value]
+
+    is_reference = ratio == 1.0
+    ratio_interval = [1.0, 1.0] if is_reference else around(ratio)
+    return {"median": median, "interval": around(median), "ratio": ratio, "ratio_interval": ratio_interval}
+
+
+def make_comparison(*engines: dict[str, Any]) -> BenchResult:
+    default = (make_engine("vcli", 400.0), make_engine("transformers", 200.0, ratio=0.5), make_engine("vllm", None))
+    metrics = {"reference": "vcli", "num_rounds": 6, "confidence": 0.97, "valid": True}
+    return make_result(kind="compare", metrics=metrics, engines=list(engines or default))

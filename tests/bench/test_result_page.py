@@ -6,15 +6,15 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bench import result_page
+from bench import report, result_page, sample_charts
 from bench.charts import BarChart, Chart
 from bench.result import BenchResult
 from engine.errors import UserError
-from tests.bench.results import make_result, make_samples, make_sweep
+from tests.bench.results import make_comparison, make_engine, make_figure, make_result, make_samples, make_sweep
 
 
 def drawn(result: BenchResult) -> dict[str, Chart | BarChart]:
-    return {chart.title: chart for _, _, charts in result_page.chart_sections(result) for chart in charts}
+    return {chart.title: chart for _, _, charts in result_page.parts_of(result).sections for chart in charts}
 
 
 def line(result: BenchResult, title: str) -> list[tuple[float, float]]:
@@ -40,7 +40,9 @@ class TagCheck(HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("make", [lambda: make_result(samples=make_samples()), make_result, make_sweep])
+@pytest.mark.parametrize(
+    "make", [lambda: make_result(samples=make_samples()), make_result, make_sweep, make_comparison]
+)
 def test_a_page_is_well_formed_and_fetches_nothing(make):
     html = result_page.to_html(make())
 
@@ -75,7 +77,7 @@ def test_failures_and_reasons_why_a_run_says_nothing_stand_first():
 
 
 def test_latencies_come_from_the_samples_of_what_completed():
-    ms = result_page.latencies_ms(make_result(samples=make_samples()))
+    ms = sample_charts.latencies_ms(make_samples())
 
     assert ms["ttft"] == pytest.approx([200, 300])
     assert ms["tpot"] == pytest.approx([100, 100])
@@ -86,7 +88,8 @@ def test_latencies_come_from_the_samples_of_what_completed():
 def test_with_a_window_only_what_was_sent_and_what_came_in_it_is_drawn():
     run = make_result(samples=make_samples() | {"window": [0.35, 1.0]})
 
-    ms = result_page.latencies_ms(run)
+    assert run.samples
+    ms = sample_charts.latencies_ms(run.samples)
 
     assert ms["ttft"] == pytest.approx([300])
     assert len(ms["itl"]) == 2  # of the first request its last token, of the second one all but the first
@@ -94,12 +97,12 @@ def test_with_a_window_only_what_was_sent_and_what_came_in_it_is_drawn():
 
 
 def test_a_distribution_rises_from_0_to_100_percent():
-    assert result_page.shares_below([30, 10, 20, 20]) == [(10, 0), (10, 25), (20, 50), (20, 75), (30, 100)]
-    assert len(result_page.shares_below(list(range(100_000)))) <= result_page.MAX_POINTS + 1
+    assert sample_charts.shares_below([30, 10, 20, 20]) == [(10, 0), (10, 25), (20, 50), (20, 75), (30, 100)]
+    assert len(sample_charts.shares_below(list(range(100_000)))) <= sample_charts.MAX_POINTS + 1
 
 
 def test_tokens_over_time_add_up_to_all_tokens():
-    points = result_page.tokens_over_time(make_samples())
+    points = sample_charts.tokens_over_time(make_samples())
 
     assert sum(rate * (b - a) for (a, rate), (b, _) in itertools.pairwise(points)) == pytest.approx(5)
     assert points[-1][0] == pytest.approx(0.9)  # when the last one came
@@ -148,3 +151,47 @@ def test_offline_results_have_charts_of_their_own():
     assert [bar.value for bar in bars.bars] == [5.0, 8.0]
     assert "tg128</h3>" in result_page.to_html(by_batch)
     assert "Output throughput" in result_page.to_html(whole)
+
+
+def test_engines_stand_side_by_side_with_intervals_and_ratios():
+    html = result_page.to_html(make_comparison())
+
+    bars = drawn(make_comparison())["Output tokens per second, more is better"]
+    assert isinstance(bars, BarChart)
+    assert [(bar.name, bar.value, bar.note) for bar in bars.bars] == [
+        ("vcli", 400.0, "(1.00x)"),
+        ("transformers", 200.0, "(0.50x)"),
+        ("vllm", None, "not installed"),
+    ]
+    assert (bars.bars[1].low, bars.bars[1].high) == (190.0, pytest.approx(220.0))
+    assert "Of tokens a second, vcli gives 2.00 times as many as transformers." in html
+    assert '<span class="good">1.82 to 2.11</span>, 97% sure' in html
+    assert "no vllm is installed: pip install vllm" in html
+    assert "transformers serve tiny" in html
+
+
+def test_an_engine_keeps_its_colour_where_another_has_no_figure():
+    broken = make_engine("a", None, status="failed", reason="out of memory")
+    comparison = make_comparison(broken, make_engine("vcli", 400.0))
+    bars = drawn(comparison)["TTFT p50, ms, less is better"]
+
+    assert "a was not measured</h3><div>out of memory</div>" in result_page.to_html(comparison)
+    assert isinstance(bars, BarChart)
+    assert [bar.name for bar in bars.bars] == ["vcli"]
+    assert bars.colours == [1]
+
+
+def test_a_difference_within_the_interval_is_none():
+    figures = {"output_throughput": make_figure(390.0, 0.98)}
+    even = make_comparison(make_engine("vcli", 400.0), make_engine("b", 390.0, figures=figures))
+
+    assert "Between vcli and b no difference could be told." in result_page.to_html(even)
+
+
+def test_a_comparison_is_a_row_each_engine():
+    columns, rows = report.tables(make_comparison())[0]
+
+    assert columns[:3] == ["engine", "output tok/s", "x vcli"]
+    assert rows[1][:4] == ["transformers 1.2", "200.0 (190.0 to 220.0)", "0.50 (0.47 to 0.55)", 50.0]
+    assert rows[2][-1] == "missing: no vllm is installed: pip install vllm"
+    assert len(report.to_csv(make_comparison()).splitlines()) == 4
