@@ -75,7 +75,7 @@ def _preemptions(p: Profile) -> Iterator[Advice]:
         return
     remedy, changes = _more_cache(p)
     yield Advice(
-        f"the KV cache is too small for {p.options.concurrency:,} requests at once",
+        f"a KV cache too small for {p.options.concurrency:,} requests at once",
         f"{num:,} times a request gave its blocks up and was computed again, beside {num_prompts:,} steps that ended a "
         f"prompt; the cache was {max(step.kv_usage for step in steps):.0%} full",
         gain=min(0.9, num / max(num + num_prompts, 1)),
@@ -95,7 +95,7 @@ def _queue(p: Profile) -> Iterator[Advice]:
     if running >= FULL * p.max_num_seqs:
         wanted = min(p.options.concurrency, 4 * p.max_num_seqs)
         yield Advice(
-            f"no more than {p.max_num_seqs:,} requests may run at once",
+            f"the limit of {p.max_num_seqs:,} requests that may run at once",
             seen,
             gain,
             f"--max-num-seqs {wanted}: a step with more requests takes little longer",
@@ -103,7 +103,7 @@ def _queue(p: Profile) -> Iterator[Advice]:
         )
     elif max(step.kv_usage for step in p.run.steps) >= FULL:
         remedy, changes = _more_cache(p)
-        yield Advice("the KV cache is full, and requests wait for blocks", seen, gain, remedy, changes)
+        yield Advice("a full KV cache, for whose blocks requests wait", seen, gain, remedy, changes)
 
 
 def _more_cache(p: Profile) -> tuple[str, dict[str, Any]]:
@@ -123,18 +123,18 @@ def _host(p: Profile) -> Iterator[Advice]:
         if p.engine.enforce_eager:
             remedy = "--no-enforce-eager: a step is then launched as one CUDA graph"
             yield Advice(
-                "the host launches kernels slower than the GPU runs them",
+                "the host, which launches kernels slower than the GPU runs them",
                 evidence,
                 idle,
                 remedy,
                 {"enforce_eager": False},
             )
         else:
-            yield Advice("the GPU waits for the host", evidence, idle)
+            yield Advice("the host, for which the GPU waits", evidence, idle)
     share = sum(stages[stage] for stage in HOST_STAGES if stage in stages) + p.share(GLUE)
     if not p.is_gpu and share >= 2 * LARGE:
         yield Advice(
-            "much of the time is not the model's own work",
+            "what is not the model's own work",
             f"{share:.0%}: {p.share(GLUE):.0%} between the ops, and {stages[busiest]:.0%} in `{busiest}`",
             share / 2,
         )
@@ -191,9 +191,11 @@ def _attention(p: Profile) -> Iterator[Advice]:
 def _kernels(p: Profile) -> Iterator[Advice]:
     """What takes long and is far from every ceiling: no flag mends that, but whoever works on the kernels may."""
     for part in p.parts:
-        if part.share >= LARGE and part.ceiling_share is not None and part.ceiling_share < FAR:
+        if part.part in LAYER_PRODUCTS or part.ceiling_share is None:
+            continue  # of the products another rule speaks
+        if part.share >= LARGE and part.ceiling_share < FAR:
             yield Advice(
-                f"`{part.part}` does not reach what the device could do",
+                f"`{part.part}`, which does not reach what the device could do",
                 f"{part.share:.0%} of the time, at {part.ceiling_share:.0%} of the ceiling for its {part.bound}",
                 gain=0.0,
             )

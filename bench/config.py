@@ -218,7 +218,7 @@ class ProfileConfig:
     duration_s: Annotated[float, "how long to watch; a second run checks the advice, as long again"] = 10.0
     check: Annotated[bool, "start the engine again as the first advice says, and measure what it brings"] = True
     trace: Annotated[Path | None, "write some steps as a Chrome trace (Perfetto reads it): .json or .json.gz"] = None
-    output: Annotated[Path | None, "write the result to FILE: .json"] = None
+    output: Annotated[Path | None, "write the result to FILE: .html or .json"] = None
     json: Annotated[bool, "print the result as JSON instead of tables"] = False
 
     def __post_init__(self) -> None:
@@ -229,7 +229,7 @@ class ProfileConfig:
             raise ValueError("--url and --trace exclude each other: a server's steps are not looked into from outside")
         if not self.duration_s > 0:
             raise ValueError(f"duration_s must be more than 0, got {self.duration_s:g}")
-        for name, endings in (("trace", (".json", ".json.gz")), ("output", (".json",))):
+        for name, endings in (("trace", (".json", ".json.gz")), ("output", (".html", ".json"))):
             path = getattr(self, name)
             if path is not None and not path.name.endswith(endings):
                 raise ValueError(f"{name} must end in {' or '.join(endings)}, got {path}")

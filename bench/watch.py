@@ -159,13 +159,18 @@ def _findings(w: Watched) -> Iterator[Advice]:
     more_cache = "--kv-cache-dtype fp8 on a GPU, a larger --kv-cache-memory, or a lower --max-num-seqs"
     if num_preemptions:
         seen = f"{num_preemptions:,.0f} times a request gave its blocks up, to be computed again later"
-        yield Advice("the KV cache is too small for the requests that run at once", seen, 0.5, more_cache)
+        yield Advice("a KV cache too small for the requests that run at once", seen, 0.5, more_cache)
     elif waiting >= LARGE * (waiting + running):
         seen = f"{waiting:,.0f} requests wait beside {running:,.0f} that run, the KV cache at most {kv_usage:.0%} full"
         if kv_usage >= FULL:
-            yield Advice("the KV cache is full, and requests wait for blocks", seen, 0.4, more_cache)
+            yield Advice("a full KV cache, for whose blocks requests wait", seen, 0.4, more_cache)
         else:
-            yield Advice("requests wait although the KV cache has room", seen, 0.4, "a higher --max-num-seqs")
+            yield Advice(
+                "the limit of requests that may run at once, although the KV cache has room",
+                seen,
+                0.4,
+                "a higher --max-num-seqs",
+            )
     busy = 1 - idle
     device = w.share(*DEVICE_STAGES) / busy
     host = {stage: seconds for stage, seconds in w.stages.items() if stage not in ("idle", *DEVICE_STAGES)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bench.config import ProfileConfig
@@ -81,6 +82,7 @@ def _tell(
     tables: Sequence[tuple[str, "Table"]], sentences: list[str], result: "BenchResult", options: ProfileConfig
 ) -> None:
     """Tables, what they come to, and what their words mean; or JSON."""
+    from bench import output, profile_page
     from vcli.console import out, print_table
 
     if options.json:
@@ -94,4 +96,5 @@ def _tell(
         for name, text in result.definitions.items():
             out.print(f"{name}: {text}", markup=False, style="dim")
     if options.output:
-        options.output.write_text(result.to_json(), encoding="utf-8")
+        html = partial(profile_page.to_html, result, tables[0][0].partition("\n")[0], tables, sentences)
+        output.write(options.output, {".json": result.to_json, ".html": html})

@@ -1,35 +1,15 @@
 """What is said of a profile, from profiles made by hand."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from bench.advice import Advice, Check, advise
-from bench.ceilings import Ceilings
-from bench.closed_loop import Run, Step
 from bench.config import ProfileConfig
 from bench.profile import GLUE, IDLE, Part, Profile
 from bench.profile_report import Report, sentences
-from bench.work import Work
 from engine.config import EngineConfig
-
-STEP = Step(0.0, 64, 0, 64, 0, num_running=64, num_waiting=0, num_preemptions=0, kv_usage=0.3, kv_waste=0.02)
-
-
-def part(name: str, share: float, bound: str = "bytes", reached: float = 0.8) -> Part:
-    us = 10_000 * share
-    return Part(name, us, share, 32, Work(us, 0.0, us), floor_us=reached * us, bound=bound)
-
-
-def make_profile(*parts: Part, device: str = "cuda:0", steps: list[Step] | None = None, **fields: Any) -> Profile:
-    run = Run(steps or [STEP, STEP], seconds=1.0, stage_seconds={"schedule": 0.05, "forward": 0.2, "wait": 0.75})
-    base = Profile(
-        engine=EngineConfig(), options=ProfileConfig(), device=device, dtype="bfloat16", is_quantized=False,
-        max_num_seqs=256, ceilings=Ceilings(1e9, 1e9, 1e12), run=run, parts=list(parts), memory={"KV cache": 1 << 30},
-        environment={},
-    )  # fmt: skip
-    return replace(base, **fields)
+from tests.bench.profiles import STEP, make_profile, part
 
 
 def first(profile: Profile) -> Advice:
@@ -75,7 +55,7 @@ def test_a_gpu_that_waits_for_launches_wants_graphs():
 
     assert first(make_profile(*parts, engine=EngineConfig(enforce_eager=True))).changes == {"enforce_eager": False}
     without = first(make_profile(*parts))
-    assert without.bottleneck == "the GPU waits for the host"
+    assert without.bottleneck == "the host, for which the GPU waits"
     assert not without.changes
     assert "`forward`" in without.evidence
 
@@ -104,7 +84,7 @@ def test_a_kernel_far_from_every_ceiling_is_named_and_no_flag_is():
     found = advise(make_profile(part("attention", 0.19, reached=0.2), part("gate_up", 0.05)))
 
     [advice] = found
-    assert "`attention` does not reach" in advice.bottleneck
+    assert "`attention`, which does not reach" in advice.bottleneck
     assert "at 20% of the ceiling" in advice.evidence
     assert not advice.changes
     assert not advice.remedy

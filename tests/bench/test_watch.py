@@ -60,7 +60,7 @@ def test_what_waits_for_blocks_is_told_from_what_waits_for_rows():
     full = watched(stages, num_requests_waiting=8.0, kv_cache_usage_perc=0.98)
     roomy = watched(stages, num_requests_waiting=8.0)
 
-    assert "the KV cache is full" in first_words(full)
+    assert "a full KV cache" in first_words(full)
     assert "although the KV cache has room" in first_words(roomy)
     assert "8 requests wait beside 8 that run" in first_words(roomy)
 

@@ -78,12 +78,14 @@ def test_a_server_is_watched_under_the_load_of_others(start_server, tiny_checkpo
     assert result["advice"]
 
 
-def test_a_server_that_nobody_has_asked_yet_is_idle(start_server, tiny_checkpoint):
+def test_a_server_that_nobody_has_asked_yet_is_idle(start_server, tiny_checkpoint, tmp_path: Path):
     server = start_server("--kv-cache-memory", "16MiB", model=tiny_checkpoint("llama")).wait_ready()
+    page = tmp_path / "page.html"
 
-    code, out, err = run_profile("--url", server.url, "--duration", "500ms")
+    code, out, err = run_profile("--url", server.url, "--duration", "500ms", "--output", str(page))
 
     assert code == 0, err
+    assert "100% of the time no request is there" in page.read_text()
     assert "The bottleneck is not the engine: 100% of the time no request is there." in out
 
 
