@@ -155,13 +155,18 @@ def _sweep_charts(result: BenchResult) -> list[Chart | BarChart]:
             series.append(Series(f"p{percentile}", points, [_amount(run) if percentile == 99 else "" for run in runs]))
         drawn.append(Chart(f"{label}, ms", "output tokens per second", series, log_y=is_wide(series, 1)))
     of = "concurrent requests" if "concurrency" in result.runs[0].workload else "requests per second asked for"
-    series = [
-        Series(words, [(_number(run), run.metrics[key]) for run in result.runs], [""] * len(result.runs))
-        for words, key in (("output tok/s", "output_throughput"), ("prompt and output tok/s", "total_token_throughput"))
-        if all(math.isfinite(_number(run)) for run in result.runs)
-    ]
-    if series:
-        drawn.append(Chart("Tokens per second", of, series, log_x=is_wide(series, 0)))
+    rates = {
+        "Tokens per second": {"output": "output_throughput", "prompts and output": "total_token_throughput"},
+        "Requests per second": {"completed": "request_throughput", "within the objectives": "request_goodput"},
+    }
+    for title, keys in rates.items():
+        series = [
+            Series(words, [(_number(run), run.metrics[key]) for run in runs], [""] * len(runs))
+            for words, key in keys.items()
+            if (runs := [run for run in result.runs if key in run.metrics and math.isfinite(_number(run))])
+        ]
+        if len(series) == len(keys):
+            drawn.append(Chart(title, of, series, log_x=is_wide(series, 0)))
     return drawn
 
 

@@ -98,24 +98,32 @@ def tokens_over_time(samples: Samples) -> list[Point]:
 
 
 def under_way_over_time(samples: Samples) -> list[Point]:
-    """Requests that were sent and have not ended; at most MAX_POINTS of the changes."""
+    """Requests that were sent and have not ended; the peaks of at most MAX_POINTS times."""
     changes = []
     for sent, _, e2el, _, _ in _requests(samples["requests"]):
         changes += [(sent, 1), (sent + e2el, -1)] if e2el is not None else []
     changes.sort()
     counts = itertools.accumulate(change for _, change in changes)
-    return spread([(time, float(count)) for (time, _), count in zip(changes, counts, strict=True)], MAX_POINTS)
+    return peaks([(time, float(count)) for (time, _), count in zip(changes, counts, strict=True)])
 
 
 def _gauge(samples: Samples, name: str, factor: float = 1.0) -> list[Point]:
     server = samples["server"]
     points = zip(server.get("time", []), server.get(name, []), strict=False)
-    return spread([(max(time, 0.0), value * factor) for time, value in points if value is not None], MAX_POINTS)
+    return peaks([(max(time, 0.0), value * factor) for time, value in points if value is not None])
 
 
 def _requests(requests: dict[str, list[Any]]) -> list[tuple[Any, ...]]:
     names = ("sent", "ttft", "e2el", "num_output_tokens", "error")
     return list(zip(*(requests[name] for name in names), strict=True))
+
+
+def peaks(points: Sequence[Point]) -> list[Point]:
+    """At most about MAX_POINTS: the largest of so many neighbours at the time of the first; the last point stays."""
+    size = -(-len(points) // MAX_POINTS) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    largest = [(group[0][0], max(value for _, value in group)) for group in groups]
+    return largest if size == 1 else [*largest, points[-1]]
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:

@@ -116,6 +116,17 @@ def test_queue_and_kv_cache_are_the_servers_own_figures():
     assert line(run, "Requests under way") == [(0.0, 1), (0.4, 0), (0.5, 1), (0.9, 0)]
 
 
+def test_no_peak_of_a_long_run_is_left_out():
+    points = [(float(i), 90.0 if i == 7777 else 1.0) for i in range(20_000)]
+
+    kept = sample_charts.peaks(points)
+
+    assert len(kept) <= sample_charts.MAX_POINTS + 1
+    assert max(value for _, value in kept) == 90.0
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert sample_charts.peaks(points[:100]) == points[:100]
+
+
 def test_a_sweep_draws_throughput_against_latency_with_the_load_beside_each_dot():
     sweep = make_sweep()
 
@@ -125,6 +136,22 @@ def test_a_sweep_draws_throughput_against_latency_with_the_load_beside_each_dot(
     assert [series.name for series in chart.series] == ["p50", "p99"]
     assert chart.series[0].points[0] == (sweep.runs[0].metrics["output_throughput"], pytest.approx(500))
     assert chart.series[1].labels == ["1", "16"]
+
+
+def test_an_open_loop_without_a_rate_is_left_out_of_charts_over_the_rate():
+    sweep = make_sweep()
+    for run, rate in zip(sweep.runs, ("2.0", "inf"), strict=True):
+        del run.workload["concurrency"]
+        run.workload["request_rate"] = rate
+        run.metrics["request_goodput"] = 1.0
+
+    charts = drawn(sweep)
+
+    assert line(sweep, "Tokens per second") == [(2.0, sweep.runs[0].metrics["output_throughput"])]
+    goodput = charts["Requests per second"]
+    assert isinstance(goodput, Chart)
+    assert [series.points for series in goodput.series][1] == [(2.0, 1.0)]
+    assert "inf req/s" in result_page.to_html(sweep)
 
 
 def test_figures_of_old_results_have_a_page_but_no_picture():

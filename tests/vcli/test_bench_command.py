@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench import result_page
+from bench.result import BenchResult
 from engine.config import EngineConfig
 from vcli.bench import serve_arguments
 
@@ -66,6 +68,9 @@ def test_a_sweep_measures_one_server_at_every_point(tiny_checkpoint, tmp_path: P
     assert re.search(r"^concurrency +output tok/s", out, re.MULTILINE)
     assert "2 of 2: measuring" in err
     assert err.count("starting the server") == 1
+    page = result_page.to_html(BenchResult.read(output))
+    titles = ("TTFT, ms", "Requests per second", "ITL: percent within", "KV cache in use, %")
+    assert all(f'aria-label="{title}"' in page for title in titles)
 
 
 def test_batch_sizes_make_a_table_to_paste(tiny_checkpoint):
