@@ -155,18 +155,17 @@ def _products(p: Profile) -> Iterator[Advice]:
     )
     gain = share * min(reached, 1.0) / 2
     concurrency = 4 * p.options.concurrency
-    if binding.bound == "flops":
-        remedy = f"--quantization fp8: twice the rate ({PRICE})" if _can_be_fp8(p) else ""
-        changes = {"quantization": "fp8"} if remedy else {}
-        yield Advice("the layers' matrix products", evidence, gain if changes else 0.0, remedy, changes)
-    elif _can_be_fp8(p):
-        remedy = f"--quantization fp8: half the bytes ({PRICE})"
-        yield Advice("reading the layers' weights", evidence, gain, remedy, {"quantization": "fp8"})
-    elif concurrency <= p.max_num_seqs:
+    bottleneck = "the layers' matrix products" if binding.bound == "flops" else "reading the layers' weights"
+    if reached < FAR:
+        bottleneck = "the layers' matrix products, which do not reach what the device could do"
+    if _can_be_fp8(p):
+        what = "twice the rate" if binding.bound == "flops" else "half the bytes"
+        yield Advice(bottleneck, evidence, gain, f"--quantization fp8: {what} ({PRICE})", {"quantization": "fp8"})
+    elif binding.bound == "bytes" and concurrency <= p.max_num_seqs:
         remedy = f"more requests at once, say {concurrency}: a step reads the weights once, however many share it"
-        yield Advice("reading the layers' weights", evidence, gain, remedy, load={"concurrency": concurrency})
+        yield Advice(bottleneck, evidence, gain, remedy, load={"concurrency": concurrency})
     else:
-        yield Advice("reading the layers' weights", evidence, 0.0)
+        yield Advice(bottleneck, evidence, 0.0)
 
 
 def _can_be_fp8(p: Profile) -> bool:

@@ -13,6 +13,7 @@ from bench.run import short_name
 from engine.hub import resolve_model
 from engine.step_clock import STAGES
 
+BUSY_LOAD = 1.5  # load average for each core, of which the engine's own threads are 1
 DEFINITIONS = {
     "us": "of a mean step that was looked into, by the wall clock; all rows add up to it",
     "of ceiling": "the time that the step's own bytes and FLOPs need at the rates measured on this device just before, "
@@ -100,7 +101,11 @@ def batch_table(profile: Profile) -> Table:
 
 def sentences(report: Report) -> list[str]:
     """What it all comes to."""
-    return in_words(report.advice, report.checked, report.check)
+    said, env = in_words(report.advice, report.checked, report.check), report.profile.environment
+    if not report.profile.is_gpu and env["load_average"] > BUSY_LOAD * env["cpu_count"]:
+        load = f"load average {env['load_average']:g} on {env['cpu_count']} cores"
+        said.append(f"This machine has other things to do ({load}): its rates vary while they are measured.")
+    return said
 
 
 def ceilings_note(profile: Profile) -> str:

@@ -23,6 +23,6 @@ def make_profile(*parts: Part, device: str = "cuda:0", steps: list[Step] | None 
     base = Profile(
         engine=EngineConfig(), options=ProfileConfig(), device=device, dtype="bfloat16", is_quantized=False,
         max_num_seqs=256, ceilings=Ceilings(1e9, 1e9, 1e12), run=run, parts=list(parts), memory={"KV cache": 1 << 30},
-        environment={},
+        environment={"load_average": 1.0, "cpu_count": 2},
     )  # fmt: skip
     return replace(base, **fields)

@@ -25,6 +25,13 @@ def test_weights_that_are_read_for_few_rows_are_to_be_fewer_bytes():
     assert "80% of what the device was seen to reach" in advice.evidence
 
 
+def test_products_far_from_their_ceiling_are_not_said_to_read_too_much():
+    advice = first(make_profile(part("gate_up", 0.7, reached=0.3)))
+
+    assert advice.bottleneck == "the layers' matrix products, which do not reach what the device could do"
+    assert "30% of what the device was seen to reach" in advice.evidence
+
+
 def test_on_a_cpu_more_requests_share_the_weights():
     advice = first(make_profile(part("gate_up", 0.7), device="cpu", options=ProfileConfig(concurrency=8)))
 
@@ -120,3 +127,9 @@ def test_where_nothing_stands_out_it_is_said():
     assert sentences(Report.of(make_profile(part("norm", 0.05)))) == [
         "Nothing stands out: every part is near what the device can do."
     ]
+
+
+def test_a_busy_machine_is_told():
+    profile = make_profile(part("norm", 0.05), device="cpu", environment={"load_average": 7.5, "cpu_count": 2})
+
+    assert sentences(Report.of(profile))[-1].startswith("This machine has other things to do (load average 7.5 on 2")
