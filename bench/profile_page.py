@@ -3,12 +3,13 @@
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from bench import page
 from bench.charts import Bar, BarChart, Chart, Point, Series
+from bench.page import Parts, Section
 from bench.report import Table, format_figure
 from bench.result import BenchResult
+from bench.result_page import assemble
 
 MAX_POINTS = 240  # of a curve: more could not be told apart
 MAX_BARS = 12
@@ -18,28 +19,10 @@ STYLE = ".findings p { margin: 0; } .findings p + p { margin-top: 10px; } .findi
 
 def to_html(result: BenchResult, title: str, tables: Sequence[tuple[str, Table]], sentences: Sequence[str]) -> str:
     """The page of a profile or of a watched server; tables and sentences are those of the terminal."""
-    env = result.environment
     heading, _, details = title.partition(" · ")
-    sections = [
-        f"<h1>Where the time goes: {escape(heading)}</h1>",
-        f'<p class="soft">{escape(details)} · {escape(str(env.get("date") or "")[:10])}</p>',
-        _findings(sentences),
-        page.grid(_cards(result)),
-    ]
-    for name, words, drawn in _chart_sections(result):
-        figures = [f'<div class="card">{chart.svg()}</div>' for chart in drawn]
-        sections.append(f'<h2>{name}</h2>\n<p class="soft">{escape(words)}</p>{page.grid(figures, is_wide=True)}')
-    sections.append("<h2>All figures</h2>")
-    for _, (columns, rows) in tables:
-        sections.append(page.table(columns, [[_cell(value) for value in row] for row in rows]))
-    machine = ", ".join(f"{name} {value}" for name, value in env.items() if name not in ("command", "date") and value)
-    sections += [
-        "<h2>The command</h2>",
-        f'<div class="card"><pre>{escape(str(env.get("command")))}</pre></div>',
-        "<h2>What the words mean, and where it was measured</h2>",
-        page.definitions(result.definitions | {"machine": machine}),
-    ]
-    return page.page(f"Profile of {heading}", sections, STYLE)
+    parts = Parts([_findings(sentences)], "", _cards(result), _sections(result))
+    figures = [table for _, table in tables]
+    return assemble(result, f"Where the time goes: {heading}", details, parts, figures, STYLE)
 
 
 def _findings(sentences: Sequence[str]) -> str:
@@ -67,7 +50,7 @@ def _cards(result: BenchResult) -> list[str]:
     return cards
 
 
-def _chart_sections(result: BenchResult) -> list[tuple[str, str, list[Chart | BarChart]]]:
+def _sections(result: BenchResult) -> list[Section]:
     metrics = result.metrics
     total = sum(metrics["stages"].values()) or 1.0
     stages = {name: seconds / total for name, seconds in metrics["stages"].items()}
@@ -125,7 +108,3 @@ def _means(times: Sequence[float], values: Sequence[float]) -> list[Point]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else format_figure(value)

@@ -51,6 +51,7 @@ FIGURES = (
     ("client_lag_ms", "client lag, p99", "ms"),
     ("client_cpu_perc", "client CPU, of one core", "%"),
 )
+FILE_KINDS = (*KINDS, "sweep", "latency", "compare", "quality")  # what becomes other files
 Table = tuple[list[str], list[list[Any]]]  # column names, rows
 
 
@@ -416,6 +417,20 @@ def _flat(result: BenchResult) -> dict[str, Any]:
     return dict(pd.json_normalize(values).iloc[0])
 
 
+def _rewrite(source: Path, target: Path) -> None:
+    result = BenchResult.read(source)
+    if result.kind == "quality":
+        from bench import quality_report
+
+        quality_report.write_file(quality_report.read(source), target)
+    elif result.kind in FILE_KINDS:
+        write(result, target)
+    else:
+        raise UserError(
+            f"{source} is of the kind {result.kind or 'unknown'}: only {', '.join(FILE_KINDS)} can be written anew"
+        )
+
+
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         print("usage: python -m bench.report RESULT.json FILE, or RESULTS_FOLDER README", file=sys.stderr)
@@ -425,7 +440,7 @@ def main(arguments: list[str]) -> int:
         if source.is_dir():
             print(f"{target}: {'updated' if update_readme(source, target) else 'already up to date'}")
         else:
-            write(BenchResult.read(source), target)
+            _rewrite(source, target)
     except UserError as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 1

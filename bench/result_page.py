@@ -1,10 +1,12 @@
 """A result as a page, and its charts as a picture: what all kinds of results have, around the parts of their own."""
 
+from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from bench import charts, compare_page, page, run_page
 from bench.page import Parts
-from bench.report import describe, describe_machine, describe_workload, format_figure, tables
+from bench.report import Table, describe, describe_machine, describe_workload, format_figure, tables
 from bench.result import BenchResult
 from engine.errors import UserError
 
@@ -15,30 +17,32 @@ def parts_of(result: BenchResult) -> Parts:
 
 def to_html(result: BenchResult) -> str:
     """The page."""
-    parts = parts_of(result)
+    details = f"{describe_workload(result)} · {describe_machine(result)}"
+    return assemble(result, result.model, details, parts_of(result), tables(result))
+
+
+def assemble(
+    result: BenchResult, heading: str, details: str, parts: Parts, figures: Sequence[Table], style: str = ""
+) -> str:
+    """The page of any result: its parts, then all figures, the command, the definitions and the machine."""
     env = result.environment
-    revision = (env.get("git_revision") or "unknown")[:9] + ("+" if env.get("git_dirty") else "")
     sections = [
-        f"<h1>{escape(result.model)}</h1>",
-        f'<p class="soft">{escape(describe_workload(result))} · {escape(describe_machine(result))} · '
-        f"{escape(str(env.get('date') or '')[:10])}</p>",
+        f"<h1>{escape(heading)}</h1>",
+        f'<p class="soft">{escape(details)} · {escape(str(env.get("date") or "")[:10])}</p>',
         *parts.alarms,
-        f'<p class="lead">{escape(parts.summary)}</p>',
+        f'<p class="lead">{escape(parts.summary)}</p>' if parts.summary else "",
         page.grid(parts.cards),
     ]
     for title, words, drawn in parts.sections:
-        figures = [f'<div class="card">{chart.svg()}</div>' for chart in drawn]
-        sections.append(f'<h2>{title}</h2>\n<p class="soft">{escape(words)}</p>{page.grid(figures, is_wide=True)}')
+        cards = [f'<div class="card">{chart.svg()}</div>' for chart in drawn]
+        sections.append(f'<h2>{title}</h2>\n<p class="soft">{escape(words)}</p>{page.grid(cards, is_wide=True)}')
     sections.append("<h2>All figures</h2>")
-    sections += [
-        page.table(columns, [[format_figure(v) for v in row] for row in rows]) for columns, rows in tables(result)
-    ]
+    sections += [page.table(columns, [list(map(format_figure, row)) for row in rows]) for columns, rows in figures]
+    machine = {name: value for name, value in env.items() if name not in ("command", "date", "vcli") and value}
     facts = {
-        "workload": ", ".join(f"{name} {value}" for name, value in result.workload.items()),
-        "machine": ", ".join(
-            f"{name} {value}" for name, value in env.items() if name not in ("command", "date") and value
-        ),
-        "made": f"{env.get('date')} by vcli {env.get('vcli')}, revision {revision}",
+        "workload": _in_words(result.workload),
+        "machine": _in_words(machine),
+        "made": f"{env.get('date')} by vcli {env.get('vcli')}",
     }
     sections += [
         "<h2>The command</h2>",
@@ -46,7 +50,11 @@ def to_html(result: BenchResult) -> str:
         "<h2>What the figures mean, and where they come from</h2>",
         page.definitions(result.definitions | parts.facts | facts),
     ]
-    return page.page(describe(result), sections)
+    return page.page(f"{heading} · {details}", sections, style)
+
+
+def _in_words(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def to_svg(result: BenchResult) -> str:

@@ -74,6 +74,20 @@ def test_a_result_in_json_becomes_any_other_file(tmp_path: Path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_results_of_other_kinds_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    report.write(make_result(kind="gate"), tmp_path / "gate.json")
+
+    assert report.main([str(tmp_path / "gate.json"), str(tmp_path / "gate.html")]) == 1
+    assert "gate.json is of the kind gate: only serving" in capsys.readouterr().err
+
+
+def test_a_comparison_of_checkpoints_becomes_its_page(tmp_path: Path):
+    stored = Path(report.__file__).parent / "results" / "cpu-quality-int4.json"
+
+    assert report.main([str(stored), str(tmp_path / "quality.html")]) == 0
+    assert (tmp_path / "quality.html").read_text().startswith("<!doctype html>")
+
+
 def test_a_sweep_is_a_row_each_run_in_every_form(tmp_path: Path):
     sweep = make_sweep()
     report.write(sweep, tmp_path / "sweep.json")
