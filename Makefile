@@ -4,12 +4,13 @@
 # make setup    the set-up alone
 # make lint     ruff and mypy
 # make gate     is the default model still faster than transformers by what it was? (vcli bench gate; two minutes at most)
-# make interop  checkpoints to and from other libraries, each in an environment of its own below .interop
+# make interop  checkpoints to and from other libraries, and latencies beside aiperf's, each in an environment of its own
+#               below .interop
 #               make interop LIBRARIES="gptqmodel llm-compressor" does it with some of them; AutoGPTQ needs Python 3.11
 
 PYTHON ?= python3
 BIN := .venv/bin
-LIBRARIES ?= gptqmodel llm-compressor autoawq auto-gptq
+LIBRARIES ?= gptqmodel llm-compressor autoawq auto-gptq aiperf
 
 .PHONY: serve test setup lint gate interop
 
