@@ -150,7 +150,7 @@ class BarChart:
         for i, bar in enumerate(self.bars):
             y = 30 + i * self.row_height
             parts.append(_text(bar.name, MARGIN, y + 14, "start", "name"))
-            words = " ".join(part for part in (shorten(bar.value) if bar.value is not None else "", bar.note) if part)
+            words = " · ".join(part for part in (shorten(bar.value) if bar.value is not None else "", bar.note) if part)
             parts.append(_text(words, WIDTH - MARGIN, y + 14, "end"))
             if bar.value is not None:
                 colour = self.colours[i] if self.colours else i

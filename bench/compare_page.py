@@ -112,7 +112,7 @@ def _bar(key: str, engine: Engine) -> Bar | None:
         is_first = key == FIGURES[0][0]
         return Bar(engine["name"], None, note=STATUS.get(engine["status"], "")) if is_first else None
     low, high = figure["interval"]
-    note = f"({figure['ratio']:.2f}x)" if figure["ratio"] else ""
+    note = f"{figure['ratio']:.2f}x" if figure["ratio"] else ""
     return Bar(engine["name"], figure["median"], low, high, note)
 
 

@@ -26,6 +26,7 @@ pre {{ margin: 0; white-space: pre-wrap; font-size: .875rem; }}
 .soft, dl {{ color: var(--soft); font-size: .875rem; }}
 .lead {{ font-size: 1.1rem; margin: 16px 0 20px; }}
 .grid {{ display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(max(160px, 30%), 1fr)); }}
+.four {{ grid-template-columns: repeat(auto-fill, minmax(max(160px, 23%), 1fr)); }}
 .wide {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }}
 .card {{ background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }}
 .alarm {{ border: 2px solid var(--bad); margin: 16px 0; }}
@@ -74,9 +75,10 @@ def card(label: str, value: str, note: str) -> str:
     return f'<div class="card"><h3>{label}</h3><div class="value">{value}</div><div class="soft">{note}</div></div>'
 
 
-def grid(items: Iterable[str], is_wide: bool = False) -> str:
+def grid(items: Sequence[str], is_wide: bool = False) -> str:
     """Side by side as far as there is room."""
-    return f'<div class="{"wide " if is_wide else ""}grid">{"".join(items)}</div>'
+    kind = "wide " if is_wide else "four " if len(items) == 4 else ""
+    return f'<div class="{kind}grid">{"".join(items)}</div>'
 
 
 def alarm(title: str, sentences: Iterable[str]) -> str:

@@ -20,7 +20,6 @@ NOTABLE_PERC = 1.0  # a change of less is neither good nor bad
 STYLE = """
 :root { --after: var(--series-0); --before: var(--series-5); }
 .legend, .ticks, .ends { color: var(--soft); font-size: .875rem; }
-.panels { grid-template-columns: repeat(auto-fill, minmax(max(160px, 23%), 1fr)); }
 .plot { border-bottom: 1px solid var(--soft); margin-top: 8px; }
 .plot svg { display: block; width: 100%; }
 .plot .mean, .plot .p99 { stroke: var(--ink); stroke-width: 2; vector-effect: non-scaling-stroke; }
@@ -165,7 +164,7 @@ def _layers(layers: Sequence[LayerError]) -> str:
         panels = "".join(_layer_panel(part, errors, top) for part, errors in linear.items())
         text += f"""<h2>Linear layers</h2>
 <p class="soft">As the quantizer saw it: squared error over square, of the outputs on the calibration text, or of the
-weights where there was none. One scale for all.</p><div class="panels grid">{panels}</div>"""
+weights where there was none. One scale for all.</p><div class="four grid">{panels}</div>"""
     return text
 
 

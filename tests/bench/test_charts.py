@@ -95,7 +95,7 @@ def test_bars_are_as_long_as_their_values_with_their_intervals_upon_them():
     longest = float(first.get("width", 0))
     assert float(second.get("width", 0)) == pytest.approx(longest / 2, abs=0.1)
     assert float(whiskers[0].get("x2", 0)) - float(whiskers[0].get("x1", 0)) == pytest.approx(0.3 * longest, abs=0.2)
-    assert [text.text for text in texts(svg)] == ["tok/s", "a", "100", "b", "50 1.00x", "c", "not installed"]
+    assert [text.text for text in texts(svg)] == ["tok/s", "a", "100", "b", "50 · 1.00x", "c", "not installed"]
 
 
 def test_a_picture_has_its_colours_in_it_and_becomes_pixels():
