@@ -21,6 +21,7 @@ FIGURES = (
     ("p50_itl_ms", "ITL p50, ms, less is better"),
     ("p99_itl_ms", "ITL p99, ms, less is better"),
 )
+MIN_CONFIDENCE = 0.9
 STATUS = {"missing": "not installed", "failed": "failed"}
 Engine = dict[str, Any]
 
@@ -37,6 +38,8 @@ def _alarms(result: BenchResult) -> list[str]:
     for engine in result.engines or []:
         if engine["status"] == "failed":
             alarms.append(page.alarm(f"{engine['name']} was not measured", [engine["reason"]]))
+        if engine["status"] == "missing":
+            alarms.append(f'<p class="soft">Not measured: {escape(engine["reason"])}</p>')
         if num_failed := sum(figures.get("failed", 0) for figures in engine["rounds"]):
             alarms.append(page.alarm(f"{num_failed:,} requests to {engine['name']} failed", []))
     return alarms
@@ -47,7 +50,7 @@ def _others(result: BenchResult) -> list[tuple[str, float, tuple[float | None, f
     found = []
     for engine in result.engines or []:
         figure = engine["figures"].get("output_throughput")
-        if figure and figure["ratio"] and engine["name"] != result.metrics["reference"]:
+        if figure and figure.get("ratio") and engine["name"] != result.metrics["reference"]:
             low, high = (1 / edge if edge else None for edge in figure["ratio_interval"])
             found.append((engine["name"], 1 / figure["ratio"], (high, low)))
     return found
@@ -63,6 +66,8 @@ def _summary(result: BenchResult) -> str:
             told.append(f"{ratio:.2f} times as many as {name}")
     sentences = [f"Of tokens a second, {reference} gives {' and '.join(told)}."] if told else []
     sentences += [f"Between {reference} and {name} no difference could be told." for name in even]
+    if sentences and 0 < result.metrics.get("confidence", 1.0) < MIN_CONFIDENCE:
+        sentences.append(f"{result.metrics['num_rounds']} rounds are too few to be sure of that.")
     return " ".join(sentences)
 
 
@@ -77,7 +82,8 @@ def _cards(result: BenchResult) -> list[str]:
         if low is None or high is None:
             note = "too few rounds for an interval"
         else:
-            kind = "good" if low > 1 else "bad" if high < 1 else ""
+            is_sure = confidence is None or confidence >= MIN_CONFIDENCE
+            kind = "" if not is_sure else "good" if low > 1 else "bad" if high < 1 else ""
             sure = f", {confidence:.0%} sure" if confidence else ""
             note = f'<span class="{kind}">{low:.2f} to {high:.2f}</span>{sure}'
         cards.append(page.card(f"Throughput against {escape(name)}", f"{ratio:.2f} <small>times</small>", note))
@@ -90,7 +96,10 @@ def _sections(result: BenchResult) -> list[Section]:
     lines = f"; the lines are {sure:.0%} intervals" if sure else ""
     words = f"Medians over rounds in changing order{lines}; x is times {reference}, round by round."
     bars = [_bars(title, engines, partial(_bar, key)) for key, title in FIGURES]
-    bars += [_bars("Start-up, s", engines, _start_bar), _bars("Memory at its peak, MB", engines, _memory_bar)]
+    bars += [
+        _bars("Start-up, s, less is better", engines, _start_bar),
+        _bars("Memory, MB, less is better", engines, _memory_bar),
+    ]
     sections: list[Section] = [("Side by side", words, [chart for chart in bars if chart.bars])]
     if curves := {engine["name"]: engine["samples"] for engine in engines if engine.get("samples")}:
         words = "Of each engine's median round: how many percent of the requests (of the gaps between tokens, for ITL) "
@@ -112,13 +121,16 @@ def _bar(key: str, engine: Engine) -> Bar | None:
         is_first = key == FIGURES[0][0]
         return Bar(engine["name"], None, note=STATUS.get(engine["status"], "")) if is_first else None
     low, high = figure["interval"]
-    note = f"{figure['ratio']:.2f}x" if figure["ratio"] else ""
+    note = f"{figure['ratio']:.2f}x" if figure.get("ratio") else ""
     return Bar(engine["name"], figure["median"], low, high, note)
 
 
 def _start_bar(engine: Engine) -> Bar | None:
     seconds = engine["start_s"]
-    return Bar(engine["name"], statistics.median(seconds), min(seconds), max(seconds)) if seconds else None
+    if not seconds:
+        return None
+    ends = (min(seconds), max(seconds)) if len(seconds) > 1 else (None, None)
+    return Bar(engine["name"], statistics.median(seconds), *ends)
 
 
 def _memory_bar(engine: Engine) -> Bar | None:
@@ -126,4 +138,5 @@ def _memory_bar(engine: Engine) -> Bar | None:
 
 
 def _commands(engines: list[Engine]) -> dict[str, str]:
-    return {f"how {engine['name']} was started": engine["command"] for engine in engines if engine["command"]}
+    words = {engine["name"]: [engine["command"], engine.get("note")] for engine in engines}
+    return {f"command of {name}": "; ".join(filter(None, each)) for name, each in words.items() if any(each)}

@@ -193,7 +193,7 @@ def test_engines_stand_side_by_side_with_intervals_and_ratios():
     assert (bars.bars[1].low, bars.bars[1].high) == (190.0, pytest.approx(220.0))
     assert "Of tokens a second, vcli gives 2.00 times as many as transformers." in html
     assert '<span class="good">1.82 to 2.11</span>, 97% sure' in html
-    assert "no vllm is installed: pip install vllm" in html
+    assert ">Not measured: no vllm is installed: pip install vllm<" in html
     assert "transformers serve tiny" in html
 
 
@@ -213,6 +213,26 @@ def test_a_difference_within_the_interval_is_none():
     even = make_comparison(make_engine("vcli", 400.0), make_engine("b", 390.0, figures=figures))
 
     assert "Between vcli and b no difference could be told." in result_page.to_html(even)
+
+
+def test_few_rounds_are_told_to_be_few():
+    comparison = make_comparison()
+    comparison.metrics |= {"num_rounds": 2, "confidence": 0.5}
+
+    assert "2 rounds are too few to be sure of that." in result_page.to_html(comparison)
+    assert "too few" not in result_page.to_html(make_comparison())
+
+
+def test_without_the_reference_there_are_figures_and_no_ratios():
+    failed = make_engine("vcli", None, status="failed", reason="out of memory")
+    other = make_engine("b", 200.0)
+    for figure in other["figures"].values():
+        del figure["ratio"], figure["ratio_interval"]
+
+    html = result_page.to_html(make_comparison(failed, other))
+
+    assert "vcli was not measured" in html
+    assert ">200</text>" in html
 
 
 def test_a_comparison_is_a_row_each_engine():
