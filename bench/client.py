@@ -62,6 +62,7 @@ class LoadClient:
     api_key: str = ""
     extensions: dict[str, Any] = field(default_factory=dict)  # request fields that not every server knows
     timeout_s: float = 600.0  # longest silence of a server
+    keeps_uncounted: bool = False  # somebody has the tokenizer and counts what the server does not
     clock: Callable[[], float] = time.perf_counter
 
     async def __aenter__(self) -> Self:
@@ -90,7 +91,7 @@ class LoadClient:
             async with self._session.post(self.url + path, json=body) as response:
                 if response.status != 200:
                     raise RefusedError(f"HTTP {response.status}: {_error_message(await response.text())}")
-                await self._receive(response, record, choices)
+                await self._receive(response, request, record, choices)
         except TimeoutError:
             record.error = f"no data for {self.timeout_s:g} s"
         except (aiohttp.ClientError, OSError, RefusedError, msgspec.MsgspecError) as error:
@@ -121,7 +122,11 @@ class LoadClient:
         return "/v1/completions", {**body, "prompt": request.prompt}
 
     async def _receive(
-        self, response: aiohttp.ClientResponse, record: RequestRecord, all_choices: list[_Choice]
+        self,
+        response: aiohttp.ClientResponse,
+        request: BenchRequest,
+        record: RequestRecord,
+        all_choices: list[_Choice],
     ) -> None:
         usage: _Usage | None = None
         by_content: list[tuple[float, int]] = []  # arrivals with text, and in how many events it came
@@ -136,12 +141,20 @@ class LoadClient:
                 record.chunks.append((now, num_tokens))
             if num_events := sum(choice.has_content for choice in choices):
                 by_content.append((now, num_events))
-        if usage is None:
-            raise RefusedError("the server reports no usage (stream_options.include_usage): tokens cannot be counted")
-        record.num_prompt_tokens = usage.prompt_tokens
-        record.chunks = record.chunks or _spread(by_content, usage.completion_tokens)
-        if not record.chunks:
+        if not record.chunks and not by_content:
             raise RefusedError("the stream ended without a token")
+        if usage is not None:
+            record.num_prompt_tokens = usage.prompt_tokens
+            record.chunks = record.chunks or spread(by_content, usage.completion_tokens)
+        elif self.keeps_uncounted:
+            record.chunks = by_content
+            record.num_prompt_tokens = len(request.prompt) if isinstance(request.prompt, list) else 0
+            record.uncounted = request.text, "".join(choice.content for choice in all_choices)
+        else:
+            raise RefusedError(
+                "the server reports no usage (stream_options.include_usage): tokens cannot be counted without "
+                "--tokenizer, its model's"
+            )
 
 
 async def _read_stream(
@@ -159,7 +172,7 @@ async def _read_stream(
         raise RefusedError("the stream broke off before [DONE]")
 
 
-def _spread(chunks: list[tuple[float, int]], num_tokens: int) -> list[tuple[float, int]]:
+def spread(chunks: list[tuple[float, int]], num_tokens: int) -> list[tuple[float, int]]:
     """The arrivals with `num_tokens` laid evenly over them, for a stream that does not say how many came in each.
 
     The first arrival always holds a token; a later one left without any falls out.

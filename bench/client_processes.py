@@ -11,7 +11,9 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -107,7 +109,7 @@ class ClientProcesses:
 
     async def __aenter__(self) -> "ClientProcesses":
         try:
-            with _sigint_held_back():  # it is for this process, which ends the others
+            with _sigint_held_back(), _no_main_module():  # Ctrl-C is for this process, which ends the others
                 for task in self._tasks:
                     ours, theirs = _spawn.Pipe()
                     process = _spawn.Process(target=_main, args=(task, self.turnstile, theirs), daemon=True)
@@ -183,6 +185,17 @@ def _sigint_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Processes spawned in it do not import this one's main module, and torch with it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _main(task: _Task, turnstile: SharedTurnstile, pipe: Connection) -> None:

@@ -46,7 +46,7 @@ class BenchConfig:
     output_len: Annotated[int, "tokens to generate, where a dataset does not say"] = 64
     range_ratio: Annotated[float, "random lengths vary by this share, up and down"] = 0.0
     prefix_len: Annotated[int, "tokens before a random prompt that it shares with others"] = 0
-    num_prefixes: Annotated[int, "different ones of them, by turns"] = 1
+    num_prefixes: Annotated[int, "how many such beginnings there are, taken in rotation"] = 1
     turns: Annotated[
         int, "requests of a conversation, random or ShareGPT: each is sent when the one before is answered"
     ] = 1

@@ -50,6 +50,7 @@ class RequestRecord:
     num_prompt_tokens: int = 0
     error: str = ""  # empty: it completed
     ends_conversation: bool = True  # False: its next turn follows
+    uncounted: tuple[str, str] | None = None  # prompt and answer of a server that does not count; chunks holds events
 
     @property
     def num_output_tokens(self) -> int:

@@ -68,7 +68,12 @@ def run_serving(
     name = engine.model if options.url and engine.model else str(served["id"])
     _check_lengths(requests, served.get("max_model_len"))
     load = make_load(options, requests, engine.seed)
-    run = run_async(serving.measure(url, name, requests, load, api_key=options.api_key, on_progress=on_progress))
+    count_tokens = _token_counter(engine) if options.url else None
+    run = run_async(
+        serving.measure(
+            url, name, requests, load, api_key=options.api_key, count_tokens=count_tokens, on_progress=on_progress
+        )
+    )
     result = BenchResult(
         kind="serving",
         model=short_name(name),
@@ -84,6 +89,17 @@ def run_serving(
         return result
     lengths = [(r.num_prompt_tokens, r.num_output_tokens) for r in run.records if not r.error]
     return replace(result, floor=_floor(result, engine, lengths, load.concurrency or len(requests)))
+
+
+def _token_counter(engine: EngineConfig) -> Callable[[str], int] | None:
+    """Counts the tokens of a text, if --tokenizer says by what."""
+    if not engine.tokenizer:
+        return None
+
+    from engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(engine.tokenizer, engine.revision)
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
 def make_load(options: BenchConfig, requests: list[BenchRequest], seed: int) -> Load:

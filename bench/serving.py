@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from bench.client import LoadClient
+from bench.client import LoadClient, spread
 from bench.client_processes import ClientProcesses
 from bench.load import LagMeter, Load
 from bench.metrics import RequestRecord, Window, is_ramped_up, serving_metrics
@@ -152,19 +152,37 @@ async def measure(
     load: Load,
     *,
     api_key: str = "",
+    count_tokens: Callable[[str], int] | None = None,
     on_progress: Callable[[RunProgress], None] = lambda progress: None,
 ) -> ServingRun:
-    """Drive the server at `url`. Raises UserError when it refuses the workload's first request."""
+    """Drive the server at `url`. Raises UserError when it refuses the workload's first request.
+
+    `count_tokens` is for a server that does not report how many it took in and gave out.
+    """
     run, url = ServingRun(), url.rstrip("/")
-    async with LoadClient(url, model, api_key) as client:
+    task: dict[str, Any] = {"url": url, "model": model, "api_key": api_key, "keeps_uncounted": count_tokens is not None}
+    async with LoadClient(**task) as client:
         await _warm_up(client, requests, load, on_progress)
-        task = {"url": url, "model": model, "api_key": api_key, "extensions": client.extensions}
+        task["extensions"] = client.extensions
         async with ClientProcesses(task, requests, load) as processes:
             ramp = _Ramp(run, load, processes)
             num_requests = sum(len(r.turns) for r in requests) if load.duration_s is None else None
             async with _scraping(client, run), _reporting(run, ramp, num_requests, on_progress):
                 run.start, run.lags = await processes.run(ramp.add)
+    if count_tokens is not None:
+        for record in run.records:
+            _count(record, count_tokens)
     return run
+
+
+def _count(record: RequestRecord, count_tokens: Callable[[str], int]) -> None:
+    """Tokens where the server did not tell: of a prompt of token ids each, of a chat those of its messages alone."""
+    if record.uncounted is None:
+        return
+    prompt, text = record.uncounted
+    record.num_prompt_tokens = record.num_prompt_tokens or count_tokens(prompt)
+    record.chunks = spread(record.chunks, max(1, count_tokens(text)))
+    record.uncounted = None
 
 
 class _Ramp:

@@ -34,6 +34,13 @@ class BenchRequest:
     then: "BenchRequest | None" = None  # the next turn, without what was said before it: see `next_turn`
 
     @property
+    def text(self) -> str:
+        """What is asked, as text; of token ids none."""
+        if self.messages is not None:
+            return "\n".join(str(message.get("content", "")) for message in self.messages)
+        return self.prompt if isinstance(self.prompt, str) else ""
+
+    @property
     def turns(self) -> "list[BenchRequest]":
         return [self, *(self.then.turns if self.then else [])]
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from bench.client import LoadClient, _spread
+from bench.client import LoadClient, spread
 from bench.metrics import RequestRecord
 from bench.workloads import BenchRequest
 
@@ -98,8 +98,8 @@ def test_a_server_that_is_not_there_is_a_failure(fake_server):
 def test_spreading_keeps_the_total_and_the_first_arrival(num_chunks: int, num_tokens: int):
     chunks = [(float(i), 1) for i in range(num_chunks)]
 
-    spread = _spread(chunks, num_tokens)
+    shares = spread(chunks, num_tokens)
 
-    assert sum(count for _, count in spread) == num_tokens
-    assert spread[0][0] == 0.0
-    assert all(count >= 1 for _, count in spread)
+    assert sum(count for _, count in shares) == num_tokens
+    assert shares[0][0] == 0.0
+    assert all(count >= 1 for _, count in shares)

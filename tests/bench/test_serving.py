@@ -2,9 +2,13 @@
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,9 +17,10 @@ from bench.client_processes import ClientProcesses
 from bench.load import LagMeter, Load
 from bench.metrics import RequestRecord
 from bench.serving import RunProgress, ServingRun, measure, parse_metrics, served_model, server_metrics
-from bench.workloads import random_requests
+from bench.workloads import BenchRequest, random_requests
 from engine.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 REQUESTS = random_requests(12, input_len=16, output_len=4, vocab_size=1000, seed=0)
 
 
@@ -169,6 +174,24 @@ def test_several_processes_send_what_one_would(fake_server, monkeypatch):
     assert sorted(body["prompt"] for body in fake_server.bodies[6:]) == sorted(r.prompt for r in REQUESTS)
 
 
+def test_a_client_process_imports_what_it_needs_and_not_its_parents_program(fake_server, tmp_path):
+    program = tmp_path / "heavy.py"
+    program.write_text(f"""
+import asyncio, os, sys
+if __name__ != "__main__":
+    sys.exit("imported by a client")
+from bench.load import Load
+from bench.serving import measure
+from bench.workloads import BenchRequest
+run = asyncio.run(measure({fake_server.url!r}, "fake", [BenchRequest(2, [1])], Load(concurrency=1)))
+print(len(run.records))
+""")
+
+    done = subprocess.run([sys.executable, program], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+
+    assert done.stdout == b"1\n", done.stderr.decode()
+
+
 def test_samples_hold_what_the_figures_were_made_from(fake_server):
     fake_server.fail, fake_server.fail_every, fake_server.gap_s = "break", 5, 0.01
 
@@ -300,3 +323,26 @@ def test_a_trace_is_sent_when_it_says(fake_server):
 
     late = [sent - 0.15 * i for i, sent in enumerate(samples["requests"]["sent"])]
     assert min(late) > -0.001  # it waits for the moment, and then as long as the machine lets it
+
+
+def test_what_a_server_does_not_count_is_counted_by_the_tokenizer(fake_server):
+    fake_server.sends_usage, fake_server.knows_token_ids = False, False
+    fake_server.tokens_per_chunk, fake_server.gap_s = 2, 0.2
+
+    async def measured() -> ServingRun:
+        requests = [BenchRequest(4, "one two three"), BenchRequest(4, [5] * 7)]
+        count = lambda text: 3 * len(text.split())  # noqa: E731  # a tokenizer of three tokens a word
+        return await measure(fake_server.url, "fake", requests, Load(concurrency=1), count_tokens=count)
+
+    text, ids = asyncio.run(measured()).records
+
+    assert (text.num_prompt_tokens, text.num_output_tokens) == (9, 12)
+    assert (ids.num_prompt_tokens, ids.num_output_tokens) == (7, 12)
+    assert [num_tokens for _, num_tokens in text.chunks] == [6, 6]
+
+
+def test_without_a_tokenizer_a_server_that_does_not_count_is_refused_with_the_way_out(fake_server):
+    fake_server.sends_usage = False
+
+    with pytest.raises(UserError, match="--tokenizer"):
+        run(fake_server, Load(concurrency=1))
