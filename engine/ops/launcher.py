@@ -17,7 +17,7 @@ from engine.ops.compiler import INSTALL_HINT, Build, cubin, may_overlap, signatu
 
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED_LIMIT = 48 << 10  # above it, a kernel must ask for shared memory
-_MAP_UINT16, _MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 1, 3, 3  # CU_TENSOR_MAP_*
+_MAP_UINT16, _MAP_SWIZZLE_NONE, _MAP_SWIZZLE_128B, _MAP_L2_PROMOTION_256B = 1, 0, 3, 3  # CU_TENSOR_MAP_*
 _CLUSTER, _MAY_OVERLAP = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, ..._PROGRAMMATIC_STREAM_SERIALIZATION
 _CONFIG = struct.Struct("@7IPPI4x")  # CUlaunchConfig: grid, threads, shared bytes, stream, attributes, their number
 _ATTRIBUTE = struct.Struct("@I4x3I52x")  # CUlaunchAttribute: name, value
@@ -94,6 +94,13 @@ def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> b
 
 
 @lru_cache(maxsize=4096)
+def plain_map(pointer: int, num_rows: int, row_length: int, box_rows: int, box_columns: int) -> bytes:
+    """The same, read in boxes of so many columns, up to 256, that come as they lie in memory, row after row."""
+    shape, box = (row_length, num_rows), (box_columns, box_rows)
+    return _encode_map(pointer, shape, (row_length,), box, _MAP_SWIZZLE_NONE)
+
+
+@lru_cache(maxsize=4096)
 def octets_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:
     """The same, read in boxes of whole rows: eight rows come panel by panel of 64 columns, before the next eight."""
     panels = row_length // 64
@@ -101,7 +108,13 @@ def octets_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> b
     return _encode_map(pointer, shape, strides, (64, 8, panels, box_rows // 8))
 
 
-def _encode_map(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+def _encode_map(
+    pointer: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle: int = _MAP_SWIZZLE_128B,
+) -> bytes:
     """Dimensions stand from the inner one out; strides are in numbers, from the second dimension on."""
     rank = len(shape)
     uints, longs = ctypes.c_uint32 * rank, ctypes.c_uint64 * rank
@@ -117,7 +130,7 @@ def _encode_map(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], 
         uints(*box),
         uints(*[1] * rank),
         0,
-        _MAP_SWIZZLE_128B,
+        swizzle,
         _MAP_L2_PROMOTION_256B,
         0,
     )

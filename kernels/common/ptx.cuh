@@ -34,6 +34,19 @@ template <> __device__ inline u32 pack<f16>(float low, float high) {
   return word;
 }
 
+// a · b + c of both numbers of a word, rounded once.
+template <class T> __device__ inline u32 fma_pair(u32 a, u32 b, u32 c);
+template <> __device__ inline u32 fma_pair<bf16>(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+template <> __device__ inline u32 fma_pair<f16>(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // Two numbers to e4m3, the first in the low byte; what is beyond ±448 becomes ±448.
 __device__ inline u16 pack_e4m3(float low, float high) {
   u16 pair;

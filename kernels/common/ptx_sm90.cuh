@@ -69,7 +69,7 @@ template <int kCount> __device__ inline void grow_registers() {
 }
 
 // The copy engine's view of a matrix in device memory, made by the host: pieces of its rows come in the swizzled order
-// in which tensor cores read them (below).
+// in which tensor cores read them (below), or as they are.
 struct alignas(64) TensorMap { u64 words[16]; };
 
 // Start the copy of one box of the matrix, whose first number is at (row, column), to a 1024-byte boundary.
@@ -156,9 +156,12 @@ template <int kCount> __device__ inline void pin(u32 (&x)[kCount]) {
 // of C and of an A in registers; within them a lane holds the same numbers as for mma_16x8x16, C column by column.
 //
 // multiply_keys: C [64, kColumns] (+)= A [64, 16] · Bᵀ, rows of A and B [kColumns, 16] in shared memory.
+// multiply_rows: C [64, kColumns] += A [64, 16] · Bᵀ, A in registers, rows of B [kColumns, 16] in shared memory.
 // multiply_values: C [64, kColumns] += A [64, 16] · B, A in registers, rows of B [16, kColumns] in shared memory.
 template <class T, int kColumns>
 __device__ inline void multiply_keys(float (&c)[kColumns / 2], u64 a, u64 b, bool accumulate);
+template <class T, int kColumns>
+__device__ inline void multiply_rows(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b);
 template <class T, int kColumns>
 __device__ inline void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b);
 
@@ -170,22 +173,30 @@ __device__ inline void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[
                  " {" LIST_##SIZE "}, %" A0 ", %" A1 ", accumulate, 1, 1, 0, 0; }"                                         \
                  : IN_OUT_##SIZE(c, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                               \
   }
-#define DEFINE_VALUES(T, TYPE, COLUMNS, SIZE, A0, A1, A2, A3, A4)                                                          \
-  template <> __device__ inline void multiply_values<T, COLUMNS>(float (&c)[SIZE], const u32 (&a)[4], u64 b) {             \
+#define DEFINE_IN_REGISTERS(NAME, IS_TRANSPOSED, T, TYPE, COLUMNS, SIZE, A0, A1, A2, A3, A4)                               \
+  template <> __device__ inline void NAME<T, COLUMNS>(float (&c)[SIZE], const u32 (&a)[4], u64 b) {                        \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                     \
-                 " {" LIST_##SIZE "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1, 1, 1, 1;"                          \
+                 " {" LIST_##SIZE "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1, 1, 1, " IS_TRANSPOSED ";"          \
                  : IN_OUT_##SIZE(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                              \
   }
+#define DEFINE_ROWS(...) DEFINE_IN_REGISTERS(multiply_rows, "0", __VA_ARGS__)
+#define DEFINE_VALUES(...) DEFINE_IN_REGISTERS(multiply_values, "1", __VA_ARGS__)
 #define DEFINE_PRODUCTS(T, TYPE)                              \
   DEFINE_KEYS(T, TYPE, 16, 8, "8", "9", "10")                 \
   DEFINE_KEYS(T, TYPE, 32, 16, "16", "17", "18")              \
   DEFINE_KEYS(T, TYPE, 64, 32, "32", "33", "34")              \
   DEFINE_KEYS(T, TYPE, 128, 64, "64", "65", "66")             \
   DEFINE_KEYS(T, TYPE, 256, 128, "128", "129", "130")         \
+  DEFINE_ROWS(T, TYPE, 16, 8, "8", "9", "10", "11", "12")      \
+  DEFINE_ROWS(T, TYPE, 32, 16, "16", "17", "18", "19", "20")   \
+  DEFINE_ROWS(T, TYPE, 64, 32, "32", "33", "34", "35", "36")   \
+  DEFINE_ROWS(T, TYPE, 128, 64, "64", "65", "66", "67", "68")  \
   DEFINE_VALUES(T, TYPE, 64, 32, "32", "33", "34", "35", "36") \
   DEFINE_VALUES(T, TYPE, 128, 64, "64", "65", "66", "67", "68")
 DEFINE_PRODUCTS(bf16, "bf16")
 DEFINE_PRODUCTS(f16, "f16")
 #undef DEFINE_PRODUCTS
 #undef DEFINE_VALUES
+#undef DEFINE_ROWS
+#undef DEFINE_IN_REGISTERS
 #undef DEFINE_KEYS

@@ -30,6 +30,10 @@ def use_batch_invariant(is_on: bool) -> None:
     _is_batch_invariant = is_on
 
 
+def is_batch_invariant() -> bool:
+    return _is_batch_invariant
+
+
 def builds(arch: str, dtype: torch.dtype) -> Iterator[Build]:
     if dtype is torch.float32:
         return

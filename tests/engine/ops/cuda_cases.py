@@ -6,9 +6,11 @@ contexts), what it must not follow leads far out of bounds (block table entries 
 write is NaN before (`poisoned`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE
 from engine.ops import cuda, reference, sampling_line
 from engine.ops.cuda.gemm import GATED_FORMS, Tiling
+from engine.ops.cuda.grouped_weight import GroupedWeight, empty, put
+from engine.quantization.weight import Scheme, round_to_nearest
 from engine.sampling_params import SamplingParams
 
 # ‖out - expected‖ / ‖expected‖ of a row
@@ -108,6 +112,45 @@ def check_many_rows(
     expected = expected if bias is None else expected + bias.double()
     assert_rows_close(y, _gated(expected, form) if form in GATED_FORMS else expected, y.dtype)
     assert torch.equal(y, cuda.gemm.many_rows(tiling, x, weight, bias, form)), "not the same twice"
+
+
+def grouped_weight(
+    device: str, dtype: torch.dtype, inputs: int, out: int, bits: Literal[4, 8], group_size: int, is_symmetric: bool
+) -> tuple[GroupedWeight, Tensor]:
+    """(A weight of grouped integers, packed in two parts, and the same in float64), its outputs about 1 in size."""
+    scheme = Scheme("int", bits, (1, group_size), is_symmetric)
+    plain = random(out, inputs, device=device, dtype=torch.float32, scale=2 * inputs**-0.5)
+    whole = round_to_nearest(plain + (0 if is_symmetric else 0.3 * inputs**-0.5), scheme)
+    whole = replace(whole, scales=whole.scales.to(dtype))
+    with poisoned():
+        weight = empty(out, inputs, group_size, bits, dtype, partial(torch.empty, device=device))
+    first = out // 2 // 16 * 16
+    for part in (slice(0, first), slice(first, out)):
+        zeros = None if whole.zeros is None else whole.zeros[part]
+        put(weight, part.start, whole.numbers[part], whole.scales[part], zeros)
+    return weight, whole.dequantize().double()
+
+
+def check_grouped_linear(
+    product: Callable[..., Tensor],
+    weight: GroupedWeight,
+    plain: Tensor,
+    form: str,
+    rows: int,
+    has_bias: bool = False,
+    is_rounded: bool = False,
+) -> None:
+    """product(x, weight, bias, form) of a weight and what it stands for. is_rounded: numbers of it become x's type."""
+    device, (out, inputs) = str(plain.device), plain.shape
+    bias = random(out, device=device, dtype=weight.dtype) if has_bias else None
+    x = random(rows, inputs, device=device, dtype=weight.dtype)
+    with poisoned():
+        y = product(x, weight, bias, form)
+    expected = x.double() @ plain.T
+    expected = expected if bias is None else expected + bias.double()
+    precision = x.dtype if is_rounded else y.dtype
+    assert_rows_close(y, _gated(expected, form) if form in GATED_FORMS else expected, precision)
+    assert torch.equal(y, product(x, weight, bias, form)), "not the same twice"
 
 
 def check_batch_invariance(device: str, dtype: torch.dtype, inputs: int, out: int, sizes: tuple[int, ...]) -> None:

@@ -57,9 +57,9 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
     return {name: EmulatedKernel(library, name, signature, build.shared_bytes) for name, signature in kernels.items()}
 
 
-def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int) -> bytes:
-    """What engine.ops.launcher.tensor_map and octets_map are on a GPU."""
-    return struct.pack("4Q96x", pointer, num_rows, row_length, box_rows)
+def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int, box_columns: int = 0) -> bytes:
+    """What engine.ops.launcher.tensor_map, plain_map and octets_map are on a GPU."""
+    return struct.pack("5Q88x", pointer, num_rows, row_length, box_rows, box_columns)
 
 
 def _letters(signature: str) -> list[str]:

@@ -238,6 +238,13 @@ template <> inline u32 pack<f16>(float low, float high) {
   return bits_as<u16>(static_cast<_Float16>(low)) | static_cast<u32>(bits_as<u16>(static_cast<_Float16>(high))) << 16;
 }
 
+// In double, products and sums of such numbers are exact, but for what no kernel adds.
+template <class T> u32 fma_pair(u32 a, u32 b, u32 c) {
+  const auto one = [](float a, float b, float c) { return static_cast<float>(static_cast<double>(a) * b + c); };
+  const float2 x = unpack<T>(a), y = unpack<T>(b), z = unpack<T>(c);
+  return pack<T>(one(x.x, y.x, z.x), one(x.y, y.y, z.y));
+}
+
 // Sign, four bits of exponent, three of fraction; the last code is no number.
 inline float e4m3_value(u32 bits) {
   const int exponent = bits >> 3 & 15, fraction = bits & 7;

@@ -77,28 +77,33 @@ template <int kCount> void shrink_registers() {}
 template <int kCount> void grow_registers() {}
 inline void publish_shared_writes() {}
 
-// The copy engine. The emulated map: address, rows, numbers in a row, rows in a box; a box is 64 numbers wide. What lies
-// past the matrix is zero.
+// The copy engine. The emulated map: address, rows, numbers in a row, rows in a box, and its columns; 0: 64 of them, swizzled.
+// What lies past the matrix is zero.
 
 struct alignas(64) TensorMap { u64 words[16]; };
 
 inline void copy_box_to_blocks(void* shared, const TensorMap& map, int row, int column, Barrier& barrier, u16 blocks) {
   const auto [address, num_rows, row_length, box_rows] = std::array<u64, 4>{map.words[0], map.words[1], map.words[2], map.words[3]};
+  const u64 box_columns = map.words[4] ? map.words[4] : 64;
+  const bool is_swizzled = map.words[4] == 0;
   const u32 target = shared_address(shared);
-  if (target % 1024 != 0) fail("misaligned box");
+  if (target % (is_swizzled ? 1024 : 128) != 0) fail("misaligned box");
   if (row < 0 || column < 0) fail("box outside the matrix");
   if (row_length % 8 != 0) fail("rows at places that the copy engine does not reach");
+  if (box_columns > 256 || box_rows > 256) fail("box too large");
   const u16* source = reinterpret_cast<const u16*>(address);
   for (int rank = 0; rank < cluster_size(); ++rank) {
     if ((blocks >> rank & 1) == 0) continue;
     barrier_states.at(in_block(&barrier, rank)).copies.push_back([=] {  // called by a thread of that block
-      for (u64 piece = 0; piece < box_rows * 8; ++piece) {
-        const u64 from_row = row + piece / 8, from_column = column + piece % 8 * 8;
-        unsigned char* to = shared_base() + swizzled(target + piece * 16);
+      const u64 pieces = box_columns / 8;  // of a row
+      for (u64 piece = 0; piece < box_rows * pieces; ++piece) {
+        const u64 from_row = row + piece / pieces, from_column = column + piece % pieces * 8;
+        const u32 at = target + piece * 16;
+        unsigned char* to = shared_base() + (is_swizzled ? swizzled(at) : at);
         if (from_row < num_rows && from_column < row_length) std::memcpy(to, source + from_row * row_length + from_column, 16);
         else std::memset(to, 0, 16);
       }
-      return static_cast<int>(box_rows) * 128;
+      return static_cast<int>(box_rows * box_columns * 2);
     });
   }
 }
@@ -204,19 +209,32 @@ template <class T, int kColumns> void multiply_keys(float (&c)[kColumns / 2], u6
   });
 }
 
-template <class T, int kColumns> void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b) {
-  struct Words { u32 of[4]; };
-  const Words* brought = meet(Words{{a[0], a[1], a[2], a[3]}});
-  const Operand values(b);
-  const std::array<Words, 4> row_words = {brought[fiber->thread % 32 / 4 * 4], brought[fiber->thread % 32 / 4 * 4 + 1],
-                                          brought[fiber->thread % 32 / 4 * 4 + 2], brought[fiber->thread % 32 / 4 * 4 + 3]};
+// A in registers: each lane's words, and what a lane needs of a row of A.
+struct Words { u32 of[4]; };
+struct Rows {
+  std::array<Words, 4> words;
+  explicit Rows(const u32 (&a)[4]) {
+    const Words* brought = meet(Words{{a[0], a[1], a[2], a[3]}});
+    for (int i = 0; i < 4; ++i) words[i] = brought[fiber->thread % 32 / 4 * 4 + i];
+  }
+  template <class T> float at(int row, int k) const {
+    const float2 pair = unpack<T>(words[k % 8 / 2].of[row / 8 + 2 * (k / 8)]);
+    return k % 2 ? pair.y : pair.x;
+  }
+};
+template <class T, int kColumns> void multiply_rows(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b) {
+  const Rows left(a);
+  const Operand right(b);
   products_of_thread[fiber->thread].open.push_back([=, &c] {
     accumulate<kColumns>(
-        c,
-        [&](int row, int k) {
-          const float2 pair = unpack<T>(row_words[k % 8 / 2].of[row / 8 + 2 * (k / 8)]);
-          return k % 2 ? pair.y : pair.x;
-        },
-        [&](int k, int column) { return values.of_columns<T>(k, column); });
+        c, [&](int row, int k) { return left.at<T>(row, k); }, [&](int k, int column) { return right.of_rows<T>(column, k); });
+  });
+}
+template <class T, int kColumns> void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b) {
+  const Rows left(a);
+  const Operand right(b);
+  products_of_thread[fiber->thread].open.push_back([=, &c] {
+    accumulate<kColumns>(
+        c, [&](int row, int k) { return left.at<T>(row, k); }, [&](int k, int column) { return right.of_columns<T>(k, column); });
   });
 }

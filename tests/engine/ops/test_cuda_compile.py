@@ -8,7 +8,7 @@ import torch
 from engine.cache import cache_folder
 from engine.errors import UserError
 from engine.ops import compiler, cuda, launcher
-from engine.ops.cuda import gemm
+from engine.ops.cuda import gemm, grouped_gemm
 from engine.ops.sources import kernels_folder
 
 pytest.importorskip("cuda.bindings")
@@ -40,6 +40,13 @@ BUILDS = {
     for head_dim, heads_per_kv in MODELS.values()
     for build in cuda.model_builds(arch, dtype, head_dim, heads_per_kv, kv_dtype=kv_dtype)
 }
+GROUPED = (  # bits, size of a group
+    ("sm_80", torch.bfloat16, 4, 128),
+    ("sm_90a", torch.bfloat16, 4, 128),
+    ("sm_90a", torch.float16, 4, 32),
+    ("sm_90a", torch.bfloat16, 8, 128),
+)
+BUILDS |= {build for case in GROUPED for build in grouped_gemm.builds(*case)}
 SPILLING = """
 extern "C" __global__ void __launch_bounds__(1024) spills(float* x, int n) {  // 64 registers a thread, and 128 numbers
   float own[128];

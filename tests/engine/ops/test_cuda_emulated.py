@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 from engine.ops import cuda
 from engine.ops.compiler import Build
+from engine.ops.cuda import grouped_gemm
 from engine.ops.cuda.gemm import Tiling
+from engine.ops.cuda.grouped_gemm import GroupedTiling
 from tests.engine.ops import cuda_cases as cases
 from tests.engine.ops import emulated_kernels
 
@@ -36,7 +39,9 @@ def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(cuda.kernels, "arch", lambda device: "sm_80")
         patch.setattr(cuda.launcher, "tensor_map", emulated_kernels.tensor_map)
         patch.setattr(cuda.launcher, "octets_map", emulated_kernels.tensor_map)
-        patch.setattr(cuda.gemm, "few_rows_ring_bytes", lambda arch: 184 << 10)
+        patch.setattr(cuda.launcher, "plain_map", emulated_kernels.tensor_map)
+        for module in (cuda.gemm, grouped_gemm):
+            patch.setattr(module, "few_rows_ring_bytes", lambda arch: 184 << 10)
         torch.manual_seed(0)
         yield
 
@@ -94,6 +99,72 @@ def test_linear_of_few_rows(dtype, rows, inputs, out, has_bias):
 def test_linear_of_many_rows_on_hopper(monkeypatch, dtype, tiling, form, rows, inputs, out, has_bias):
     monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
     cases.check_many_rows("cpu", dtype, tiling, form, rows, inputs, out, has_bias)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group_size", "is_symmetric", "tiles", "form", "rows", "inputs", "out"),
+    [
+        (BF16, 4, 128, False, 1, "plain", 1, 1024, 72),  # the last sixteen is not full
+        (F16, 4, 128, True, 3, "float", 5, 584, 400),  # nor is the last group, and blocks take several tiles
+        (BF16, 4, 64, False, 6, "plain", 16, 328, 376),
+        (BF16, 4, 32, False, 2, "silu", 9, 1608, 320),  # an odd number of groups
+        (F16, 4, 32, True, 8, "plain", 8, 8, 256),  # most of the first chunk is past the inputs
+        (BF16, 4, 0, False, 4, "gelu_tanh", 16, 4104, 544),  # the ring goes round often
+        (BF16, 8, 128, False, 2, "plain", 3, 776, 200),
+        (F16, 8, 0, True, 3, "plain", 16, 576, 96),
+        (BF16, 8, 32, False, 8, "silu", 11, 520, 320),
+    ],
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_few_rows_of_grouped_integers(dtype, bits, group_size, is_symmetric, tiles, form, rows, inputs, out, has_bias):
+    weight, plain = cases.grouped_weight("cpu", dtype, inputs, out, bits, group_size, is_symmetric)
+    cases.check_grouped_linear(partial(grouped_gemm.few_rows, tiles), weight, plain, form, rows, has_bias)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group_size", "tiling", "form", "rows", "inputs", "out"),
+    [
+        (BF16, 4, 128, GroupedTiling(16, 1, 1, 16), "plain", 5, 200, 136),
+        (F16, 4, 32, GroupedTiling(32, 1, 2, 64), "float", 30, 584, 200),  # blocks take several tiles
+        (BF16, 4, 64, GroupedTiling(64, 2, 2, 112), "silu", 33, 328, 544),
+        (BF16, 4, 128, GroupedTiling(64, 2, 1, 96), "plain", 140, 1096, 520),  # three tiles of rows
+        (BF16, 4, 0, GroupedTiling(128, 2, 2, 128), "gelu_tanh", 100, 704, 320),
+        (BF16, 4, 128, GroupedTiling(64, 2, 2, 128, split=4), "plain", 50, 1992, 520),
+        (F16, 4, 32, GroupedTiling(32, 2, 1, 80, split=2), "float", 70, 200, 200),  # fewer inputs than a turn of both
+        (BF16, 4, 128, GroupedTiling(16, 1, 2, 32, split=8), "silu", 12, 1160, 192),  # fewer octets than blocks
+        (BF16, 4, 64, GroupedTiling(128, 1, 1, 64, split=8), "plain", 120, 72, 72),  # blocks without inputs
+        (BF16, 8, 128, GroupedTiling(64, 2, 2, 128), "plain", 60, 776, 328),
+        (F16, 8, 32, GroupedTiling(32, 1, 1, 48, split=2), "float", 20, 456, 104),
+    ],
+)
+@pytest.mark.parametrize("is_symmetric", [False, True])
+def test_many_rows_of_grouped_integers(
+    monkeypatch, dtype, bits, group_size, tiling, form, rows, inputs, out, is_symmetric
+):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
+    weight, plain = cases.grouped_weight("cpu", dtype, inputs, out, bits, group_size, is_symmetric)
+    product = partial(grouped_gemm.many_rows, tiling)
+    cases.check_grouped_linear(product, weight, plain, form, rows, is_symmetric, is_rounded=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "group_size", "inputs", "out"),
+    [(BF16, 4, 128, 584, 72), (F16, 4, 32, 1608, 32), (BF16, 8, 64, 328, 40), (F16, 4, 0, 72, 16)],
+)
+def test_grouped_integers_become_wide(dtype, bits, group_size, inputs, out):
+    weight, plain = cases.grouped_weight("cpu", dtype, inputs, out, bits, group_size, is_symmetric=False)
+    with cases.poisoned():
+        wide = grouped_gemm.widen(weight)
+    assert torch.equal(wide, plain.to(dtype))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("form", "out"), [("plain", 144), ("silu", 160), ("silu", 144)])  # 72 outputs are no sixteens
+def test_products_of_grouped_integers_of_any_number_of_rows(monkeypatch, arch, form, out):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: arch)
+    weight, plain = cases.grouped_weight("cpu", BF16, 328, out, 4, 64, is_symmetric=False)
+    for rows in (1, 20, 600):
+        cases.check_grouped_linear(grouped_gemm.product, weight, plain, form, rows, is_rounded=True)
 
 
 def test_rows_on_hopper_do_not_depend_on_the_batch(monkeypatch):
