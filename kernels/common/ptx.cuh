@@ -9,7 +9,8 @@ using i64 = long long;
 
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
-struct e4m3 { unsigned char bits; };  // fp8: of KV caches
+struct e4m3 { unsigned char bits; };  // fp8
+struct s8 { signed char bits; };
 
 // Two 16-bit numbers in a word, the first in the low half.
 template <class T> __device__ inline float2 unpack(u32 word);
@@ -178,6 +179,13 @@ template <> __device__ inline void mma_16x8x16<f16>(float (&c)[4], const u32 (&a
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same of s8, exact: C [16, 8] += A [16, 32] · B [32, 8], four numbers a word where above there are two.
+__device__ inline void mma_16x8x32(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // A counter of arrivals, as it is now: what came before those that are counted is seen.

@@ -127,6 +127,10 @@ template <int kCount> __device__ inline void pin(float (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
+template <int kCount> __device__ inline void pin(int (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
 template <int kCount> __device__ inline void pin(u32 (&x)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
@@ -144,13 +148,12 @@ template <int kCount> __device__ inline void pin(u32 (&x)[kCount]) {
   ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define IN_OUT_8(x, i) \
-  "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), \
-  "+f"(x[i + 7])
-#define IN_OUT_16(x, i) IN_OUT_8(x, i), IN_OUT_8(x, i + 8)
-#define IN_OUT_32(x, i) IN_OUT_16(x, i), IN_OUT_16(x, i + 16)
-#define IN_OUT_64(x, i) IN_OUT_32(x, i), IN_OUT_32(x, i + 32)
-#define IN_OUT_128(x, i) IN_OUT_64(x, i), IN_OUT_64(x, i + 64)
+#define IN_OUT_8(f, x, i) \
+  f(x[i]), f(x[i + 1]), f(x[i + 2]), f(x[i + 3]), f(x[i + 4]), f(x[i + 5]), f(x[i + 6]), f(x[i + 7])
+#define IN_OUT_16(f, x, i) IN_OUT_8(f, x, i), IN_OUT_8(f, x, i + 8)
+#define IN_OUT_32(f, x, i) IN_OUT_16(f, x, i), IN_OUT_16(f, x, i + 16)
+#define IN_OUT_64(f, x, i) IN_OUT_32(f, x, i), IN_OUT_32(f, x, i + 32)
+#define IN_OUT_128(f, x, i) IN_OUT_64(f, x, i), IN_OUT_64(f, x, i + 64)
 
 // Products of a warpgroup, in the background until they are committed and waited for. Warp w holds rows 16w to 16w + 15
 // of C and of an A in registers; within them a lane holds the same numbers as for mma_16x8x16, C column by column.
@@ -171,13 +174,13 @@ __device__ inline void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[
     asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %" A2 ", 0;\n"                                          \
                  "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                     \
                  " {" LIST_##SIZE "}, %" A0 ", %" A1 ", accumulate, 1, 1, 0, 0; }"                                         \
-                 : IN_OUT_##SIZE(c, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                               \
+                 : IN_OUT_##SIZE("+f", c, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                               \
   }
 #define DEFINE_IN_REGISTERS(NAME, IS_TRANSPOSED, T, TYPE, COLUMNS, SIZE, A0, A1, A2, A3, A4)                               \
   template <> __device__ inline void NAME<T, COLUMNS>(float (&c)[SIZE], const u32 (&a)[4], u64 b) {                        \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                                     \
                  " {" LIST_##SIZE "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1, 1, 1, " IS_TRANSPOSED ";"          \
-                 : IN_OUT_##SIZE(c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                              \
+                 : IN_OUT_##SIZE("+f", c, 0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                              \
   }
 #define DEFINE_ROWS(...) DEFINE_IN_REGISTERS(multiply_rows, "0", __VA_ARGS__)
 #define DEFINE_VALUES(...) DEFINE_IN_REGISTERS(multiply_values, "1", __VA_ARGS__)
@@ -195,6 +198,27 @@ __device__ inline void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[
   DEFINE_VALUES(T, TYPE, 128, 64, "64", "65", "66", "67", "68")
 DEFINE_PRODUCTS(bf16, "bf16")
 DEFINE_PRODUCTS(f16, "f16")
+
+// multiply_keys of 8-bit numbers: as many bytes, 32 of them along a row. Sums of s8 are exact integers, those of e4m3 are kept
+// with fewer bits than a float has.
+template <class T, int kColumns>
+__device__ inline void multiply_keys(int (&c)[kColumns / 2], u64 a, u64 b, bool accumulate);
+#define DEFINE_NARROW(T, NUMBER, TYPES, F, SCALES, COLUMNS, SIZE, A0, A1, A2)                                              \
+  template <> __device__ inline void multiply_keys<T, COLUMNS>(NUMBER (&c)[SIZE], u64 a, u64 b, bool accumulate) {         \
+    asm volatile("{ .reg .pred accumulate; setp.ne.b32 accumulate, %" A2 ", 0;\n"                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k32." TYPES                                                 \
+                 " {" LIST_##SIZE "}, %" A0 ", %" A1 ", accumulate" SCALES "; }"                                           \
+                 : IN_OUT_##SIZE(F, c, 0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                            \
+  }
+#define DEFINE_NARROW_PRODUCTS(...)                          \
+  DEFINE_NARROW(__VA_ARGS__, 16, 8, "8", "9", "10")          \
+  DEFINE_NARROW(__VA_ARGS__, 32, 16, "16", "17", "18")       \
+  DEFINE_NARROW(__VA_ARGS__, 64, 32, "32", "33", "34")       \
+  DEFINE_NARROW(__VA_ARGS__, 128, 64, "64", "65", "66")
+DEFINE_NARROW_PRODUCTS(e4m3, float, "f32.e4m3.e4m3", "+f", ", 1, 1")
+DEFINE_NARROW_PRODUCTS(s8, int, "s32.s8.s8", "+r", "")
+#undef DEFINE_NARROW_PRODUCTS
+#undef DEFINE_NARROW
 #undef DEFINE_PRODUCTS
 #undef DEFINE_VALUES
 #undef DEFINE_ROWS

@@ -112,8 +112,8 @@ def many_rows_tiling(
 ) -> GroupedTiling:
     """The tiling that should take the least time.   out: rows of the weight
 
-    An input takes a block as long as the slowest of these: the tensor cores (2,048 products a cycle), the widening of the
-    weight (100 instructions for each warp and chunk), and the L2 cache (24 bytes a cycle and multiprocessor).
+    An input takes a block as long as the slowest of these: the tensor cores (2,048 products a cycle), the widening of
+    the weight (100 instructions for each warp and chunk), and the L2 cache (24 bytes a cycle and multiprocessor).
     """
     rows = next((n for n in MANY_ROWS if num_rows <= n), MANY_ROWS[-1])
     row_tiles, is_gated = -(-num_rows // rows), form in GATED_FORMS

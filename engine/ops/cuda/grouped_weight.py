@@ -1,9 +1,9 @@
 """Weights of grouped integers as the CUDA kernels read them (kernels/gemm/grouped.cuh), packed when a layer loads.
 
-Of operand A of a product of 16 outputs and 16 inputs (`mma.m16n8k16`, the same for a warp of `wgmma`) a lane holds eight
-numbers: outputs lane / 4 + 8 · half, and inputs 8 · eight + 2 · (lane % 4) + odd. Packed, they are the 4-bit digits of a
-word at 4 · (4 · odd + 2 · eight + half), or, as 8-bit numbers, bytes 2 · odd + half of word `eight` of two: from there
-a shift and a mask leave one number in each half of a word.
+Of operand A of a product of 16 outputs and 16 inputs (`mma.m16n8k16`, and the same for a warp of `wgmma`) a lane holds
+eight numbers: outputs lane / 4 + 8 · half, and inputs 8 · eight + 2 · (lane % 4) + odd. Packed, they are the 4-bit
+digits of a word at 4 · (4 · odd + 2 · eight + half), or, as 8-bit numbers, bytes 2 · odd + half of word `eight` of two:
+from there a shift and a mask leave one number in each half of a word.
 """
 
 from collections.abc import Callable

@@ -221,6 +221,7 @@ inline void run_grid(const int* grid, int num_threads, int shared_bytes, int clu
 struct bf16 { u16 bits; };
 struct f16 { u16 bits; };
 struct e4m3 { unsigned char bits; };
+struct s8 { signed char bits; };
 
 template <class T> float2 unpack(u32 word);
 template <> inline float2 unpack<bf16>(u32 word) { return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)}; }
@@ -369,6 +370,21 @@ template <class T> void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u3
       const Operands& left = operands[row % 8 * 4 + k % 8 / 2];
       const Operands& right = operands[column * 4 + k % 8 / 2];
       c[i] += half(left.a[row / 8 + 2 * (k / 8)], k % 2) * half(right.b[k / 8], k % 2);
+    }
+  }
+}
+// The same for m16n8k32: register i of operand A holds row lane / 4 + 8 (i % 2) and columns 4 (lane % 4) + 16 (i / 2) + {0 to 3};
+// of B rows 4 (lane % 4) + 16 i + {0 to 3} and column lane / 4.
+inline void mma_16x8x32(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  const Operands* operands = meet(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const auto number = [](u32 word, int which) { return static_cast<int>(static_cast<signed char>(word >> 8 * which)); };
+  const int lane = fiber->thread % 32;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      const Operands& left = operands[row % 8 * 4 + k % 16 / 4];
+      const Operands& right = operands[column * 4 + k % 16 / 4];
+      c[i] += number(left.a[row / 8 + 2 * (k / 16)], k % 4) * number(right.b[k / 16], k % 4);
     }
   }
 }

@@ -147,9 +147,9 @@ inline u64 octet_descriptor(const void* shared, int num_panels) {
 }
 inline u64 further(u64 descriptor, int bytes) { return descriptor + bytes / 16; }
 
-struct Operand {
+struct Descriptor {
   u32 start, leading, stride;  // bytes
-  explicit Operand(u64 descriptor)
+  explicit Descriptor(u64 descriptor)
       : start((descriptor & 0x3fff) * 16), leading((descriptor >> 16 & 0x3fff) * 16), stride((descriptor >> 32 & 0x3fff) * 16) {
     if (descriptor >> 62 != 1) fail("the emulator knows the 128-byte swizzle alone");
   }
@@ -160,6 +160,8 @@ struct Operand {
   }
   // 16 numbers along k lie side by side: rows are 128 bytes apart, groups of 8 rows `stride`.
   template <class T> float of_rows(int row, int k) const { return at<T>(row / 8 * stride + row % 8 * 128 + k * 2); }
+  // The same of 32 numbers of a byte.
+  unsigned char byte_of_rows(int row, int k) const { return shared_base()[swizzled(start + row / 8 * stride + row % 8 * 128 + k)]; }
   // Columns lie side by side, 64 of them; the next 64 `leading` further; groups of 8 k `stride`.
   template <class T> float of_columns(int k, int column) const {
     return at<T>(column / 64 * leading + k / 8 * stride + k % 8 * 128 + column % 64 * 2);
@@ -198,8 +200,15 @@ template <int kColumns, class A, class B> void accumulate(float (&c)[kColumns / 
   }
 }
 
+template <class T> struct SumOfNarrowType { using Type = float; };
+template <> struct SumOfNarrowType<s8> { using Type = int; };
+template <class T> using SumOfNarrow = typename SumOfNarrowType<T>::Type;
+template <class T, int kColumns> void multiply_keys_narrow(SumOfNarrow<T> (&c)[kColumns / 2], u64 a, u64 b, bool accumulates);
+
 template <class T, int kColumns> void multiply_keys(float (&c)[kColumns / 2], u64 a, u64 b, bool accumulates) {
-  const Operand queries(a), keys(b);
+  if constexpr (sizeof(T) == 1) return multiply_keys_narrow<T, kColumns>(c, a, b, accumulates);
+  else {
+  const Descriptor queries(a), keys(b);
   const int first_row = threadIdx.x / 32 % 4 * 16;
   products_of_thread[fiber->thread].open.push_back([=, &c] {
     if (!accumulates) std::fill(std::begin(c), std::end(c), 0.0f);
@@ -207,6 +216,28 @@ template <class T, int kColumns> void multiply_keys(float (&c)[kColumns / 2], u6
         c, [&](int row, int k) { return queries.of_rows<T>(first_row + row, k); },
         [&](int k, int column) { return keys.of_rows<T>(column, k); });
   });
+  }
+}
+
+// Of 8-bit numbers: 32 of them along a row, as many bytes as 16 of 16 bits.
+template <class T> double narrow_value(unsigned char bits) {
+  if constexpr (std::is_same_v<T, e4m3>) return e4m3_value(bits);
+  else return static_cast<signed char>(bits);
+}
+template <class T, int kColumns> void multiply_keys_narrow(SumOfNarrow<T> (&c)[kColumns / 2], u64 a, u64 b, bool accumulates) {
+  const Descriptor left(a), right(b);
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 % 4 * 16;
+  products_of_thread[fiber->thread].open.push_back([=, &c] {
+    if (!accumulates) std::fill(std::begin(c), std::end(c), 0);
+    for (int k = 0; k < 32; ++k)
+      for (int i = 0; i < kColumns / 2; ++i) {
+        const int row = first_row + lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        c[i] += narrow_value<T>(left.byte_of_rows(row, k)) * narrow_value<T>(right.byte_of_rows(column, k));
+      }
+  });
+}
+template <class T, int kColumns> void multiply_keys(int (&c)[kColumns / 2], u64 a, u64 b, bool accumulates) {
+  multiply_keys_narrow<T, kColumns>(c, a, b, accumulates);
 }
 
 // A in registers: each lane's words, and what a lane needs of a row of A.
@@ -224,7 +255,7 @@ struct Rows {
 };
 template <class T, int kColumns> void multiply_rows(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b) {
   const Rows left(a);
-  const Operand right(b);
+  const Descriptor right(b);
   products_of_thread[fiber->thread].open.push_back([=, &c] {
     accumulate<kColumns>(
         c, [&](int row, int k) { return left.at<T>(row, k); }, [&](int k, int column) { return right.of_rows<T>(column, k); });
@@ -232,7 +263,7 @@ template <class T, int kColumns> void multiply_rows(float (&c)[kColumns / 2], co
 }
 template <class T, int kColumns> void multiply_values(float (&c)[kColumns / 2], const u32 (&a)[4], u64 b) {
   const Rows left(a);
-  const Operand right(b);
+  const Descriptor right(b);
   products_of_thread[fiber->thread].open.push_back([=, &c] {
     accumulate<kColumns>(
         c, [&](int row, int k) { return left.at<T>(row, k); }, [&](int k, int column) { return right.of_columns<T>(k, column); });

@@ -1,0 +1,177 @@
+// y = x · weightᵀ + bias for the few rows of a decode step.   x [rows, in], weight [out, in] of one type, bias [out],
+// y [rows, out] of 16 bits, or of float. Or gated (forms.cuh). Numbers of 8 bits (rounded.cuh) have scales.
+//
+// Work: a block takes tiles of kOctets times eight outputs (gated: half of them gates), all inputs of each. Its eight warps
+// take turns at chunks of 128 bytes of inputs; their sums are added in shared memory, always in the same order. Copies of the weight and of x go to a ring in
+// shared memory, far ahead and over the ends of tiles; each warp multiplies what it copied itself, so warps meet only where
+// a tile ends. The tensor cores see x as A (16 rows) and eight outputs as B. They may add up the inputs in any order: a lane
+// reads 16 bytes at a time, eight inputs that stand at the places which the fragments of two products give it.
+// Bound by bytes: the weight, once. As no kernel of a step writes it, its copies start before x is waited for.
+//
+// Built with SCALAR (bf16 or f16: of y and bias), STORED (of x and weight: the same, e4m3 or s8), ROWS (8 or 16: the most it
+// takes) and RING_BYTES (of shared memory).
+#pragma once
+
+#include "forms.cuh"
+#include "rounded.cuh"
+
+using Scalar = SCALAR;
+using Stored = STORED;
+using Sum = SumOf<Stored>;
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kHalves = ROWS / 8;  // eights of rows
+constexpr int kPieces = 8;         // of 16 bytes in a warp's step: a line of the caches, in each of eight rows
+constexpr int kChunk = kPieces * kVec<Stored>;  // inputs
+template <int kOctets> constexpr int kStagesThatFit = RING_BYTES / ((kOctets + kHalves) * kWarps * 8 * kPieces * 16);
+// Where not even one fits, the kernel is not launched, but compiled.
+template <int kOctets> constexpr int kStages = kStagesThatFit<kOctets> > 0 ? kStagesThatFit<kOctets> : 1;
+
+// What is copied next, and where a warp's copies lie.
+template <int kOctets> struct Ring {
+  uint4* shared;  // [kStages][kOctets + kHalves][kWarps][8 rows][kPieces]
+  const Stored *weight, *x;
+  int rows, in, out, num_steps, num_tiles;  // out: rows of the weight
+  bool is_gated;
+  int tile, step;
+
+  __device__ void copy_weight(int stage) const {
+    if (tile >= num_tiles) return;
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet)
+      copy_eight_rows(at(stage, octet), weight, first_output(octet), out);
+  }
+  __device__ void copy_x(int stage) const {
+    if (tile >= num_tiles) return;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) copy_eight_rows(at(stage, kOctets + half), x, half * 8, rows);
+  }
+  __device__ void advance() {
+    if (++step == num_steps) step = 0, tile += gridDim.x;
+  }
+
+  // The 16 bytes that lane l needs of row l / 4 of an octet of outputs or of a half of x (`part` kOctets and on).
+  __device__ uint4 piece(int stage, int part, int half_chunk) const {
+    const int lane = threadIdx.x % 32;
+    return at(stage, part)[place(lane / 4, half_chunk * 4 + lane % 4)];
+  }
+
+ private:
+  __device__ int first_output(int octet) const {
+    constexpr int kHalf = kOctets / 2;
+    if (!is_gated) return (tile * kOctets + octet) * 8;
+    return (tile * kHalf + octet % kHalf) * 8 + (octet < kHalf ? 0 : out / 2);
+  }
+  __device__ uint4* at(int stage, int part) const {
+    return shared + ((stage * (kOctets + kHalves) + part) * kWarps + threadIdx.x / 32) * 8 * kPieces;
+  }
+  // The halves of odd rows are exchanged: the lanes that read at a time, four in each of two rows, then meet in no bank.
+  __device__ static int place(int row, int piece) { return row * kPieces + (piece ^ (row % 2) * 4); }
+
+  __device__ void copy_eight_rows(uint4* to, const Stored* matrix, int first_row, int num_rows) const {
+    const int lane = threadIdx.x % 32, piece = lane % kPieces;
+    const int column = (step * kWarps + threadIdx.x / 32) * kChunk + piece * kVec<Stored>;
+#pragma unroll
+    for (int i = 0; i < 8 * kPieces / 32; ++i) {
+      const int row = i * (32 / kPieces) + lane / kPieces;
+      const bool exists = first_row + row < num_rows && column < in;
+      cp_async_16(to + place(row, piece), matrix + static_cast<i64>(first_row + row) * in + column, exists);
+    }
+  }
+};
+
+// Add the warps' sums of a tile and write them.   out: columns of y
+template <int kOctets>
+__device__ inline void write_tile(const Sum (&sums)[kOctets][4], void* y, Form form, const Scalar* bias, Scales scales, int rows,
+                                  int out, int tile) {
+  __shared__ float2 parts[kWarps][kOctets * kHalves * 32];
+#pragma unroll
+  for (int octet = 0; octet < kOctets; ++octet)
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+      parts[threadIdx.x / 32][(octet * kHalves + half) * 32 + threadIdx.x % 32] =
+          make_float2(sums[octet][2 * half], sums[octet][2 * half + 1]);
+  __syncthreads();
+  const auto total = [&](int at, int row, int output) {
+    const float2 start = bias ? unpack<Scalar>(*reinterpret_cast<const u32*>(bias + output)) : make_float2(0.0f, 0.0f);
+    float2 sum = kIsRounded<Stored> ? make_float2(0.0f, 0.0f) : start;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      sum.x += parts[warp][at].x;
+      sum.y += parts[warp][at].y;
+    }
+    if constexpr (kIsRounded<Stored>) {
+      const float scale = scales.of_rows[row];
+      sum = make_float2(sum.x * (scale * scales.of_outputs[output]) + start.x, sum.y * (scale * scales.of_outputs[output + 1]) + start.y);
+    }
+    return sum;
+  };
+  const int octets = is_gated(form) ? kOctets / 2 : kOctets;
+  for (int at = threadIdx.x; at < octets * kHalves * 32; at += kThreads) {
+    const int row = at / 32 % kHalves * 8 + at % 32 / 4, column = (tile * octets + at / (32 * kHalves)) * 8 + at % 4 * 2;
+    if (row >= rows || column >= out) continue;
+    float2 sum = total(at, row, column);
+    if (is_gated(form)) {
+      const float2 up = total(at + octets * kHalves * 32, row, out + column);
+      sum = make_float2(gated(form, sum.x, up.x), gated(form, sum.y, up.y));
+    }
+    const i64 target = static_cast<i64>(row) * out + column;
+    if (form == kFloat) *reinterpret_cast<float2*>(static_cast<float*>(y) + target) = sum;
+    else *reinterpret_cast<u32*>(static_cast<Scalar*>(y) + target) = pack<Scalar>(sum.x, sum.y);
+  }
+  __syncthreads();  // before the next tile's sums
+}
+
+// Grid: as many blocks as run at once; they take the tiles in turns.
+template <int kOctets>
+__device__ inline void multiply(void* y, const Stored* x, const Stored* weight, const Scalar* bias, Scales scales, Form form,
+                                int rows, int in, int out) {
+  extern __shared__ uint4 shared[];
+  // Stages filled before x is waited for. The rest is asked for after x, and keeps the memory busy until x has come.
+  constexpr int kEarly = kStages<kOctets> * 7 / 8;
+  const int num_steps = ceil_div(in, kWarps * kChunk), num_tiles = ceil_div(out, 8 * kOctets), first_tile = blockIdx.x;
+  Ring<kOctets> ring{shared, weight, x, rows, in, out, num_steps, num_tiles, is_gated(form), first_tile, 0};
+#pragma unroll 1
+  for (int stage = 0; stage < kEarly; ++stage, ring.advance()) ring.copy_weight(stage);
+  start_dependents();
+  wait_for_inputs();
+  ring.tile = first_tile, ring.step = 0;
+#pragma unroll 1
+  for (int stage = 0; stage < kEarly; ++stage, ring.advance()) ring.copy_x(stage);
+#pragma unroll
+  for (int stage = 0; stage < kEarly; ++stage) cp_async_commit();  // the first group holds them all, the others nothing
+#pragma unroll 1
+  for (int stage = kEarly; stage < kStages<kOctets>; ++stage, ring.advance()) {
+    ring.copy_weight(stage);
+    ring.copy_x(stage);
+    cp_async_commit();
+  }
+
+  int stage = 0;
+  for (int tile = first_tile; tile < num_tiles; tile += gridDim.x) {
+    Sum sums[kOctets][4] = {};
+    for (int step = 0; step < num_steps; ++step) {
+      cp_async_wait<kStages<kOctets> - 1>();
+      __syncwarp();
+#pragma unroll
+      for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
+        const Operand<Stored> low(ring.piece(stage, kOctets, half_chunk));
+        const Operand<Stored> high(kHalves > 1 ? ring.piece(stage, kOctets + kHalves - 1, half_chunk) : make_uint4(0, 0, 0, 0));
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet) {
+          const Operand<Stored> w(ring.piece(stage, octet, half_chunk));
+#pragma unroll
+          for (int i = 0; i < Operand<Stored>::kWords; i += 2)
+            multiply_16x8<Stored>(sums[octet], {low.words[i], high.words[i], low.words[i + 1], high.words[i + 1]}, w.words[i], w.words[i + 1]);
+        }
+      }
+      __syncwarp();
+      ring.copy_weight(stage);
+      ring.copy_x(stage);
+      cp_async_commit();
+      ring.advance();
+      stage = stage + 1 < kStages<kOctets> ? stage + 1 : 0;
+    }
+    write_tile<kOctets>(sums, y, form, bias, scales, rows, is_gated(form) ? out / 2 : out, tile);
+  }
+}

@@ -1,0 +1,321 @@
+// y = x · weightᵀ + bias on Hopper, for decode batches and, whatever the number of rows, with the same bits for each row.
+// x [rows, in], weight [out, in] of one type, bias [out], y [rows, out] of 16 bits, or of float. Or gated (forms.cuh). Numbers
+// of 8 bits (rounded.cuh) have scales; to all but the tensor cores two of them are one number of 16.
+//
+// Work: a tile is kParts times `height` rows of the weight and kRows rows of x. To the tensor cores the weight is operand A,
+// 64 outputs in each product of a warpgroup, so that few rows of x waste nothing. One thread brings the operands with the copy
+// engine, as many stages ahead as shared memory holds and over the ends of tiles. The blocks of a cluster take neighbouring
+// tiles of the same outputs, and each brings its share of the weight for all: without, what the L2 cache can deliver would
+// bound large products. Bound by bytes (the weight, once) up to about 160 rows, then by FLOPs. As no kernel of a step writes
+// the weight, its copies start before x is waited for.
+//
+// An output is summed up in the order of the inputs, whatever the tile: nothing else changes its bits.
+//
+// Built with SCALAR (bf16 or f16: of y and bias), STORED (of x and weight: the same, e4m3 or s8), ROWS (of x in a tile: 16, 32,
+// 64 or 128) and BLOCK_BYTES (of shared memory).
+#pragma once
+
+#include "forms.cuh"
+#include "ptx_sm90.cuh"
+#include "rounded.cuh"
+
+using Scalar = SCALAR;
+using Stored = STORED;
+using Sum = SumOf<Stored>;
+constexpr int kRows = ROWS;
+constexpr int kOctets = kRows / 8;
+constexpr int kStagingRows = kRows < 64 ? kRows : 64;  // rows of y that a warpgroup writes at a time
+constexpr int kRowUnitsAtOnce = 8;            // walked for each tile of outputs: they stay in the L2 cache
+
+struct Problem {
+  const TensorMap &weight_map, &x_map;
+  void* y;
+  const Scalar* bias;
+  Scales scales;
+  Form form;
+  int rows, in, out;  // in: 16-bit numbers; out: columns of y
+  int height;         // outputs of a part of a tile, at most 64 a warpgroup
+};
+
+// kGroups warpgroups that compute, each with kParts times 64 outputs. Gated: part 0 holds gates, part 1 the ups for them.
+// kPanels: of 64 inputs, 128 bytes, in a stage.
+template <int kGroups, int kParts, int kPanels> struct Multiplication {
+  static constexpr int kDepth = 64 * kPanels;
+
+  struct Stage {
+    u16 weight[kParts][kPanels][kGroups * 64][64];
+    u16 x[kPanels][kRows][64];
+  };
+  struct Staging { Scalar y[kStagingRows][64]; };
+  static constexpr int kStages = (BLOCK_BYTES - 2048 - kGroups * static_cast<int>(sizeof(Staging))) /
+                                 static_cast<int>(sizeof(Stage));
+  struct Shared {
+    Stage stages[kStages];
+    Staging staging[kGroups];
+    Barrier came[kStages], left[kStages];
+  };
+  static_assert(sizeof(Shared) + 1024 <= BLOCK_BYTES);
+
+  struct Place {  // which stage is next, and the parity of its phase
+    int stage = 0;
+    u32 parity = 0;
+    __device__ void advance() {
+      if (++stage < kStages) return;
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+
+  // The tiles of this block. A unit is what its cluster does at a time.
+  struct Walk {
+    int num_row_units, num_output_tiles;
+    int unit, row, output_tile;  // row: the tile's first
+    __device__ Walk(const Problem& problem) {
+      const int outputs = problem.height * (is_gated(problem.form) ? 1 : kParts);
+      num_row_units = ceil_div(problem.rows, kRows * cluster_size());
+      num_output_tiles = ceil_div(problem.out, outputs);
+      go_to(blockIdx.x / cluster_size());
+    }
+    __device__ bool is_over() const { return unit >= num_row_units * num_output_tiles; }
+    __device__ void advance() { go_to(unit + gridDim.x / cluster_size()); }
+
+   private:
+    __device__ void go_to(int next) {
+      unit = next;
+      const int first_row_unit = unit / (kRowUnitsAtOnce * num_output_tiles) * kRowUnitsAtOnce;
+      const int row_units_here = min(kRowUnitsAtOnce, num_row_units - first_row_unit);
+      const int within = unit - first_row_unit * num_output_tiles;
+      row = ((first_row_unit + within % row_units_here) * cluster_size() + cluster_rank()) * kRows;
+      output_tile = within / row_units_here;
+    }
+  };
+
+  // The first row of the weight that a part of a tile holds.
+  __device__ static int first_output(const Problem& problem, int output_tile, int part) {
+    return is_gated(problem.form) ? output_tile * problem.height + part * problem.out
+                                  : (output_tile * kParts + part) * problem.height;
+  }
+
+  // Brings the operands. As the copy engine is slow at small boxes, it gets large ones: all outputs of a part at once.
+  struct Producer {
+    Shared& shared;
+    const Problem& problem;
+    Walk walk;
+    int step, own_outputs, weight_rows[kParts];  // own_outputs: from which on this block brings the weight
+
+    __device__ Producer(Shared& shared, const Problem& problem) : shared(shared), problem(problem), walk(problem), step(0) {
+      own_outputs = cluster_rank() * problem.height / cluster_size();
+      begin_tile();
+    }
+    __device__ void copy_weight(int stage) {
+      Stage& target = shared.stages[stage];
+      barrier_arrive_expecting(shared.came[stage], kParts * problem.height * kDepth * 2 + static_cast<int>(sizeof(target.x)));
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          u16(*to)[64] = &target.weight[part][panel][own_outputs];
+          const int column = step * kDepth + panel * 64;
+          if (cluster_size() == 1) copy_box(to, problem.weight_map, weight_rows[part], column, shared.came[stage]);
+          else copy_box_to_blocks(to, problem.weight_map, weight_rows[part], column, shared.came[stage], (1 << cluster_size()) - 1);
+        }
+    }
+    __device__ void copy_x(int stage) {
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        copy_box(shared.stages[stage].x[panel], problem.x_map, walk.row, step * kDepth + panel * 64, shared.came[stage]);
+    }
+    __device__ void advance() {
+      if (++step * kDepth < problem.in) return;
+      step = 0;
+      walk.advance();
+      begin_tile();
+    }
+    __device__ bool is_over() const { return walk.is_over(); }
+
+   private:
+    __device__ void begin_tile() {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+        weight_rows[part] = first_output(problem, walk.output_tile, part) + own_outputs;
+    }
+  };
+
+  __device__ static void produce(Shared& shared, const Problem& problem) {
+    Producer early(shared, problem), late(shared, problem);
+    for (int stage = 0; stage < kStages && !early.is_over(); ++stage, early.advance()) early.copy_weight(stage);
+    wait_for_inputs();
+    for (int stage = 0; stage < kStages && !late.is_over(); ++stage, late.advance()) late.copy_x(stage);
+    Place place;
+    for (; !late.is_over(); late.advance(), place.advance()) {
+      barrier_wait(shared.left[place.stage], place.parity);
+      late.copy_weight(place.stage);
+      late.copy_x(place.stage);
+    }
+  }
+
+  // A warp has read a stage.
+  __device__ static void leave(Shared& shared, int stage) {
+    if (threadIdx.x % 32 != 0) return;
+    if (cluster_size() == 1) barrier_arrive(shared.left[stage]);
+    else
+      for (int rank = 0; rank < cluster_size(); ++rank) barrier_arrive_in_block(shared.left[stage], rank);
+  }
+
+  using Sums = Sum[kParts][kRows / 2];
+
+  // This warpgroup's sums of a tile.
+  __device__ static void multiply(Sums& sums, Shared& shared, const Problem& problem, Place& place, int group) {
+    int last = 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
+    for (int step = 0; step * kDepth < problem.in; ++step, place.advance()) {
+      const Stage& stage = shared.stages[place.stage];
+      barrier_wait(shared.came[place.stage], place.parity);
+      const u64 weight = panel_descriptor(&stage.weight[0][0][group * 64], 16), x = panel_descriptor(&stage.x, 16);
+      warpgroup_begin();
+#pragma unroll
+      for (int k = 0; k < kDepth / 16; ++k)
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          multiply_keys<Stored, kRows>(sums[part], further(weight, (part * kPanels + k / 4) * kGroups * 64 * 128 + k % 4 * 32),
+                                       further(x, k / 4 * kRows * 128 + k % 4 * 32), true);
+      warpgroup_commit();
+      warpgroup_wait<1>();
+      if (step > 0) leave(shared, last);
+      last = place.stage;
+    }
+    warpgroup_wait<0>();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) pin(sums[part]);
+    leave(shared, last);
+  }
+
+  // Write a tile to y. Of an octet of rows a lane holds, as for mma_16x8x16, outputs lane / 4 and lane / 4 + 8 of its warp's
+  // 16, and rows 2 (lane % 4) and the next. 16-bit numbers are put in order in shared memory, to be written in whole lines.
+  template <Form kForm>
+  __device__ static void write(const Sums& sums, const Problem& problem, Shared& shared, const Walk& walk, int group) {
+    constexpr bool kIsGated = is_gated(kForm);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    Staging& staging = shared.staging[group];
+#pragma unroll
+    for (int part = 0; part < (kIsGated ? 1 : kParts); ++part) {
+      const int first_column = first_output(problem, walk.output_tile, part) + group * 64;
+      const int own_column = first_column + warp * 16 + lane / 4;
+      const int end_column = min(problem.out, first_output(problem, walk.output_tile, part) + problem.height);
+      const bool exists[2] = {own_column < end_column, own_column + 8 < end_column};
+      const auto bias_of = [&](int part) {
+        const Scalar* bias = problem.bias + part * problem.out + own_column;
+        return make_float2(problem.bias && exists[0] ? to_float(bias[0]) : 0.0f, problem.bias && exists[1] ? to_float(bias[8]) : 0.0f);
+      };
+      const auto scale_of = [&](int part) {  // of the outputs
+        if (!kIsRounded<Stored>) return make_float2(1.0f, 1.0f);
+        const float* scales = problem.scales.of_outputs + part * problem.out + own_column;
+        return make_float2(exists[0] ? scales[0] : 0.0f, exists[1] ? scales[8] : 0.0f);
+      };
+      const float2 bias = bias_of(0), up_bias = kIsGated ? bias_of(1) : make_float2(0.0f, 0.0f);
+      const float2 scale = scale_of(0), up_scale = scale_of(kIsGated ? 1 : 0);
+      const auto sums_of = [&](int part, int octet, float2 bias, float2 scale) {
+        const Sum* numbers = &sums[part][octet * 4];
+        float4 sum = make_float4(numbers[0], numbers[1], numbers[2], numbers[3]);
+        if constexpr (kIsRounded<Stored>) {
+          const int row = walk.row + octet * 8 + lane % 4 * 2;
+          const float first = row < problem.rows ? problem.scales.of_rows[row] : 0.0f;
+          const float second = row + 1 < problem.rows ? problem.scales.of_rows[row + 1] : 0.0f;
+          sum = make_float4(sum.x * (first * scale.x), sum.y * (second * scale.x), sum.z * (first * scale.y), sum.w * (second * scale.y));
+        }
+        return make_float4(sum.x + bias.x, sum.y + bias.x, sum.z + bias.y, sum.w + bias.y);
+      };
+#pragma unroll
+      for (int first = 0; first < kOctets; first += kStagingRows / 8) {
+        const int row = walk.row + first * 8;
+        if (row >= problem.rows) break;
+#pragma unroll
+        for (int at = 0; at < kStagingRows / 8; ++at) {
+          float4 y = sums_of(part, first + at, bias, scale);
+          if constexpr (kIsGated) {
+            const float4 up = sums_of(kParts - 1, first + at, up_bias, up_scale);
+            y = make_float4(gated(kForm, y.x, up.x), gated(kForm, y.y, up.y), gated(kForm, y.z, up.z), gated(kForm, y.w, up.w));
+          }
+          if constexpr (kForm == kFloat) {
+            const int own_row = row + at * 8 + lane % 4 * 2;
+            float* target = static_cast<float*>(problem.y) + static_cast<i64>(own_row) * problem.out + own_column;
+            if (own_row < problem.rows && exists[0]) target[0] = y.x;
+            if (own_row < problem.rows && exists[1]) target[8] = y.z;
+            if (own_row + 1 < problem.rows && exists[0]) target[problem.out] = y.y;
+            if (own_row + 1 < problem.rows && exists[1]) target[problem.out + 8] = y.w;
+          } else {
+            const int own_row = at * 8 + lane / 4;
+            const u32 words[2] = {transpose(pack<Scalar>(y.x, y.y)), transpose(pack<Scalar>(y.z, y.w))};
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              *reinterpret_cast<u32*>(&staging.y[own_row][(warp * 2 + half ^ own_row % 8) * 8 + lane % 4 * 2]) = words[half];
+          }
+        }
+        if constexpr (kForm != kFloat) {
+          meet_threads(1 + group, 128);
+          const int column = first_column + threadIdx.x % 8 * 8;
+#pragma unroll
+          for (int i = 0; i < kStagingRows / 16; ++i) {
+            const int at = i * 16 + threadIdx.x % 128 / 8;
+            if (row + at < problem.rows && column < end_column)
+              *reinterpret_cast<uint4*>(static_cast<Scalar*>(problem.y) + static_cast<i64>(row + at) * problem.out + column) =
+                  load_bits(&staging.y[at][(threadIdx.x % 8 ^ at % 8) * 8]);
+          }
+          meet_threads(1 + group, 128);
+        }
+      }
+    }
+  }
+
+  __device__ static void write(const Sums& sums, const Problem& problem, Shared& shared, const Walk& walk, int group) {
+    if (problem.form == kPlain) write<kPlain>(sums, problem, shared, walk, group);
+    if (problem.form == kFloat) write<kFloat>(sums, problem, shared, walk, group);
+    if constexpr (kParts == 2) {
+      if (problem.form == kSilu) write<kSilu>(sums, problem, shared, walk, group);
+      if (problem.form == kGeluTanh) write<kGeluTanh>(sums, problem, shared, walk, group);
+    }
+  }
+
+  __device__ static void consume(Shared& shared, const Problem& problem, int group) {
+    wait_for_inputs();  // the last kernel may still read what y replaces
+    Place place;
+    Sums sums;
+    for (Walk walk(problem); !walk.is_over(); walk.advance()) {
+      multiply(sums, shared, problem, place, group);
+      write(sums, problem, shared, walk, group);
+    }
+  }
+
+  __device__ static void run(const Problem& problem) {
+    extern __shared__ uint4 dynamic[];
+    Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<u64>(dynamic) + 1023) / 1024 * 1024);
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        barrier_init(shared.came[stage], 1);
+        barrier_init(shared.left[stage], 4 * kGroups * cluster_size());  // one for each warp that reads it
+      }
+      barrier_init_fence();
+    }
+    __syncthreads();
+    if (cluster_size() > 1) meet_cluster();  // nobody uses the barriers of another block before
+    start_dependents();
+
+    // Together no more registers than the block had at its launch: who asks for more waits for ever.
+    const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
+    if (role == 0) {
+      if constexpr (kGroups == 2) shrink_registers<40>();
+      if (threadIdx.x == 0) produce(shared, problem);
+      else wait_for_inputs();
+    } else {
+      if constexpr (kGroups == 2) grow_registers<232>();
+      consume(shared, problem, role - 1);
+    }
+    if (cluster_size() > 1) {  // before a block ends, the others have ceased to write to it
+      __syncwarp();
+      meet_cluster();
+    }
+  }
+};
