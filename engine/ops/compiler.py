@@ -109,8 +109,9 @@ def signatures(text: str) -> dict[str, str]:
 
 
 def may_overlap(text: str) -> bool:
-    """Whether a source's kernels wait for their inputs by themselves: all of them do, or none."""
-    return "wait_for_inputs();" in text
+    """Whether a source's kernels, or what it includes, wait for their inputs by themselves: all of them do, or none."""
+    included = (_headers()[name] for name in re.findall(r'#include "([\w.]+)"', text))
+    return "wait_for_inputs();" in text or any(may_overlap(header) for header in included)
 
 
 @cache

@@ -38,3 +38,12 @@ __device__ inline float block_sum(float x) {
   __syncthreads();
   return team_sum<32>(lane < blockDim.x / 32 ? of_warp[lane] : 0.0f);
 }
+// The largest of numbers from 0 on, likewise.
+__device__ inline float block_max(float x) {
+  __shared__ float of_warp[32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  x = team_max<32>(x);
+  if (lane == 0) of_warp[warp] = x;
+  __syncthreads();
+  return team_max<32>(lane < blockDim.x / 32 ? of_warp[lane] : 0.0f);
+}

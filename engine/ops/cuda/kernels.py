@@ -10,7 +10,13 @@ from engine.ops import launcher
 from engine.ops.compiler import Build, arch_of
 
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SCALARS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "float", torch.float8_e4m3fn: "e4m3"}
+SCALARS = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "float",
+    torch.float8_e4m3fn: "e4m3",
+    torch.int8: "s8",
+}
 
 
 def kernel(x: Tensor, name: str, make_build: Callable[..., Build], *constants: object) -> launcher.Kernel:

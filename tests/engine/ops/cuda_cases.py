@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE
 from engine.ops import cuda, reference, sampling_line
+from engine.ops.cuda import rounded_gemm
 from engine.ops.cuda.gemm import GATED_FORMS, Tiling
 from engine.ops.cuda.grouped_weight import GroupedWeight, empty, put
 from engine.quantization.weight import Scheme, round_to_nearest
@@ -151,6 +152,45 @@ def check_grouped_linear(
     precision = x.dtype if is_rounded else y.dtype
     assert_rows_close(y, _gated(expected, form) if form in GATED_FORMS else expected, precision)
     assert torch.equal(y, product(x, weight, bias, form)), "not the same twice"
+
+
+def rounded_weight(device: str, stored: torch.dtype, inputs: int, out: int) -> tuple[Tensor, Tensor]:
+    """(Numbers [out, in] of 8 bits, scales [out]) of a weight whose outputs are about 1 in size."""
+    numbers, scales = reference.round_rows(random(out, inputs, device=device, dtype=torch.float32, scale=2 * inputs**-0.5), stored)
+    return numbers, scales.squeeze(1)
+
+
+def check_rounding(device: str, dtype: torch.dtype, stored: torch.dtype, rows: int, dim: int) -> None:
+    x = random(rows, dim, device=device, dtype=dtype) * torch.logspace(-3, 3, rows, device=device).unsqueeze(1).to(dtype)
+    x[rows // 2] = 0
+    with poisoned():
+        y, scales = rounded_gemm.round_rows(x, stored)
+    expected, expected_scales = reference.round_rows(x.float(), stored)
+    assert torch.equal(scales, expected_scales.squeeze(1))
+    assert torch.equal(y.float(), expected.float())
+
+
+def check_rounded_linear(
+    product: Callable[..., Tensor],
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    form: str,
+    rows: int,
+    inputs: int,
+    out: int,
+    has_bias: bool = False,
+) -> None:
+    """product(x, x_scales, numbers, scales, bias, form, dtype) of numbers of 8 bits."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    numbers, scales = rounded_weight(device, stored, inputs, out)
+    x, x_scales = reference.round_rows(random(rows, inputs, device=device, dtype=torch.float32), stored)
+    bias = random(out, device=device, dtype=dtype) if has_bias else None
+    with poisoned():
+        y = product(x, x_scales.squeeze(1), numbers, scales, bias, form, dtype)
+    expected = x.double() * x_scales.double() @ (numbers.double() * scales.double().unsqueeze(1)).T
+    expected = expected if bias is None else expected + bias.double()
+    assert_rows_close(y, _gated(expected, form) if form in GATED_FORMS else expected, y.dtype)
+    assert torch.equal(y, product(x, x_scales.squeeze(1), numbers, scales, bias, form, dtype)), "not the same twice"
 
 
 def check_batch_invariance(device: str, dtype: torch.dtype, inputs: int, out: int, sizes: tuple[int, ...]) -> None:

@@ -36,10 +36,10 @@ class EmulatedKernel:
 def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
     """The kernels of a build, compiled in a folder of their own."""
     for header in kernels_folder().rglob("*.cuh"):
-        shutil.copy(header, folder)
+        (folder / header.name).write_text(_with_shared_memory(header.read_text()))
     for header in HEADERS:
         shutil.copy(Path(__file__).parent / f"emulated_{header}", folder / header)
-    text = re.sub(r"extern __shared__ uint4 (\w+)\[\];", r"uint4* \1 = dynamic_shared.data();", source(build.file))
+    text = _with_shared_memory(source(build.file))
     kernels = signatures(text)
     (folder / "kernels.cpp").write_text(
         '#include "ptx.cuh"\n' + text + "".join(map(_runner, kernels, kernels.values()))
@@ -60,6 +60,10 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
 def tensor_map(pointer: int, num_rows: int, row_length: int, box_rows: int, box_columns: int = 0) -> bytes:
     """What engine.ops.launcher.tensor_map, plain_map and octets_map are on a GPU."""
     return struct.pack("5Q88x", pointer, num_rows, row_length, box_rows, box_columns)
+
+
+def _with_shared_memory(text: str) -> str:
+    return re.sub(r"extern __shared__ uint4 (\w+)\[\];", r"uint4* \1 = dynamic_shared.data();", text)
 
 
 def _letters(signature: str) -> list[str]:

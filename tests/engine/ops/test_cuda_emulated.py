@@ -10,7 +10,7 @@ import torch
 
 from engine.ops import cuda
 from engine.ops.compiler import Build
-from engine.ops.cuda import grouped_gemm
+from engine.ops.cuda import grouped_gemm, rounded_gemm
 from engine.ops.cuda.gemm import Tiling
 from engine.ops.cuda.grouped_gemm import GroupedTiling
 from tests.engine.ops import cuda_cases as cases
@@ -40,7 +40,7 @@ def _emulated_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(cuda.launcher, "tensor_map", emulated_kernels.tensor_map)
         patch.setattr(cuda.launcher, "octets_map", emulated_kernels.tensor_map)
         patch.setattr(cuda.launcher, "plain_map", emulated_kernels.tensor_map)
-        for module in (cuda.gemm, grouped_gemm):
+        for module in (cuda.gemm, grouped_gemm, rounded_gemm):
             patch.setattr(module, "few_rows_ring_bytes", lambda arch: 184 << 10)
         torch.manual_seed(0)
         yield
@@ -165,6 +165,37 @@ def test_products_of_grouped_integers_of_any_number_of_rows(monkeypatch, arch, f
     weight, plain = cases.grouped_weight("cpu", BF16, 328, out, 4, 64, is_symmetric=False)
     for rows in (1, 20, 600):
         cases.check_grouped_linear(grouped_gemm.product, weight, plain, form, rows, is_rounded=True)
+
+
+@pytest.mark.parametrize("stored", [E4M3, torch.int8])
+@pytest.mark.parametrize(("dtype", "dim"), [(BF16, 64), (F16, 1096), (BF16, 17_000)])
+def test_rows_are_rounded_to_eight_bits(stored, dtype, dim):
+    cases.check_rounding("cpu", dtype, stored, rows=5, dim=dim)
+
+
+@pytest.mark.parametrize("stored", [E4M3, torch.int8])
+@pytest.mark.parametrize(
+    ("octets", "form", "rows", "inputs", "out"),
+    [(2, "plain", 1, 1040, 72), (6, "float", 16, 336, 376), (4, "silu", 7, 2064, 320)],
+)
+def test_few_rows_of_eight_bits(stored, octets, form, rows, inputs, out):
+    few_rows = partial(rounded_gemm.few_rows, octets)
+    cases.check_rounded_linear(few_rows, stored, BF16 if rows % 2 else F16, form, rows, inputs, out, has_bias=rows > 1)
+
+
+@pytest.mark.parametrize("stored", [E4M3, torch.int8])
+@pytest.mark.parametrize(
+    ("tiling", "form", "rows", "inputs", "out"),
+    [
+        (Tiling(16, 2, 2, 128), "plain", 5, 208, 136),
+        (Tiling(64, 2, 2, 112), "silu", 33, 656, 272),
+        (Tiling(32, 1, 1, 64, cluster=2), "float", 100, 1424, 600),
+    ],
+)
+def test_many_rows_of_eight_bits_on_hopper(monkeypatch, stored, tiling, form, rows, inputs, out):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
+    many_rows = partial(rounded_gemm.many_rows, tiling)
+    cases.check_rounded_linear(many_rows, stored, BF16, form, rows, inputs, out, has_bias=rows > 5)
 
 
 def test_rows_on_hopper_do_not_depend_on_the_batch(monkeypatch):
