@@ -67,7 +67,9 @@ class Worker:
             )
             self.model.load(ckpt)
             on_progress("compiling kernels", 0.0)
-            ops.warm_up(self.device, self.dtype, self.kv_dtype, self.model_config)
+            scheme = linear_format.scheme_of("model.layers.0.mlp.down_proj") if linear_format else None
+            schemes = [] if scheme is None else [scheme]
+            ops.warm_up(self.device, self.dtype, self.kv_dtype, self.model_config, schemes)
             if self.device.type == "cpu":
                 loading.close()  # it has no hands free, and its memory is known when the weights are in it
             # A GPU gets its weights meanwhile: what is measured depends on their shapes alone.

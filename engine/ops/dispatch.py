@@ -3,6 +3,7 @@
 Each of the three modules holds functions of the same names and signatures.
 """
 
+from collections.abc import Iterable
 from types import ModuleType
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from engine.errors import UserError
 from engine.model_config import ModelConfig
 from engine.ops import native, reference
+from engine.quantization.weight import Scheme
 
 
 def body(x: Tensor) -> ModuleType:
@@ -22,14 +24,16 @@ def body(x: Tensor) -> ModuleType:
     return native if native.is_usable(x) else reference
 
 
-def warm_up(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, config: ModelConfig) -> None:
-    """Build every kernel that a model needs: none is compiled while it serves."""
+def warm_up(
+    device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, config: ModelConfig, schemes: Iterable[Scheme]
+) -> None:
+    """Build every kernel that a model with quantized weights of these schemes needs: none is compiled while it serves."""
     if device.type == "cuda":
         from engine.ops import cuda
 
         masks = any(config.layer_windows) or bool(config.attention_softcap)
         heads = (config.head_dim, config.num_heads, config.num_kv_heads)
-        cuda.warm_up(device, dtype, *heads, masks, kv_dtype)
+        cuda.warm_up(device, dtype, *heads, masks, kv_dtype, schemes)
     else:
         native.is_usable(torch.empty(0, dtype=dtype))
 

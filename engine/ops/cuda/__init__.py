@@ -3,20 +3,17 @@
 Nothing here reads from the device, and grids depend on shapes and the batch's host numbers alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from engine.errors import UserError
 from engine.ops import launcher
 from engine.ops.compiler import Build, cubins
-from engine.ops.cuda import attention, gemm, kernels, rows, sampling
+from engine.ops.cuda import attention, gemm, kernels, quantized, rows, sampling
 from engine.ops.cuda.attention import paged_attention
 from engine.ops.cuda.gemm import gated_linear, linear, logits
-from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
-from engine.ops.cuda.sampling import gumbel_noise, logprobs, sample, take_best
-from engine.ops.reference import (
-    blockwise_linear,
+from engine.ops.cuda.quantized import (
     empty_grouped,
     grouped_gated_linear,
     grouped_linear,
@@ -24,6 +21,10 @@ from engine.ops.reference import (
     rounded_gated_linear,
     rounded_linear,
 )
+from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
+from engine.ops.cuda.sampling import gumbel_noise, logprobs, sample, take_best
+from engine.ops.reference import blockwise_linear
+from engine.quantization.weight import Scheme
 
 __all__ = [
     "add_rms_norm",
@@ -59,13 +60,16 @@ def warm_up(
     num_kv_heads: int,
     masks: bool = True,
     kv_dtype: torch.dtype | None = None,
+    schemes: Iterable[Scheme] = (),
 ) -> None:
     """Compile (or find in the cache) and load every kernel that a model needs: none is compiled while it serves.
 
-    masks: some of its layers have a window or a soft cap. kv_dtype: of the KV cache, if not dtype.
+    masks: some of its layers have a window or a soft cap. kv_dtype: of the KV cache, if not dtype. schemes: of its
+    quantized weights.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
-    builds = list(model_builds(kernels.arch(index), dtype, head_dim, num_heads // num_kv_heads, masks, kv_dtype))
+    heads_per_kv = num_heads // num_kv_heads
+    builds = list(model_builds(kernels.arch(index), dtype, head_dim, heads_per_kv, masks, kv_dtype, schemes))
     cubins(builds)
     for build in builds:
         launcher.load(build, index)
@@ -78,6 +82,7 @@ def model_builds(
     heads_per_kv: int,
     masks: bool = True,
     kv_dtype: torch.dtype | None = None,
+    schemes: Iterable[Scheme] = (),
 ) -> Iterator[Build]:
     """The builds that a model of these numbers runs on."""
     if dtype not in kernels.MODEL_DTYPES:
@@ -89,6 +94,7 @@ def model_builds(
     yield from sampling.builds(arch)
     yield from attention.builds(arch, dtype, head_dim, heads_per_kv, masks, kv_dtype)
     yield from gemm.builds(arch, dtype)
+    yield from quantized.builds(arch, dtype, schemes)
 
 
 def set_batch_invariant(is_on: bool) -> None:

@@ -24,7 +24,7 @@ from engine.ops.cuda.gemm import (
     few_rows_ring_bytes,
     is_batch_invariant,
 )
-from engine.ops.cuda.grouped_weight import CHUNK, OUTPUTS, GroupedWeight
+from engine.ops.cuda.grouped_weight import CHUNK, OUTPUTS, PackedWeight
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
 from engine.ops.cuda.rows import gated_activation
 
@@ -73,19 +73,21 @@ class GroupedTiling:
     split: int = 1  # blocks that share out the inputs of a tile
 
 
-def product(x: Tensor, weight: GroupedWeight, bias: Tensor | None, form: str) -> Tensor:
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None, form: str) -> Tensor:
     """x · Wᵀ + bias in one of FORMS: by whatever is fastest, or by the kernel whose rows do not know the batch."""
     num_rows, arch, num_sms = len(x), kernels.arch(x.get_device()), kernels.num_sms(x.get_device())
-    if form in GATED_FORMS and weight.out % (2 * OUTPUTS):
+    if form in GATED_FORMS and weight.out_features % (2 * OUTPUTS):
         return gated_activation(product(x, weight, bias, "plain"), form)
-    is_aligned = weight.out % (16 if form in GATED_FORMS else 2) == 0
+    is_aligned = weight.out_features % (16 if form in GATED_FORMS else 2) == 0
     if num_rows and is_aligned:
         if num_rows <= FEW_ROWS[-1] and not is_batch_invariant():
-            tiles = few_rows_tiles(num_rows, weight.out, weight.bits, form, num_sms, few_rows_ring_bytes(arch))
+            tiles = few_rows_tiles(num_rows, weight.out_features, weight.bits, form, num_sms, few_rows_ring_bytes(arch))
             return few_rows(tiles, x, weight, bias, form)
         if arch == "sm_90a" and (num_rows <= MOST_ROWS or is_batch_invariant()):
             most_split = 1 if is_batch_invariant() else 8
-            tiling = many_rows_tiling(num_rows, weight.inputs, weight.out, weight.bits, form, num_sms, most_split)
+            tiling = many_rows_tiling(
+                num_rows, weight.in_features, weight.out_features, weight.bits, form, num_sms, most_split
+            )
             return many_rows(tiling, x, weight, bias, form)
     y = F.linear(x, widen(weight), bias)
     return gated_activation(y, form) if form in GATED_FORMS else y
@@ -141,7 +143,7 @@ def many_rows_tiling(
 # All three kernels read the weight while the one launched last may still run: that one must not be what writes it.
 
 
-def few_rows(tiles: int, x: Tensor, weight: GroupedWeight, bias: Tensor | None, form: str) -> Tensor:
+def few_rows(tiles: int, x: Tensor, weight: PackedWeight, bias: Tensor | None, form: str) -> Tensor:
     num_rows, inputs = x.shape
     y = _new_result(x, weight, form)
     rows = next(n for n in FEW_ROWS if num_rows <= n)
@@ -150,25 +152,25 @@ def few_rows(tiles: int, x: Tensor, weight: GroupedWeight, bias: Tensor | None, 
     kernel(x, f"few_rows_grouped_{tiles}", few_rows_build, x.dtype, weight.bits, groups, rows)(
         (min(kernels.num_sms(x.get_device()), num_tiles), 1, 1),
         256,
-        *(y.data_ptr(), x.data_ptr(), weight.packed.data_ptr(), weight.grid.data_ptr(), pointer(bias)),
-        *(FORMS.index(form), num_rows, inputs, y.shape[1], weight.grid.shape[1], _chunks_of_group(weight)),
+        *(y.data_ptr(), x.data_ptr(), weight.packed.data_ptr(), weight.scales.data_ptr(), pointer(bias)),
+        *(FORMS.index(form), num_rows, inputs, y.shape[1], weight.scales.shape[1], _chunks_of_group(weight)),
     )
     return y
 
 
-def many_rows(tiling: GroupedTiling, x: Tensor, weight: GroupedWeight, bias: Tensor | None, form: str) -> Tensor:
+def many_rows(tiling: GroupedTiling, x: Tensor, weight: PackedWeight, bias: Tensor | None, form: str) -> Tensor:
     num_rows, inputs = x.shape
     y = _new_result(x, weight, form)
     sixteens, groups, box = len(weight.packed), _groups_of_chunk(weight.group_size), tiling.height // OUTPUTS
-    row_length, grid_length = 2 * weight.packed[0].numel(), 2 * weight.grid[0].numel()  # in 16 bits
-    num_tiles = -(-num_rows // tiling.rows) * -(-weight.out // (tiling.parts * tiling.height))
+    row_length, grid_length = 2 * weight.packed[0].numel(), 2 * weight.scales[0].numel()  # in 16 bits
+    num_tiles = -(-num_rows // tiling.rows) * -(-weight.out_features // (tiling.parts * tiling.height))
     blocks = num_tiles * tiling.split if tiling.split > 1 else min(num_tiles, kernels.num_sms(x.get_device()))
     name = f"many_rows_grouped_{tiling.groups}x{tiling.parts}"
     kernel(x, name, many_rows_build, x.dtype, weight.bits, groups, tiling.rows)(
         (blocks, 1, 1),
         128 * (tiling.groups + 1),
         launcher.plain_map(weight.packed.data_ptr(), sixteens, row_length, box, 256),
-        launcher.plain_map(weight.grid.data_ptr(), sixteens, grid_length, box, 32 * groups),
+        launcher.plain_map(weight.scales.data_ptr(), sixteens, grid_length, box, 32 * groups),
         launcher.tensor_map(x.data_ptr(), num_rows, inputs, tiling.rows),
         *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1], tiling.height),
         _chunks_of_group(weight),
@@ -177,16 +179,16 @@ def many_rows(tiling: GroupedTiling, x: Tensor, weight: GroupedWeight, bias: Ten
     return y
 
 
-def widen(weight: GroupedWeight) -> Tensor:
+def widen(weight: PackedWeight) -> Tensor:
     """The weight [out, in] in x's type."""
-    y = weight.packed.new_empty(weight.out, weight.inputs, dtype=weight.dtype)
+    y = weight.packed.new_empty(weight.out_features, weight.in_features, dtype=weight.dtype)
     sixteens, chunks = weight.packed.shape[:2]
     groups = _groups_of_chunk(weight.group_size)
     kernel(y, "widen_grouped", widen_build, y.dtype, weight.bits, groups)(
         (-(-chunks // 8), sixteens, 1),
         256,
-        *(y.data_ptr(), weight.packed.data_ptr(), weight.grid.data_ptr()),
-        *(weight.out, weight.inputs, weight.grid.shape[1], _chunks_of_group(weight)),
+        *(y.data_ptr(), weight.packed.data_ptr(), weight.scales.data_ptr()),
+        *(weight.out_features, weight.in_features, weight.scales.shape[1], _chunks_of_group(weight)),
     )
     return y
 
@@ -195,13 +197,13 @@ def _groups_of_chunk(group_size: int) -> int:
     return 2 if group_size < CHUNK else 1
 
 
-def _chunks_of_group(weight: GroupedWeight) -> int:
-    """Where groups hold whole chunks, or all inputs."""
+def _chunks_of_group(weight: PackedWeight) -> int:
+    """Where groups hold whole chunks, or one holds all inputs."""
     return -(-weight.group_size // CHUNK)
 
 
-def _new_result(x: Tensor, weight: GroupedWeight, form: str) -> Tensor:
-    assert (x.dtype, x.shape[1]) == (weight.dtype, weight.inputs), (x.dtype, x.shape, weight)
+def _new_result(x: Tensor, weight: PackedWeight, form: str) -> Tensor:
+    assert (x.dtype, x.shape[1]) == (weight.dtype, weight.in_features), (x.dtype, x.shape, weight)
     check_rows(x)
-    out = weight.out // 2 if form in GATED_FORMS else weight.out
+    out = weight.out_features // 2 if form in GATED_FORMS else weight.out_features
     return x.new_empty(len(x), out, dtype=torch.float32 if form == "float" else x.dtype)

@@ -12,41 +12,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.ops.grouped import GroupedWeight
+
 OUTPUTS, CHUNK = 16, 64  # of a piece of a packed weight; inputs
 _ROWS_AT_ONCE = 4096  # of a weight that is packed
 
 
 @dataclass(frozen=True)
-class GroupedWeight:
-    """W [out, in] ≈ (q - zero) · scale. Outputs are filled up to 16s, inputs to chunks of 64."""
+class PackedWeight(GroupedWeight):
+    """Outputs are filled up to 16s, inputs to chunks of 64.
 
-    packed: Tensor  # [out / 16, in / 64, pieces, 32 lanes, 4] int32; pieces: 1 of 4-bit numbers, 2 of 8-bit ones
-    grid: Tensor  # [out / 16, groups, 16] int32: the bits of a float32 scale, the lowest 8 of which are the zero
-    out: int
-    inputs: int
-    bits: int
-    group_size: int  # inputs: 32 or a multiple of 64
+    packed [out / 16, in / 64, pieces, 32 lanes, 4] int32: one piece of 4-bit numbers, two of 8-bit ones. scales
+    [out / 16, groups, 16] int32: the bits of a float32 scale, the lowest 8 of which are the zero. No zeros beside.
+    """
+
+    in_features: int
     dtype: torch.dtype  # of x and y
 
 
 def knows_groups(inputs: int, group_size: int) -> bool:
-    """Whether the kernels know these groups. group_size 0: one group, all inputs."""
-    return inputs % 8 == 0 and (group_size == 0 or group_size == 32 or group_size % CHUNK == 0)
+    """Whether the kernels know these groups."""
+    return inputs % 8 == 0 and (group_size in (32, inputs) or group_size % CHUNK == 0)
 
 
 def empty(
     out: int, inputs: int, group_size: int, bits: int, dtype: torch.dtype, take: Callable[..., Tensor] = torch.empty
-) -> GroupedWeight:
-    """The memory of a weight, by `take(*shape, dtype=)`. group_size 0: one group."""
+) -> PackedWeight:
+    """The memory of a weight, by `take(*shape, dtype=)`."""
     assert knows_groups(inputs, group_size), (inputs, group_size)
     sixteens, chunks = -(-out // OUTPUTS), -(-inputs // CHUNK)
-    group_size = group_size or chunks * CHUNK
+    groups = 2 * chunks if group_size < CHUNK else -(-inputs // group_size)
     packed = take(sixteens, chunks, bits // 4, 32, 4, dtype=torch.int32)
-    grid = take(sixteens, -(-chunks * CHUNK // group_size), OUTPUTS, dtype=torch.int32)
-    return GroupedWeight(packed, grid, out, inputs, bits, group_size, dtype)
+    grid = take(sixteens, groups, OUTPUTS, dtype=torch.int32)
+    return PackedWeight(out, bits, group_size, packed, grid, None, inputs, dtype)
 
 
-def put(weight: GroupedWeight, first_row: int, numbers: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+def put(weight: PackedWeight, first_row: int, numbers: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
     """Fill rows of a weight from `first_row` on, a multiple of 16; their last sixteen belongs to them.
 
     numbers [n, in] int8 from -2^(bits - 1) on, the inputs of a group side by side; scales and zeros [n, groups], on any
@@ -59,12 +60,14 @@ def put(weight: GroupedWeight, first_row: int, numbers: Tensor, scales: Tensor, 
         packed = _pack_numbers(rows, chunks, weight.bits)
         at = (first_row + first) // OUTPUTS
         weight.packed[at : at + len(packed)] = packed
-    grid = _pack_grid(scales.to(device), None if zeros is None else zeros.to(device), weight.grid.shape[1], weight.bits)
+    grid = _pack_grid(
+        scales.to(device), None if zeros is None else zeros.to(device), weight.scales.shape[1], weight.bits
+    )
     at = first_row // OUTPUTS
-    weight.grid[at : at + len(grid)] = grid
+    weight.scales[at : at + len(grid)] = grid
 
 
-def unpack(weight: GroupedWeight) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """(numbers [out, in] int8, scales [out, groups] float32, zeros [out, groups] int16) of a packed weight."""
     sixteens, chunks = weight.packed.shape[:2]
     octets = weight.packed.contiguous().view(torch.uint8)
@@ -76,10 +79,10 @@ def unpack(weight: GroupedWeight) -> tuple[Tensor, Tensor, Tensor]:
     else:
         split = octets.view(sixteens, chunks, 2, 8, 4, 2, 2, 2, 2)  # ..., piece, row, pair, product, eight, odd, half
         numbers = split.permute(0, 8, 3, 1, 2, 5, 6, 4, 7).reshape(shape).view(torch.int8)
-    words = weight.grid.transpose(1, 2).reshape(sixteens * OUTPUTS, -1)[: weight.out]
+    words = weight.scales.transpose(1, 2).reshape(sixteens * OUTPUTS, -1)[: weight.out_features]
     scales = (words & ~255).view(torch.float32)
     zeros = (words & 15) - 8 if weight.bits == 4 else (words & 255).to(torch.int8)
-    return numbers.view(-1, chunks * CHUNK)[: weight.out, : weight.inputs], scales, zeros.to(torch.int16)
+    return numbers.view(-1, chunks * CHUNK)[: weight.out_features, : weight.in_features], scales, zeros.to(torch.int16)
 
 
 def _pack_numbers(numbers: Tensor, chunks: int, bits: int) -> Tensor:

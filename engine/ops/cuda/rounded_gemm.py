@@ -1,7 +1,7 @@
 """Products of inputs and weights rounded to 8 bits, e4m3 or int8: a scale for each row of x and each output.
 
-gemm/few_rows_rounded.cu for up to 16 rows, gemm/many_rows_rounded.cu on Hopper for those of larger decode batches, and for
-int8 whatever the number; beyond, and elsewhere, what PyTorch calls.
+gemm/few_rows_rounded.cu for up to 16 rows, gemm/many_rows_rounded.cu on Hopper for those of larger decode batches, and
+for int8 whatever the number; beyond, and elsewhere, what PyTorch calls.
 """
 
 from collections.abc import Iterator
@@ -62,9 +62,7 @@ def product(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, for
     if num_rows and is_aligned and inputs <= 32768 and x.dtype is not torch.float32:
         num_sms, ring_bytes = kernels.num_sms(x.get_device()), few_rows_ring_bytes(arch)
         octets = 0 if is_batch_invariant() else few_rows_octets(num_rows, inputs, out, num_sms, ring_bytes)
-        on_hopper = arch == "sm_90a" and (
-            num_rows <= MOST_ROWS or numbers.dtype is torch.int8 or is_batch_invariant()
-        )
+        on_hopper = arch == "sm_90a" and (num_rows <= MOST_ROWS or numbers.dtype is torch.int8 or is_batch_invariant())
         rounded, x_scales = round_rows(x, numbers.dtype)
         if octets:
             return few_rows(octets, rounded, x_scales, numbers, scales, bias, form, x.dtype)

@@ -21,7 +21,7 @@ from engine.config import BLOCK_SIZE
 from engine.ops import cuda, reference, sampling_line
 from engine.ops.cuda import rounded_gemm
 from engine.ops.cuda.gemm import GATED_FORMS, Tiling
-from engine.ops.cuda.grouped_weight import GroupedWeight, empty, put
+from engine.ops.cuda.grouped_weight import PackedWeight, empty, put
 from engine.quantization.weight import Scheme, round_to_nearest
 from engine.sampling_params import SamplingParams
 
@@ -117,14 +117,14 @@ def check_many_rows(
 
 def grouped_weight(
     device: str, dtype: torch.dtype, inputs: int, out: int, bits: Literal[4, 8], group_size: int, is_symmetric: bool
-) -> tuple[GroupedWeight, Tensor]:
+) -> tuple[PackedWeight, Tensor]:
     """(A weight of grouped integers, packed in two parts, and the same in float64), its outputs about 1 in size."""
     scheme = Scheme("int", bits, (1, group_size), is_symmetric)
     plain = random(out, inputs, device=device, dtype=torch.float32, scale=2 * inputs**-0.5)
     whole = round_to_nearest(plain + (0 if is_symmetric else 0.3 * inputs**-0.5), scheme)
     whole = replace(whole, scales=whole.scales.to(dtype))
     with poisoned():
-        weight = empty(out, inputs, group_size, bits, dtype, partial(torch.empty, device=device))
+        weight = empty(out, inputs, group_size or inputs, bits, dtype, partial(torch.empty, device=device))
     first = out // 2 // 16 * 16
     for part in (slice(0, first), slice(first, out)):
         zeros = None if whole.zeros is None else whole.zeros[part]
@@ -134,7 +134,7 @@ def grouped_weight(
 
 def check_grouped_linear(
     product: Callable[..., Tensor],
-    weight: GroupedWeight,
+    weight: PackedWeight,
     plain: Tensor,
     form: str,
     rows: int,
@@ -156,12 +156,16 @@ def check_grouped_linear(
 
 def rounded_weight(device: str, stored: torch.dtype, inputs: int, out: int) -> tuple[Tensor, Tensor]:
     """(Numbers [out, in] of 8 bits, scales [out]) of a weight whose outputs are about 1 in size."""
-    numbers, scales = reference.round_rows(random(out, inputs, device=device, dtype=torch.float32, scale=2 * inputs**-0.5), stored)
+    numbers, scales = reference.round_rows(
+        random(out, inputs, device=device, dtype=torch.float32, scale=2 * inputs**-0.5), stored
+    )
     return numbers, scales.squeeze(1)
 
 
 def check_rounding(device: str, dtype: torch.dtype, stored: torch.dtype, rows: int, dim: int) -> None:
-    x = random(rows, dim, device=device, dtype=dtype) * torch.logspace(-3, 3, rows, device=device).unsqueeze(1).to(dtype)
+    x = random(rows, dim, device=device, dtype=dtype) * torch.logspace(-3, 3, rows, device=device).unsqueeze(1).to(
+        dtype
+    )
     x[rows // 2] = 0
     with poisoned():
         y, scales = rounded_gemm.round_rows(x, stored)
@@ -171,6 +175,7 @@ def check_rounding(device: str, dtype: torch.dtype, stored: torch.dtype, rows: i
 
 
 def check_rounded_linear(
+    device: str,
     product: Callable[..., Tensor],
     stored: torch.dtype,
     dtype: torch.dtype,
@@ -181,7 +186,6 @@ def check_rounded_linear(
     has_bias: bool = False,
 ) -> None:
     """product(x, x_scales, numbers, scales, bias, form, dtype) of numbers of 8 bits."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     numbers, scales = rounded_weight(device, stored, inputs, out)
     x, x_scales = reference.round_rows(random(rows, inputs, device=device, dtype=torch.float32), stored)
     bias = random(out, device=device, dtype=dtype) if has_bias else None

@@ -8,8 +8,9 @@ import torch
 from engine.cache import cache_folder
 from engine.errors import UserError
 from engine.ops import compiler, cuda, launcher
-from engine.ops.cuda import gemm, grouped_gemm
+from engine.ops.cuda import gemm, quantized
 from engine.ops.sources import kernels_folder
+from engine.quantization.weight import ALL, Scheme
 
 pytest.importorskip("cuda.bindings")
 
@@ -40,13 +41,13 @@ BUILDS = {
     for head_dim, heads_per_kv in MODELS.values()
     for build in cuda.model_builds(arch, dtype, head_dim, heads_per_kv, kv_dtype=kv_dtype)
 }
-GROUPED = (  # bits, size of a group
-    ("sm_80", torch.bfloat16, 4, 128),
-    ("sm_90a", torch.bfloat16, 4, 128),
-    ("sm_90a", torch.float16, 4, 32),
-    ("sm_90a", torch.bfloat16, 8, 128),
+INT4, INT8 = Scheme("int", 4, (1, 128)), Scheme("int", 8, (1, 128))
+QUANTIZED = (
+    ("sm_80", torch.bfloat16, [INT4, Scheme("int", 8, (1, ALL), rounds_inputs=True)]),
+    ("sm_90a", torch.bfloat16, [INT4, INT8, Scheme("float", 8, (1, ALL), rounds_inputs=True)]),
+    ("sm_90a", torch.float16, [Scheme("int", 4, (1, 32)), Scheme("int", 8, (1, ALL), rounds_inputs=True)]),
 )
-BUILDS |= {build for case in GROUPED for build in grouped_gemm.builds(*case)}
+BUILDS |= {build for case in QUANTIZED for build in quantized.builds(*case)}
 SPILLING = """
 extern "C" __global__ void __launch_bounds__(1024) spills(float* x, int n) {  // 64 registers a thread, and 128 numbers
   float own[128];

@@ -180,7 +180,9 @@ def test_rows_are_rounded_to_eight_bits(stored, dtype, dim):
 )
 def test_few_rows_of_eight_bits(stored, octets, form, rows, inputs, out):
     few_rows = partial(rounded_gemm.few_rows, octets)
-    cases.check_rounded_linear(few_rows, stored, BF16 if rows % 2 else F16, form, rows, inputs, out, has_bias=rows > 1)
+    cases.check_rounded_linear(
+        "cpu", few_rows, stored, BF16 if rows % 2 else F16, form, rows, inputs, out, has_bias=rows > 1
+    )
 
 
 @pytest.mark.parametrize("stored", [E4M3, torch.int8])
@@ -195,7 +197,7 @@ def test_few_rows_of_eight_bits(stored, octets, form, rows, inputs, out):
 def test_many_rows_of_eight_bits_on_hopper(monkeypatch, stored, tiling, form, rows, inputs, out):
     monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
     many_rows = partial(rounded_gemm.many_rows, tiling)
-    cases.check_rounded_linear(many_rows, stored, BF16, form, rows, inputs, out, has_bias=rows > 5)
+    cases.check_rounded_linear("cpu", many_rows, stored, BF16, form, rows, inputs, out, has_bias=rows > 5)
 
 
 def test_rows_on_hopper_do_not_depend_on_the_batch(monkeypatch):

@@ -13,7 +13,7 @@ from engine.quantization.weight import Scheme, round_to_nearest
 def test_what_is_packed_comes_back(bits, is_symmetric, group_size, inputs):
     whole = round_to_nearest(torch.randn(40, inputs), Scheme("int", bits, (1, group_size), is_symmetric))
     scales = whole.scales.half()
-    packed = grouped_weight.empty(40, inputs, group_size, bits, torch.bfloat16)
+    packed = grouped_weight.empty(40, inputs, group_size or inputs, bits, torch.bfloat16)
     for part in (slice(0, 32), slice(32, 40)):
         zeros = None if whole.zeros is None else whole.zeros[part]
         grouped_weight.put(packed, part.start, whole.numbers[part], scales[part], zeros)
@@ -28,7 +28,7 @@ def test_what_is_packed_comes_back(bits, is_symmetric, group_size, inputs):
 def test_four_bits_take_half_a_byte():
     packed = grouped_weight.empty(64, 256, 128, 4, torch.bfloat16)
     assert packed.packed.nbytes == 64 * 256 / 2
-    assert packed.grid.nbytes == 64 * 2 * 4
+    assert packed.scales.nbytes == 64 * 2 * 4
 
 
 def test_scales_of_many_digits_are_rounded_to_the_nearest():
@@ -40,6 +40,6 @@ def test_scales_of_many_digits_are_rounded_to_the_nearest():
 
 
 def test_groups_that_kernels_know():
-    assert all(grouped_weight.knows_groups(576, size) for size in (0, 32, 64, 128, 192))
+    assert all(grouped_weight.knows_groups(576, size) for size in (576, 32, 64, 128, 192))
     assert not grouped_weight.knows_groups(576, 96)
     assert not grouped_weight.knows_groups(580, 64)
