@@ -27,7 +27,7 @@ def body(x: Tensor) -> ModuleType:
 def warm_up(
     device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, config: ModelConfig, schemes: Iterable[Scheme]
 ) -> None:
-    """Build every kernel that a model with quantized weights of these schemes needs: none is compiled while it serves."""
+    """Build every kernel that a model needs, weights of `schemes` included: none is compiled while it serves."""
     if device.type == "cuda":
         from engine.ops import cuda
 
