@@ -131,7 +131,8 @@ template <int kGroups, int kParts> struct Multiplication {
       step = walk.first_step;
       walk.advance();
     }
-    __device__ bool is_over() const { return walk.is_over(); }
+    // A block without inputs brings nothing: what nobody waits for could still come while sums are added up there.
+    __device__ bool is_over() const { return walk.is_over() || walk.first_step == walk.end_step; }
   };
 
   __device__ static void produce(Shared& shared, const Problem& problem) {
