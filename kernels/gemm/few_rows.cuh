@@ -2,10 +2,11 @@
 // y [rows, out] of 16 bits, or of float. Or gated (forms.cuh). Numbers of 8 bits (rounded.cuh) have scales.
 //
 // Work: a block takes tiles of kOctets times eight outputs (gated: half of them gates), all inputs of each. Its eight warps
-// take turns at chunks of 128 bytes of inputs; their sums are added in shared memory, always in the same order. Copies of the weight and of x go to a ring in
-// shared memory, far ahead and over the ends of tiles; each warp multiplies what it copied itself, so warps meet only where
-// a tile ends. The tensor cores see x as A (16 rows) and eight outputs as B. They may add up the inputs in any order: a lane
-// reads 16 bytes at a time, eight inputs that stand at the places which the fragments of two products give it.
+// take turns at chunks of 128 bytes of inputs; their sums are added in shared memory, always in the same order. Copies of the
+// weight and of x go to a ring in shared memory, far ahead and over the ends of tiles; each warp multiplies what it copied
+// itself, so warps meet only where a tile ends. The tensor cores see two octets of outputs as A and eight rows of x as B. They
+// may add up the inputs in any order: a lane reads 16 bytes at a time, inputs that stand at the places which the fragments of
+// two products give it.
 // Bound by bytes: the weight, once. As no kernel of a step writes it, its copies start before x is waited for.
 //
 // Built with SCALAR (bf16 or f16: of y and bias), STORED (of x and weight: the same, e4m3 or s8), ROWS (8 or 16: the most it
@@ -80,17 +81,24 @@ template <int kOctets> struct Ring {
   }
 };
 
+// Of an octet of rows a lane holds, as for mma_16x8x16, rows 2 (lane % 4) and the next, and output lane / 4 of two octets.
+template <int kOctets> using Sums = Sum[kOctets / 2][kHalves][4];
+
 // Add the warps' sums of a tile and write them.   out: columns of y
 template <int kOctets>
-__device__ inline void write_tile(const Sum (&sums)[kOctets][4], void* y, Form form, const Scalar* bias, Scales scales, int rows,
+__device__ inline void write_tile(const Sums<kOctets>& sums, void* y, Form form, const Scalar* bias, Scales scales, int rows,
                                   int out, int tile) {
-  __shared__ float2 parts[kWarps][kOctets * kHalves * 32];
+  __shared__ float2 parts[kWarps][kOctets * kHalves * 32];  // an octet of outputs and one of rows: 8 rows of 8 outputs
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int octet = 0; octet < kOctets; ++octet)
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half)
-      parts[threadIdx.x / 32][(octet * kHalves + half) * 32 + threadIdx.x % 32] =
-          make_float2(sums[octet][2 * half], sums[octet][2 * half + 1]);
+    for (int half = 0; half < kHalves; ++half) {
+      const Sum* own = &sums[octet / 2][half][octet % 2 * 2];
+      float* rows_of = reinterpret_cast<float*>(&parts[threadIdx.x / 32][(octet * kHalves + half) * 32]);
+      rows_of[lane % 4 * 16 + lane / 4] = own[0];
+      rows_of[lane % 4 * 16 + 8 + lane / 4] = own[1];
+    }
   __syncthreads();
   const auto total = [&](int at, int row, int output) {
     const float2 start = bias ? unpack<Scalar>(*reinterpret_cast<const u32*>(bias + output)) : make_float2(0.0f, 0.0f);
@@ -102,7 +110,8 @@ __device__ inline void write_tile(const Sum (&sums)[kOctets][4], void* y, Form f
     }
     if constexpr (kIsRounded<Stored>) {
       const float scale = scales.of_rows[row];
-      sum = make_float2(sum.x * (scale * scales.of_outputs[output]) + start.x, sum.y * (scale * scales.of_outputs[output + 1]) + start.y);
+      sum.x = sum.x * (scale * scales.of_outputs[output]) + start.x;
+      sum.y = sum.y * (scale * scales.of_outputs[output + 1]) + start.y;
     }
     return sum;
   };
@@ -120,6 +129,17 @@ __device__ inline void write_tile(const Sum (&sums)[kOctets][4], void* y, Form f
     else *reinterpret_cast<u32*>(static_cast<Scalar*>(y) + target) = pack<Scalar>(sum.x, sum.y);
   }
   __syncthreads();  // before the next tile's sums
+}
+
+// What `write_tile` reads of the scales is to wait for no memory then.   out: rows of the weight
+template <int kOctets>
+__device__ inline void prefetch_scales(Scales scales, bool is_gated, int rows, int out, int tile) {
+  if constexpr (kIsRounded<Stored>) {
+    const int octets = is_gated ? kOctets / 2 : kOctets, at = threadIdx.x % (octets * 8);
+    const int output = tile * octets * 8 + at + (static_cast<int>(threadIdx.x) < octets * 8 ? 0 : out / 2);
+    if (threadIdx.x < kOctets * 8 && output < out) prefetch(scales.of_outputs + output);
+    if (threadIdx.x < rows) prefetch(scales.of_rows + threadIdx.x);
+  }
 }
 
 // Grid: as many blocks as run at once; they take the tiles in turns.
@@ -149,20 +169,24 @@ __device__ inline void multiply(void* y, const Stored* x, const Stored* weight, 
 
   int stage = 0;
   for (int tile = first_tile; tile < num_tiles; tile += gridDim.x) {
-    Sum sums[kOctets][4] = {};
+    prefetch_scales<kOctets>(scales, is_gated(form), rows, out, tile);
+    Sums<kOctets> sums = {};
     for (int step = 0; step < num_steps; ++step) {
       cp_async_wait<kStages<kOctets> - 1>();
       __syncwarp();
 #pragma unroll
       for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
-        const Operand<Stored> low(ring.piece(stage, kOctets, half_chunk));
-        const Operand<Stored> high(kHalves > 1 ? ring.piece(stage, kOctets + kHalves - 1, half_chunk) : make_uint4(0, 0, 0, 0));
+        const Operand<Stored> first(ring.piece(stage, kOctets, half_chunk));
+        const Operand<Stored> second(ring.piece(stage, kOctets + kHalves - 1, half_chunk));
 #pragma unroll
-        for (int octet = 0; octet < kOctets; ++octet) {
-          const Operand<Stored> w(ring.piece(stage, octet, half_chunk));
+        for (int pair = 0; pair < kOctets / 2; ++pair) {
+          const Operand<Stored> low(ring.piece(stage, 2 * pair, half_chunk)), high(ring.piece(stage, 2 * pair + 1, half_chunk));
 #pragma unroll
-          for (int i = 0; i < Operand<Stored>::kWords; i += 2)
-            multiply_16x8<Stored>(sums[octet], {low.words[i], high.words[i], low.words[i + 1], high.words[i + 1]}, w.words[i], w.words[i + 1]);
+          for (int i = 0; i < Operand<Stored>::kWords; i += 2) {
+            const u32 weight[4] = {low.words[i], high.words[i], low.words[i + 1], high.words[i + 1]};
+            multiply_16x8<Stored>(sums[pair][0], weight, first.words[i], first.words[i + 1]);
+            if constexpr (kHalves > 1) multiply_16x8<Stored>(sums[pair][1], weight, second.words[i], second.words[i + 1]);
+          }
         }
       }
       __syncwarp();

@@ -4,12 +4,17 @@
 //
 // Work: a tile is kParts times `height` rows of the weight and kRows rows of x. To the tensor cores the weight is operand A,
 // 64 outputs in each product of a warpgroup, so that few rows of x waste nothing. One thread brings the operands with the copy
-// engine, as many stages ahead as shared memory holds and over the ends of tiles. The blocks of a cluster take neighbouring
-// tiles of the same outputs, and each brings its share of the weight for all: without, what the L2 cache can deliver would
-// bound large products. Bound by bytes (the weight, once) up to about 160 rows, then by FLOPs. As no kernel of a step writes
-// the weight, its copies start before x is waited for.
+// engine, as many stages ahead as shared memory holds and over the ends of tiles. Bound by bytes (the weight, once) up to
+// about 160 rows, then by FLOPs. As no kernel of a step writes the weight, its copies start before x is waited for.
 //
-// An output is summed up in the order of the inputs, whatever the tile: nothing else changes its bits.
+// The blocks of a cluster work together in one of two ways. They take neighbouring tiles of the same outputs, and each brings
+// its share of the weight for all: without, what the L2 cache can deliver would bound large products. Or, where tiles are few,
+// they share out the inputs of one tile (`split`) and add up their sums through each other's shared memory, always in the same
+// order: lower tiles instead would bring x more often.
+//
+// Without a split an output is summed up in the order of the inputs, whatever the tile: nothing else changes its bits. Sums of
+// e4m3 have two levels, as tensor cores keep about 14 bits of them: those of 128 inputs are added in float32 (as DeepSeek-V3,
+// arXiv 2412.19437, 3.3.2).
 //
 // Built with SCALAR (bf16 or f16: of y and bias), STORED (of x and weight: the same, e4m3 or s8), ROWS (of x in a tile: 16, 32,
 // 64 or 128) and BLOCK_BYTES (of shared memory).
@@ -35,6 +40,9 @@ struct Problem {
   Form form;
   int rows, in, out;  // in: 16-bit numbers; out: columns of y
   int height;         // outputs of a part of a tile, at most 64 a warpgroup
+  int split;          // blocks of a cluster that share out the inputs of a tile: 1 or all of them
+
+  __device__ int num_sharers() const { return cluster_size() / split; }  // blocks that bring the weight together
 };
 
 // kGroups warpgroups that compute, each with kParts times 64 outputs. Gated: part 0 holds gates, part 1 the ups for them.
@@ -66,14 +74,18 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     }
   };
 
-  // The tiles of this block. A unit is what its cluster does at a time.
+  // The tiles of this block, and its steps in each. A unit is what its cluster does at a time.
   struct Walk {
-    int num_row_units, num_output_tiles;
+    int num_sharers, num_row_units, num_output_tiles, first_step, end_step;
     int unit, row, output_tile;  // row: the tile's first
     __device__ Walk(const Problem& problem) {
-      const int outputs = problem.height * (is_gated(problem.form) ? 1 : kParts);
-      num_row_units = ceil_div(problem.rows, kRows * cluster_size());
+      const int outputs = problem.height * (is_gated(problem.form) ? 1 : kParts), num_steps = ceil_div(problem.in, kDepth);
+      const int share = problem.split > 1 ? cluster_rank() : 0;
+      num_sharers = problem.num_sharers();
+      num_row_units = ceil_div(problem.rows, kRows * num_sharers);
       num_output_tiles = ceil_div(problem.out, outputs);
+      first_step = num_steps * share / problem.split;
+      end_step = num_steps * (share + 1) / problem.split;
       go_to(blockIdx.x / cluster_size());
     }
     __device__ bool is_over() const { return unit >= num_row_units * num_output_tiles; }
@@ -85,7 +97,8 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
       const int first_row_unit = unit / (kRowUnitsAtOnce * num_output_tiles) * kRowUnitsAtOnce;
       const int row_units_here = min(kRowUnitsAtOnce, num_row_units - first_row_unit);
       const int within = unit - first_row_unit * num_output_tiles;
-      row = ((first_row_unit + within % row_units_here) * cluster_size() + cluster_rank()) * kRows;
+      const int row_unit = first_row_unit + within % row_units_here;
+      row = (row_unit * num_sharers + (num_sharers > 1 ? cluster_rank() : 0)) * kRows;
       output_tile = within / row_units_here;
     }
   };
@@ -103,8 +116,9 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     Walk walk;
     int step, own_outputs, weight_rows[kParts];  // own_outputs: from which on this block brings the weight
 
-    __device__ Producer(Shared& shared, const Problem& problem) : shared(shared), problem(problem), walk(problem), step(0) {
-      own_outputs = cluster_rank() * problem.height / cluster_size();
+    __device__ Producer(Shared& shared, const Problem& problem)
+        : shared(shared), problem(problem), walk(problem), step(walk.first_step) {
+      own_outputs = walk.num_sharers > 1 ? cluster_rank() * problem.height / walk.num_sharers : 0;
       begin_tile();
     }
     __device__ void copy_weight(int stage) {
@@ -116,7 +130,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
         for (int panel = 0; panel < kPanels; ++panel) {
           u16(*to)[64] = &target.weight[part][panel][own_outputs];
           const int column = step * kDepth + panel * 64;
-          if (cluster_size() == 1) copy_box(to, problem.weight_map, weight_rows[part], column, shared.came[stage]);
+          if (walk.num_sharers == 1) copy_box(to, problem.weight_map, weight_rows[part], column, shared.came[stage]);
           else copy_box_to_blocks(to, problem.weight_map, weight_rows[part], column, shared.came[stage], (1 << cluster_size()) - 1);
         }
     }
@@ -126,12 +140,13 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
         copy_box(shared.stages[stage].x[panel], problem.x_map, walk.row, step * kDepth + panel * 64, shared.came[stage]);
     }
     __device__ void advance() {
-      if (++step * kDepth < problem.in) return;
-      step = 0;
+      if (++step < walk.end_step) return;
+      step = walk.first_step;
       walk.advance();
       begin_tile();
     }
-    __device__ bool is_over() const { return walk.is_over(); }
+    // A block without inputs brings nothing: what nobody waits for could still come while sums are added up there.
+    __device__ bool is_over() const { return walk.is_over() || walk.first_step == walk.end_step; }
 
    private:
     __device__ void begin_tile() {
@@ -155,23 +170,23 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
   }
 
   // A warp has read a stage.
-  __device__ static void leave(Shared& shared, int stage) {
+  __device__ static void leave(Shared& shared, int num_sharers, int stage) {
     if (threadIdx.x % 32 != 0) return;
-    if (cluster_size() == 1) barrier_arrive(shared.left[stage]);
+    if (num_sharers == 1) barrier_arrive(shared.left[stage]);
     else
-      for (int rank = 0; rank < cluster_size(); ++rank) barrier_arrive_in_block(shared.left[stage], rank);
+      for (int rank = 0; rank < num_sharers; ++rank) barrier_arrive_in_block(shared.left[stage], rank);
   }
 
   using Sums = Sum[kParts][kRows / 2];
 
   // This warpgroup's sums of a tile.
-  __device__ static void multiply(Sums& sums, Shared& shared, const Problem& problem, Place& place, int group) {
+  __device__ static void multiply(Sums& sums, Shared& shared, const Walk& walk, Place& place, int group) {
     int last = 0;
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
-    for (int step = 0; step * kDepth < problem.in; ++step, place.advance()) {
+    for (int step = walk.first_step; step < walk.end_step; ++step, place.advance()) {
       const Stage& stage = shared.stages[place.stage];
       barrier_wait(shared.came[place.stage], place.parity);
       const u64 weight = panel_descriptor(&stage.weight[0][0][group * 64], 16), x = panel_descriptor(&stage.x, 16);
@@ -184,27 +199,104 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
                                        further(x, k / 4 * kRows * 128 + k % 4 * 32), true);
       warpgroup_commit();
       warpgroup_wait<1>();
-      if (step > 0) leave(shared, last);
+      if (step > walk.first_step) leave(shared, walk.num_sharers, last);
       last = place.stage;
     }
     warpgroup_wait<0>();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) pin(sums[part]);
-    leave(shared, last);
+    if (walk.first_step < walk.end_step) leave(shared, walk.num_sharers, last);
   }
 
-  // Write a tile to y. Of an octet of rows a lane holds, as for mma_16x8x16, outputs lane / 4 and lane / 4 + 8 of its warp's
-  // 16, and rows 2 (lane % 4) and the next. 16-bit numbers are put in order in shared memory, to be written in whole lines.
+  // The same in two levels. While a warpgroup adds up, the other one has the tensor cores.
+  __device__ static void multiply_in_levels(Sums& sums, Shared& shared, const Walk& walk, Place& place, int group) {
+    constexpr int kTurns = kParts * kPanels;              // of a stage: a part and a panel, 128 inputs, each
+    constexpr int kAtOnce = kRows < 128 ? kTurns : 1;     // of these, as registers allow
+    Sum partial[kAtOnce][kRows / 2];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
+    for (int step = walk.first_step; step < walk.end_step; ++step, place.advance()) {
+      const Stage& stage = shared.stages[place.stage];
+      barrier_wait(shared.came[place.stage], place.parity);
+      const u64 weight = panel_descriptor(&stage.weight[0][0][group * 64], 16), x = panel_descriptor(&stage.x, 16);
+#pragma unroll
+      for (int first = 0; first < kTurns; first += kAtOnce) {
+        warpgroup_begin();
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int turn = first; turn < first + kAtOnce; ++turn) {
+            const int part = turn % kParts, panel = turn / kParts;
+            multiply_keys<Stored, kRows>(partial[turn - first],
+                                         further(weight, (part * kPanels + panel) * kGroups * 64 * 128 + k * 32),
+                                         further(x, panel * kRows * 128 + k * 32), k > 0);
+          }
+        warpgroup_commit();
+        warpgroup_wait<0>();
+#pragma unroll
+        for (int turn = first; turn < first + kAtOnce; ++turn) {
+          pin(partial[turn - first]);
+#pragma unroll
+          for (int i = 0; i < kRows / 2; ++i) sums[turn % kParts][i] += partial[turn - first][i];
+        }
+      }
+      leave(shared, walk.num_sharers, place.stage);
+    }
+  }
+
+  struct alignas(16) Four { Sum of[4]; };
+  // Of a block that shares out inputs with others: [kGroups][kParts][kOctets][threads of a group]
+  static_assert(kGroups * kParts * kOctets * 128 * sizeof(Four) <= sizeof(Shared::stages));
+
+  // Add up the sums of blocks that share out the inputs of a tile. Each gets its share of the octets of rows, as the first ones
+  // of `sums`: from row `row` to before `end_row` of x.
+  __device__ static void add_up(Sums& sums, Shared& shared, int group, int& row, int& end_row) {
+    Four* partial = reinterpret_cast<Four*>(shared.stages) + group * kParts * kOctets * 128 + threadIdx.x % 128;
+    const auto place = [](int part, int octet) { return (part * kOctets + octet) * 128; };
+    meet_threads(1 + kGroups, kGroups * 128);  // tensor cores have read all stages
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int octet = 0; octet < kOctets; ++octet) {
+        const Sum* own = &sums[part][octet * 4];
+        partial[place(part, octet)] = {{own[0], own[1], own[2], own[3]}};
+      }
+    meet_cluster();
+    const int share = ceil_div(kOctets, cluster_size()), first = min(cluster_rank() * share, kOctets);
+    const int count = min(share, kOctets - first);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < kOctets; ++i) {
+        if (i >= count) break;
+        Sum* own = &sums[part][i * 4];
+        own[0] = own[1] = own[2] = own[3] = 0;
+        for (int rank = 0; rank < cluster_size(); ++rank) {
+          const Four other = *in_block(&partial[place(part, first + i)], rank);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) own[j] += other.of[j];
+        }
+      }
+    end_row = min(end_row, row + (first + count) * 8);
+    row += first * 8;
+  }
+
+  // Write the sums of rows `first_row` to before `end_row` to y. Of an octet of rows a lane holds, as for mma_16x8x16, outputs
+  // lane / 4 and lane / 4 + 8 of its warp's 16, and rows 2 (lane % 4) and the next. 16-bit numbers are put in order in shared
+  // memory, to be written in whole lines.
   template <Form kForm>
-  __device__ static void write(const Sums& sums, const Problem& problem, Shared& shared, const Walk& walk, int group) {
+  __device__ static void write(const Sums& sums, const Problem& problem, Shared& shared, int output_tile, int first_row,
+                               int end_row, int group) {
     constexpr bool kIsGated = is_gated(kForm);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     Staging& staging = shared.staging[group];
 #pragma unroll
     for (int part = 0; part < (kIsGated ? 1 : kParts); ++part) {
-      const int first_column = first_output(problem, walk.output_tile, part) + group * 64;
+      const int first_column = first_output(problem, output_tile, part) + group * 64;
       const int own_column = first_column + warp * 16 + lane / 4;
-      const int end_column = min(problem.out, first_output(problem, walk.output_tile, part) + problem.height);
+      const int end_column = min(problem.out, first_output(problem, output_tile, part) + problem.height);
       const bool exists[2] = {own_column < end_column, own_column + 8 < end_column};
       const auto bias_of = [&](int part) {
         const Scalar* bias = problem.bias + part * problem.out + own_column;
@@ -221,19 +313,20 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
         const Sum* numbers = &sums[part][octet * 4];
         float4 sum = make_float4(numbers[0], numbers[1], numbers[2], numbers[3]);
         if constexpr (kIsRounded<Stored>) {
-          const int row = walk.row + octet * 8 + lane % 4 * 2;
-          const float first = row < problem.rows ? problem.scales.of_rows[row] : 0.0f;
-          const float second = row + 1 < problem.rows ? problem.scales.of_rows[row + 1] : 0.0f;
+          const int row = first_row + octet * 8 + lane % 4 * 2;
+          const float first = row < end_row ? problem.scales.of_rows[row] : 0.0f;
+          const float second = row + 1 < end_row ? problem.scales.of_rows[row + 1] : 0.0f;
           sum = make_float4(sum.x * (first * scale.x), sum.y * (second * scale.x), sum.z * (first * scale.y), sum.w * (second * scale.y));
         }
         return make_float4(sum.x + bias.x, sum.y + bias.x, sum.z + bias.y, sum.w + bias.y);
       };
 #pragma unroll
       for (int first = 0; first < kOctets; first += kStagingRows / 8) {
-        const int row = walk.row + first * 8;
-        if (row >= problem.rows) break;
+        const int row = first_row + first * 8;
+        if (row >= end_row) break;
 #pragma unroll
         for (int at = 0; at < kStagingRows / 8; ++at) {
+          if (row + at * 8 >= end_row) break;
           float4 y = sums_of(part, first + at, bias, scale);
           if constexpr (kIsGated) {
             const float4 up = sums_of(kParts - 1, first + at, up_bias, up_scale);
@@ -242,10 +335,10 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
           if constexpr (kForm == kFloat) {
             const int own_row = row + at * 8 + lane % 4 * 2;
             float* target = static_cast<float*>(problem.y) + static_cast<i64>(own_row) * problem.out + own_column;
-            if (own_row < problem.rows && exists[0]) target[0] = y.x;
-            if (own_row < problem.rows && exists[1]) target[8] = y.z;
-            if (own_row + 1 < problem.rows && exists[0]) target[problem.out] = y.y;
-            if (own_row + 1 < problem.rows && exists[1]) target[problem.out + 8] = y.w;
+            if (own_row < end_row && exists[0]) target[0] = y.x;
+            if (own_row < end_row && exists[1]) target[8] = y.z;
+            if (own_row + 1 < end_row && exists[0]) target[problem.out] = y.y;
+            if (own_row + 1 < end_row && exists[1]) target[problem.out + 8] = y.w;
           } else {
             const int own_row = at * 8 + lane / 4;
             const u32 words[2] = {transpose(pack<Scalar>(y.x, y.y)), transpose(pack<Scalar>(y.z, y.w))};
@@ -260,7 +353,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 #pragma unroll
           for (int i = 0; i < kStagingRows / 16; ++i) {
             const int at = i * 16 + threadIdx.x % 128 / 8;
-            if (row + at < problem.rows && column < end_column)
+            if (row + at < end_row && column < end_column)
               *reinterpret_cast<uint4*>(static_cast<Scalar*>(problem.y) + static_cast<i64>(row + at) * problem.out + column) =
                   load_bits(&staging.y[at][(threadIdx.x % 8 ^ at % 8) * 8]);
           }
@@ -270,12 +363,27 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     }
   }
 
-  __device__ static void write(const Sums& sums, const Problem& problem, Shared& shared, const Walk& walk, int group) {
-    if (problem.form == kPlain) write<kPlain>(sums, problem, shared, walk, group);
-    if (problem.form == kFloat) write<kFloat>(sums, problem, shared, walk, group);
+  __device__ static void write(const Sums& sums, const Problem& problem, Shared& shared, int output_tile, int first_row,
+                               int end_row, int group) {
+    if (problem.form == kPlain) write<kPlain>(sums, problem, shared, output_tile, first_row, end_row, group);
+    if (problem.form == kFloat) write<kFloat>(sums, problem, shared, output_tile, first_row, end_row, group);
     if constexpr (kParts == 2) {
-      if (problem.form == kSilu) write<kSilu>(sums, problem, shared, walk, group);
-      if (problem.form == kGeluTanh) write<kGeluTanh>(sums, problem, shared, walk, group);
+      if (problem.form == kSilu) write<kSilu>(sums, problem, shared, output_tile, first_row, end_row, group);
+      if (problem.form == kGeluTanh) write<kGeluTanh>(sums, problem, shared, output_tile, first_row, end_row, group);
+    }
+  }
+
+  // What `write` reads of the scales is to wait for no memory then.
+  __device__ static void prefetch_scales(const Problem& problem, const Walk& walk, int group) {
+    if constexpr (kIsRounded<Stored>) {
+      const int at = threadIdx.x % 128, row = walk.row + at;
+      if (row < problem.rows && at < kRows) prefetch(problem.scales.of_rows + row);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const int output = first_output(problem, walk.output_tile, part) + group * 64 + at;
+        const int end = is_gated(problem.form) ? (part + 1) * problem.out : problem.out;
+        if (at < 64 && output < end) prefetch(problem.scales.of_outputs + output);
+      }
     }
   }
 
@@ -284,8 +392,12 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     Place place;
     Sums sums;
     for (Walk walk(problem); !walk.is_over(); walk.advance()) {
-      multiply(sums, shared, problem, place, group);
-      write(sums, problem, shared, walk, group);
+      prefetch_scales(problem, walk, group);
+      if constexpr (kHasShortSums<Stored>) multiply_in_levels(sums, shared, walk, place, group);
+      else multiply(sums, shared, walk, place, group);
+      int row = walk.row, end_row = problem.rows;
+      if (problem.split > 1) add_up(sums, shared, group, row, end_row);
+      write(sums, problem, shared, walk.output_tile, row, end_row, group);
     }
   }
 
@@ -295,12 +407,12 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(shared.came[stage], 1);
-        barrier_init(shared.left[stage], 4 * kGroups * cluster_size());  // one for each warp that reads it
+        barrier_init(shared.left[stage], 4 * kGroups * problem.num_sharers());  // one for each warp that reads it
       }
       barrier_init_fence();
     }
     __syncthreads();
-    if (cluster_size() > 1) meet_cluster();  // nobody uses the barriers of another block before
+    if (problem.num_sharers() > 1) meet_cluster();  // nobody uses the barriers of another block before
     start_dependents();
 
     // Together no more registers than the block had at its launch: who asks for more waits for ever.
@@ -309,11 +421,13 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
       if constexpr (kGroups == 2) shrink_registers<40>();
       if (threadIdx.x == 0) produce(shared, problem);
       else wait_for_inputs();
+      __syncwarp();
+      if (problem.split > 1) meet_cluster();  // as in add_up
     } else {
       if constexpr (kGroups == 2) grow_registers<232>();
       consume(shared, problem, role - 1);
     }
-    if (cluster_size() > 1) {  // before a block ends, the others have ceased to write to it
+    if (cluster_size() > 1) {  // before a block ends, the others have ceased to write to it, and to read from it
       __syncwarp();
       meet_cluster();
     }

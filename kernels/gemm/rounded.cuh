@@ -10,6 +10,8 @@ template <class T> constexpr bool kIsRounded = sizeof(T) == 1;
 template <class T> struct SumType { using Type = float; };
 template <> struct SumType<s8> { using Type = int; };  // exact
 template <class T> using SumOf = typename SumType<T>::Type;
+template <class T> constexpr bool kHasShortSums = false;  // on Hopper's tensor cores
+template <> constexpr bool kHasShortSums<e4m3> = true;
 
 // 16 bytes of a row as words of operands. They stand for other inputs than the words of a plain load would, in the same order
 // for x and weight.

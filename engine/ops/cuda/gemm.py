@@ -75,10 +75,15 @@ class Tiling:
     parts: int
     height: int
     cluster: int = 1  # blocks that bring the weight together, for as many row tiles
+    split: int = 1  # blocks that share out the inputs of a tile; where there are some, `cluster` is 1
 
-    def num_units(self, num_rows: int, out: int) -> int:
-        """What clusters do at a time. out: rows of the weight."""
-        return -(-num_rows // (self.rows * self.cluster)) * -(-out // (self.parts * self.height))
+    def blocks(self, num_rows: int, out: int, num_sms: int) -> int:
+        """Blocks alone and those that share a weight take the tiles in turns, those that share inputs have one.
+
+        out: rows of the weight.
+        """
+        num_units = -(-num_rows // (self.rows * self.cluster)) * -(-out // (self.parts * self.height))
+        return num_units * self.split if self.split > 1 else min(num_sms // self.cluster, num_units) * self.cluster
 
 
 def few_rows_octets(num_rows: int, inputs: int, out: int, num_sms: int, ring_bytes: int) -> int:
@@ -184,13 +189,12 @@ def many_rows(tiling: Tiling, x: Tensor, weight: Tensor, bias: Tensor | None, fo
     num_rows, inputs = x.shape
     y = _new_result(x, weight, form)
     check_rows(x, weight)
-    num_sms, num_units = kernels.num_sms(x.get_device()), tiling.num_units(num_rows, len(weight))
     kernel(x, f"many_rows_{tiling.groups}x{tiling.parts}", many_rows_build, x.dtype, tiling.rows)(
-        (min(num_sms // tiling.cluster, num_units) * tiling.cluster, 1, 1),
+        (tiling.blocks(num_rows, len(weight), kernels.num_sms(x.get_device())), 1, 1),
         128 * (tiling.groups + 1),
         launcher.tensor_map(weight.data_ptr(), len(weight), inputs, tiling.height // tiling.cluster),
         launcher.tensor_map(x.data_ptr(), num_rows, inputs, tiling.rows),
-        *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1], tiling.height),
-        cluster=tiling.cluster,
+        *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1], tiling.height, tiling.split),
+        cluster=max(tiling.cluster, tiling.split),
     )
     return y

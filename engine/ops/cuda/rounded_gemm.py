@@ -128,15 +128,15 @@ def many_rows(
     """As few_rows."""
     (num_rows, inputs), out = x.shape, len(numbers)
     y = _new_result(x, numbers, form, dtype)
-    num_sms, num_units, words = kernels.num_sms(x.get_device()), tiling.num_units(num_rows, out), inputs // 2
+    words = inputs // 2
     kernel(x, f"many_rows_rounded_{tiling.groups}x{tiling.parts}", many_rows_build, dtype, x.dtype, tiling.rows)(
-        (min(num_sms // tiling.cluster, num_units) * tiling.cluster, 1, 1),
+        (tiling.blocks(num_rows, out, kernels.num_sms(x.get_device())), 1, 1),
         128 * (tiling.groups + 1),
         launcher.tensor_map(numbers.data_ptr(), out, words, tiling.height // tiling.cluster),
         launcher.tensor_map(x.data_ptr(), num_rows, words, tiling.rows),
         *(y.data_ptr(), pointer(bias), x_scales.data_ptr(), scales.data_ptr()),
-        *(FORMS.index(form), num_rows, words, y.shape[1], tiling.height),
-        cluster=tiling.cluster,
+        *(FORMS.index(form), num_rows, words, y.shape[1], tiling.height, tiling.split),
+        cluster=max(tiling.cluster, tiling.split),
     )
     return y
 
