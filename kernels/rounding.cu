@@ -1,15 +1,14 @@
 // Each of `rows` rows of `dim` numbers rounded to 8 bits, e4m3 or s8, by a scale of its own: its largest number becomes the
-// largest there is. x ≈ y · scale.
+// largest there is. x ≈ y · scale. Rows that are there already, or as a norm (norm.cuh) or a gated activation makes them: the
+// same numbers as from two kernels, one after the other, but nothing of 16 bits is written.
 //
-// One block a row, which is read once and stays in registers. Bound by bytes: x and half as much y.
-// Built with SCALAR (bf16 or f16: x) and STORED (e4m3 or s8: y).
-#include "types.cuh"
-#include "reduce.cuh"
+// One block a row, which is read once and stays in registers. Bound by bytes: what it is made of, and y.
+// Built with SCALAR (bf16 or f16: of what comes in) and STORED (e4m3 or s8: y).
+#include "activations.cuh"
+#include "norm.cuh"
 
-using Scalar = SCALAR;
 using Stored = STORED;
-constexpr int kWidth = kVec<Scalar>;
-constexpr int kVecsPerThread = 4;  // so dim is at most 32,768
+constexpr int kVecs = 4;  // of a thread, so dim is at most 32,768
 
 template <class T> struct Rounding;
 template <> struct Rounding<e4m3> {
@@ -26,19 +25,11 @@ template <> struct Rounding<s8> {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(1024)
-round_rows(Stored* y, float* scales, const Scalar* x, int dim) {
-  start_dependents();
-  wait_for_inputs();
-  const i64 row = static_cast<i64>(blockIdx.x) * dim;
-  const auto place = [](int i) { return static_cast<int>(i * blockDim.x + threadIdx.x) * kWidth; };
-  uint4 held[kVecsPerThread];
-#pragma unroll
-  for (int i = 0; i < kVecsPerThread; ++i)
-    if (place(i) < dim) held[i] = load_bits(x + row + place(i));
+// Write the block's row, of which each thread holds some pieces.
+template <int kCount> __device__ inline void write_rounded(Stored* y, float* scales, const uint4 (&held)[kCount], int dim) {
   float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kVecsPerThread; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (place(i) >= dim) continue;
     float own[kWidth];
     unpack_vec<Scalar>(held[i], own);
@@ -46,15 +37,79 @@ round_rows(Stored* y, float* scales, const Scalar* x, int dim) {
     for (int j = 0; j < kWidth; ++j) largest = fmaxf(largest, fabsf(own[j]));
   }
   // A row of zeros has a scale too, the smallest normal number.
-  const float scale = fmaxf(block_max(largest) / Rounding<Stored>::kLargest, 1.17549435e-38f);
+  const float scale = fmaxf(block_max(largest) / Rounding<Stored>::kLargest, 1.17549435e-38f), inverse = 1.0f / scale;
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
 #pragma unroll
-  for (int i = 0; i < kVecsPerThread; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     if (place(i) >= dim) continue;
     float own[kWidth];
     unpack_vec<Scalar>(held[i], own);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) own[j] /= scale;
-    *reinterpret_cast<uint2*>(y + row + place(i)) = make_uint2(Rounding<Stored>::four(own), Rounding<Stored>::four(own + 4));
+    for (int j = 0; j < kWidth; ++j) {  // x / scale as IEEE 754 rounds it (Markstein 1990), in fewer instructions
+      const float quotient = own[j] * inverse;
+      own[j] = fmaf(fmaf(-quotient, scale, own[j]), inverse, quotient);
+    }
+    *reinterpret_cast<uint2*>(y + static_cast<i64>(blockIdx.x) * dim + place(i)) =
+        make_uint2(Rounding<Stored>::four(own), Rounding<Stored>::four(own + 4));
   }
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+round_rows(Stored* y, float* scales, const Scalar* x, int dim) {
+  start_dependents();
+  wait_for_inputs();
+  uint4 held[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i)
+    if (place(i) < dim) held[i] = load_bits(x + static_cast<i64>(blockIdx.x) * dim + place(i));
+  write_rounded(y, scales, held, dim);
+}
+
+template <class Weight>
+__device__ inline void round_norm(Stored* y, float* scales, const Scalar* x, Scalar* residual, const Weight* weight, int dim,
+                                  float eps) {
+  uint4 held[kNormVecs];
+  norm_row<Weight, true>(held, x, residual, weight, dim, eps);
+  write_rounded(y, scales, held, dim);
+}
+extern "C" __global__ void __launch_bounds__(1024)
+add_rms_norm_rounded(Stored* y, float* scales, const Scalar* x, Scalar* residual, const Scalar* weight, int dim, float eps) {
+  round_norm(y, scales, x, residual, weight, dim, eps);
+}
+extern "C" __global__ void __launch_bounds__(1024)
+add_rms_norm_rounded_float_weight(Stored* y, float* scales, const Scalar* x, Scalar* residual, const float* weight, int dim,
+                                  float eps) {
+  round_norm(y, scales, x, residual, weight, dim, eps);
+}
+
+// gate_up: rows of dim gates and dim ups.
+template <float (&activate)(float)>
+__device__ inline void round_gated(Stored* y, float* scales, const Scalar* gate_up, int dim) {
+  start_dependents();
+  wait_for_inputs();
+  const Scalar* row = gate_up + static_cast<i64>(blockIdx.x) * 2 * dim;
+  uint4 held[kVecs], ups[kVecs];
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    if (place(i) >= dim) continue;
+    held[i] = load_bits(row + place(i));
+    ups[i] = load_bits(row + dim + place(i));
+  }
+#pragma unroll
+  for (int i = 0; i < kVecs; ++i) {
+    if (place(i) >= dim) continue;
+    float gate[kWidth], up[kWidth];
+    unpack_vec<Scalar>(held[i], gate);
+    unpack_vec<Scalar>(ups[i], up);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) gate[j] = activate(gate[j]) * up[j];
+    held[i] = pack_vec<Scalar>(gate);
+  }
+  write_rounded(y, scales, held, dim);
+}
+extern "C" __global__ void __launch_bounds__(1024)
+gated_silu_rounded(Stored* y, float* scales, const Scalar* gate_up, int dim) { round_gated<silu>(y, scales, gate_up, dim); }
+extern "C" __global__ void __launch_bounds__(1024)
+gated_gelu_tanh_rounded(Stored* y, float* scales, const Scalar* gate_up, int dim) {
+  round_gated<gelu_tanh>(y, scales, gate_up, dim);
 }

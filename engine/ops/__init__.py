@@ -8,7 +8,7 @@ from engine.ops.attention import paged_attention
 from engine.ops.dispatch import set_batch_invariant, warm_up
 from engine.ops.gemm import gated_activation, gated_linear, linear, logits
 from engine.ops.grouped import ROWS_TOGETHER, GroupedWeight
-from engine.ops.norm import add_rms_norm, rms_norm
+from engine.ops.norm import add_rms_norm, add_rms_norm_rounded, rms_norm
 from engine.ops.quantized import (
     blockwise_linear,
     empty_grouped,
@@ -19,12 +19,16 @@ from engine.ops.quantized import (
     rounded_linear,
 )
 from engine.ops.rotary import rotate_and_store
+from engine.ops.rounded import Inputs, RoundedRows
 from engine.ops.sampling import gumbel_noise, logprobs, sample, take_best
 
 __all__ = [
     "ROWS_TOGETHER",
     "GroupedWeight",
+    "Inputs",
+    "RoundedRows",
     "add_rms_norm",
+    "add_rms_norm_rounded",
     "blockwise_linear",
     "empty_grouped",
     "gated_activation",

@@ -17,6 +17,7 @@ from engine.batch import ForwardBatch
 from engine.ops import reference
 from engine.ops.grouped import GroupedWeight
 from engine.ops.native_build import load_library
+from engine.ops.rounded import Inputs, RoundedRows
 
 TYPES = {torch.bfloat16: 0, torch.float32: 1}
 NORM_TYPES = {  # of the vectors and of the norm's weight
@@ -155,27 +156,36 @@ def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, 
     return gated_activation(grouped_linear(x, weight, bias), kind)
 
 
-def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype not in TYPES:
-        return reference.rounded_linear(x, numbers, scales, bias)
-    rounded, x_scales = _round_rows(x, numbers.dtype)
+def add_rms_norm_rounded(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype
+) -> RoundedRows:
+    return _round_inputs(add_rms_norm(x, residual, weight, eps), stored)
+
+
+def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x if isinstance(x, RoundedRows) else _round_inputs(x, numbers.dtype)
+    if rows.dtype not in TYPES:
+        return reference.rounded_linear(rows, numbers, scales, bias)
     sums: Tensor | None
     if numbers.dtype == torch.int8:
-        sums = torch._int_mm(rounded, numbers.t())
+        sums = torch._int_mm(rows.numbers, numbers.t())
     else:
-        sums = _few_rows(rounded, numbers, None, None, None, x.shape[1], FP8, torch.float32)
+        sums = _few_rows(rows.numbers, numbers, None, None, None, numbers.shape[1], FP8, torch.float32)
     if sums is None:
-        tile = _tiles(x, numbers, None, None, (1, x.shape[1]), FP8)
-        sums = reference.by_tiles(rounded, numbers.shape[0], tile, None, linear)
-    y = x.new_empty(sums.shape)
-    pointers = y.data_ptr(), sums.data_ptr(), x_scales.data_ptr(), scales.data_ptr()
+        tile = _tiles(rows.numbers, numbers, None, None, (1, numbers.shape[1]), FP8)
+        sums = reference.by_tiles(rows.numbers, numbers.shape[0], tile, None, linear)
+    y = sums.new_empty(sums.shape, dtype=rows.dtype)
+    pointers = y.data_ptr(), sums.data_ptr(), rows.scales.data_ptr(), scales.data_ptr()
     bias_pointer = bias.data_ptr() if bias is not None else None
-    _library().rescale(*pointers, bias_pointer, *sums.shape, SUM_TYPES[sums.dtype], TYPES[x.dtype])
+    _library().rescale(*pointers, bias_pointer, *sums.shape, SUM_TYPES[sums.dtype], TYPES[rows.dtype])
     return y
 
 
-def rounded_gated_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    return gated_activation(rounded_linear(x, numbers, scales, bias), kind)
+def rounded_gated_linear(
+    x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
+) -> Inputs:
+    y = gated_activation(rounded_linear(x, numbers, scales, bias), kind)
+    return y if rounds_to is None else _round_inputs(y, rounds_to)
 
 
 def blockwise_linear(
@@ -223,6 +233,13 @@ def _tiles(
         return memory[: rows.stop - rows.start]
 
     return tile
+
+
+def _round_inputs(x: Tensor, dtype: torch.dtype) -> RoundedRows:
+    """e4m3 as numbers of x's type, which the products know."""
+    if x.dtype not in TYPES:
+        return reference.round_inputs(x, dtype)
+    return RoundedRows(*_round_rows(x, dtype), x.dtype)
 
 
 def _round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """Root-mean-square norms."""
 
+import torch
 from torch import Tensor
 
 from engine.ops.dispatch import body
+from engine.ops.rounded import RoundedRows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -13,3 +15,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """residual += x, in place; then rms_norm(residual).   x, residual, result [rows, dim], weight [dim]"""
     return body(x).add_rms_norm(x, residual, weight, eps)
+
+
+def add_rms_norm_rounded(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype
+) -> RoundedRows:
+    """add_rms_norm, its result rounded row by row to int8 or e4m3 (`stored`)."""
+    return body(x).add_rms_norm_rounded(x, residual, weight, eps, stored)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from engine.ops.dispatch import body
 from engine.ops.grouped import GroupedWeight
+from engine.ops.rounded import Inputs
 
 
 def empty_grouped(
@@ -36,18 +38,25 @@ def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, 
     return body(x).grouped_gated_linear(x, weight, bias, kind)
 
 
-def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """(x̂ · numbersᵀ) · x_scale · scales + bias: x̂ is x with each row rounded to the weight's type, its largest number
-    to the largest there is (int8: 127, e4m3: 448), by a float32 x_scale.
+    to the largest there is (int8: 127, e4m3: 448), by a float32 x_scale; or x has been rounded so before.
 
     x [rows, in], numbers [out, in] int8 or e4m3, scales [out] float32, bias [out], result [rows, out] as x
     """
-    return body(x).rounded_linear(x, numbers, scales, bias)
+    return body(numbers).rounded_linear(x, numbers, scales, bias)
 
 
-def rounded_gated_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """As gated_linear; numbers [2 · dim, in], result [rows, dim]."""
-    return body(x).rounded_gated_linear(x, numbers, scales, bias, kind)
+def rounded_gated_linear(
+    x: Inputs,
+    numbers: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    rounds_to: torch.dtype | None = None,
+) -> Inputs:
+    """As gated_linear; numbers [2 · dim, in], result [rows, dim], rounded to int8 or e4m3 where `rounds_to` says so."""
+    return body(numbers).rounded_gated_linear(x, numbers, scales, bias, kind, rounds_to)
 
 
 def blockwise_linear(

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.ops import sampling_line
 from engine.ops.grouped import GroupedWeight
+from engine.ops.rounded import Inputs, RoundedRows
 from engine.ops.sampling_line import OUT_OF_REACH, STEPS_PER_NAT, Line
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -88,18 +89,27 @@ def _dequantize(weight: GroupedWeight, rows: slice) -> Tensor:
     return (groups * weight.scales[rows].unsqueeze(2)).flatten(1)
 
 
-def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    rounded, x_scales = round_rows(x.float(), numbers.dtype)
+def add_rms_norm_rounded(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype
+) -> RoundedRows:
+    return round_inputs(add_rms_norm(x, residual, weight, eps), stored)
+
+
+def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x if isinstance(x, RoundedRows) else round_inputs(x, numbers.dtype)
     if numbers.dtype == torch.int8:
-        y = _int_product(rounded, numbers).float() * scales
+        y = _int_product(rows.numbers, numbers).float() * scales
     else:
-        y = by_tiles(rounded.float(), len(numbers), lambda rows: numbers[rows].float(), None) * scales
-    y = y * x_scales
-    return (y if bias is None else y + bias).to(x.dtype)
+        y = by_tiles(rows.numbers.float(), len(numbers), lambda rows: numbers[rows].float(), None) * scales
+    y = y * rows.scales.unsqueeze(1)
+    return (y if bias is None else y + bias).to(rows.dtype)
 
 
-def rounded_gated_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    return gated_activation(rounded_linear(x, numbers, scales, bias), kind)
+def rounded_gated_linear(
+    x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
+) -> Inputs:
+    y = gated_activation(rounded_linear(x, numbers, scales, bias), kind)
+    return y if rounds_to is None else round_inputs(y, rounds_to)
 
 
 def blockwise_linear(
@@ -126,6 +136,12 @@ def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scales = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
     steps = x / scales
     return (steps.round() if dtype == torch.int8 else steps.clamp(-largest, largest)).to(dtype), scales
+
+
+def round_inputs(x: Tensor, dtype: torch.dtype) -> RoundedRows:
+    """x [rows, dim] for a product with a weight of this type."""
+    numbers, scales = round_rows(x.float(), dtype)
+    return RoundedRows(numbers, scales.squeeze(1), x.dtype)
 
 
 def _int_product(x: Tensor, weight: Tensor) -> Tensor:

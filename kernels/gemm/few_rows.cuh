@@ -135,10 +135,10 @@ __device__ inline void write_tile(const Sums<kOctets>& sums, void* y, Form form,
 template <int kOctets>
 __device__ inline void prefetch_scales(Scales scales, bool is_gated, int rows, int out, int tile) {
   if constexpr (kIsRounded<Stored>) {
-    const int octets = is_gated ? kOctets / 2 : kOctets, at = threadIdx.x % (octets * 8);
-    const int output = tile * octets * 8 + at + (static_cast<int>(threadIdx.x) < octets * 8 ? 0 : out / 2);
-    if (threadIdx.x < kOctets * 8 && output < out) prefetch(scales.of_outputs + output);
-    if (threadIdx.x < rows) prefetch(scales.of_rows + threadIdx.x);
+    const int at = threadIdx.x, outputs = is_gated ? kOctets * 4 : kOctets * 8;
+    const int output = tile * outputs + (at < outputs ? at : at - outputs + out / 2);
+    if (at < kOctets * 8 && output < out) prefetch(scales.of_outputs + output);
+    if (at < rows) prefetch(scales.of_rows + at);
   }
 }
 

@@ -3,22 +3,22 @@
 // Built with SCALAR, STORED, ROWS and RING_BYTES.
 #include "few_rows.cuh"
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_rounded_2(void* y, const Stored* x, const Stored* weight, const Scalar* bias, const float* x_scales, const float* scales,
                    int form, int rows, int in, int out) {
   multiply<2>(y, x, weight, bias, {x_scales, scales}, static_cast<Form>(form), rows, in, out);
 }
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_rounded_4(void* y, const Stored* x, const Stored* weight, const Scalar* bias, const float* x_scales, const float* scales,
                    int form, int rows, int in, int out) {
   multiply<4>(y, x, weight, bias, {x_scales, scales}, static_cast<Form>(form), rows, in, out);
 }
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_rounded_6(void* y, const Stored* x, const Stored* weight, const Scalar* bias, const float* x_scales, const float* scales,
                    int form, int rows, int in, int out) {
   multiply<6>(y, x, weight, bias, {x_scales, scales}, static_cast<Form>(form), rows, in, out);
 }
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_rounded_8(void* y, const Stored* x, const Stored* weight, const Scalar* bias, const float* x_scales, const float* scales,
                    int form, int rows, int in, int out) {
   multiply<8>(y, x, weight, bias, {x_scales, scales}, static_cast<Form>(form), rows, in, out);

@@ -21,6 +21,7 @@ from engine.ops.cuda.quantized import (
     rounded_gated_linear,
     rounded_linear,
 )
+from engine.ops.cuda.rounding import add_rms_norm_rounded
 from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
 from engine.ops.cuda.sampling import gumbel_noise, logprobs, sample, take_best
 from engine.ops.reference import blockwise_linear
@@ -28,6 +29,7 @@ from engine.quantization.weight import Scheme
 
 __all__ = [
     "add_rms_norm",
+    "add_rms_norm_rounded",
     "blockwise_linear",
     "empty_grouped",
     "gated_activation",

@@ -10,6 +10,7 @@ from engine.ops.compiler import Build
 from engine.ops.cuda import grouped_gemm, grouped_weight, rounded_gemm
 from engine.ops.cuda.grouped_weight import CHUNK, PackedWeight
 from engine.ops.grouped import GroupedWeight
+from engine.ops.rounded import Inputs
 from engine.quantization.weight import ALL, Scheme
 
 
@@ -52,9 +53,13 @@ def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, 
     return reference.grouped_gated_linear(x, weight, bias, kind)
 
 
-def rounded_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    return rounded_gemm.product(x, numbers, scales, bias, "plain")
+def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    y = rounded_gemm.product(x, numbers, scales, bias, "plain")
+    assert isinstance(y, Tensor)
+    return y
 
 
-def rounded_gated_linear(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    return rounded_gemm.product(x, numbers, scales, bias, kind)
+def rounded_gated_linear(
+    x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
+) -> Inputs:
+    return rounded_gemm.product(x, numbers, scales, bias, kind, rounds_to)

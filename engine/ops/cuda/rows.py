@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y, dim = torch.empty_like(x), x.shape[-1]
     check_rows(x, y)
     if x.numel():
-        run = kernel(x, "rms_norm" + _weight_suffix(weight, x), norm_build, x.dtype)
+        run = kernel(x, "rms_norm" + weight_suffix(weight, x), norm_build, x.dtype)
         grid = (x.numel() // dim, 1, 1)
         run(grid, _norm_threads(x, 4 << 10), y.data_ptr(), x.data_ptr(), weight.data_ptr(), dim, eps)
     return y
@@ -43,9 +43,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     y, dim = torch.empty_like(x), x.shape[-1]
     check_rows(x, y, residual)
     if x.numel():
-        run = kernel(x, "add_rms_norm" + _weight_suffix(weight, x), norm_build, x.dtype)
+        run = kernel(x, "add_rms_norm" + weight_suffix(weight, x), norm_build, x.dtype)
         grid, pointers = (x.numel() // dim, 1, 1), (y.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr())
-        run(grid, _norm_threads(x, 8 << 10), *pointers, dim, eps)
+        run(grid, add_norm_threads(x), *pointers, dim, eps)
     return y
 
 
@@ -82,7 +82,7 @@ def rotate_and_store(
     assert k_cache.dtype is v_cache.dtype, (k_cache.dtype, v_cache.dtype)
     assert cos_sin.dtype is torch.float32, cos_sin.dtype
     norms = [norm for norm in (q_norm, k_norm) if norm is not None]
-    norm_is_float = bool(norms) and _weight_suffix(norms[0], qkv) != ""
+    norm_is_float = bool(norms) and weight_suffix(norms[0], qkv) != ""
     assert len({norm.dtype for norm in norms}) <= 1, norms
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     if num_tokens:
@@ -111,6 +111,11 @@ def rotary_heads_of_team(num_threads: int, num_sms: int) -> int:
     return next(heads for heads in (8, 4, 2, 1) if heads == 1 or num_threads >= heads * 1024 * num_sms)
 
 
+def add_norm_threads(x: Tensor) -> int:
+    """Threads for a row of x where a norm comes after an addition."""
+    return _norm_threads(x, 8 << 10)
+
+
 def _norm_threads(x: Tensor, simple_bytes: int) -> int:
     """Threads for a row of x: one for 16 bytes up to so many, then up to as many times 16 bytes each as norm.cu holds.
 
@@ -124,7 +129,7 @@ def _norm_threads(x: Tensor, simple_bytes: int) -> int:
     return threads
 
 
-def _weight_suffix(weight: Tensor, x: Tensor) -> str:
+def weight_suffix(weight: Tensor, x: Tensor) -> str:
     if weight.dtype is x.dtype:
         return ""
     assert weight.dtype is torch.float32, (weight.dtype, x.dtype)

@@ -19,9 +19,10 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE
 from engine.ops import cuda, reference, sampling_line
-from engine.ops.cuda import rounded_gemm
+from engine.ops.cuda import rounding
 from engine.ops.cuda.gemm import GATED_FORMS, Tiling
 from engine.ops.cuda.grouped_weight import PackedWeight, empty, put
+from engine.ops.rounded import RoundedRows
 from engine.quantization.weight import Scheme, round_to_nearest
 from engine.sampling_params import SamplingParams
 
@@ -163,15 +164,35 @@ def rounded_weight(device: str, stored: torch.dtype, inputs: int, out: int) -> t
 
 
 def check_rounding(device: str, dtype: torch.dtype, stored: torch.dtype, rows: int, dim: int) -> None:
-    x = random(rows, dim, device=device, dtype=dtype) * torch.logspace(-3, 3, rows, device=device).unsqueeze(1).to(
-        dtype
-    )
+    """Rows rounded as they are, and as a norm and an activation make them: to the last bit as in two steps."""
+    sizes = torch.logspace(-3, 3, rows, device=device).unsqueeze(1)
+    x = (random(rows, dim, device=device, dtype=torch.float32) * sizes).to(dtype)
     x[rows // 2] = 0
     with poisoned():
-        y, scales = rounded_gemm.round_rows(x, stored)
-    expected, expected_scales = reference.round_rows(x.float().cpu(), stored)  # a GPU's torch divides less exactly
-    assert torch.equal(scales.cpu(), expected_scales.squeeze(1))
-    assert torch.equal(y.cpu().float(), expected.float())
+        y = rounding.round_rows(x, stored)
+    # a GPU's torch divides less exactly
+    _assert_rounded(y, reference.round_inputs(x.cpu(), stored))
+    gate_up = random(rows, 2 * dim, device=device, dtype=dtype, scale=3)
+    for kind in ("silu", "gelu_tanh"):
+        with poisoned():
+            y = rounding.gated_activation_rounded(gate_up, kind, stored)
+        _assert_rounded(y, rounding.round_rows(cuda.gated_activation(gate_up, kind), stored))
+    if dim > 16_384:
+        return
+    for weight_dtype in (dtype, torch.float32):
+        weight = random(dim, device=device, dtype=weight_dtype)
+        residual = random(rows, dim, device=device, dtype=dtype)
+        total = residual.clone()
+        normed = cuda.add_rms_norm(x, total, weight, 1e-5)
+        with poisoned():
+            y = rounding.add_rms_norm_rounded(x, residual, weight, 1e-5, stored)
+        assert torch.equal(residual, total)
+        _assert_rounded(y, rounding.round_rows(normed, stored))
+
+
+def _assert_rounded(y: RoundedRows, expected: RoundedRows) -> None:
+    assert torch.equal(y.scales.cpu(), expected.scales.cpu())
+    assert torch.equal(y.numbers.cpu().float(), expected.numbers.cpu().float())
 
 
 def check_rounded_linear(
@@ -185,16 +206,17 @@ def check_rounded_linear(
     out: int,
     has_bias: bool = False,
 ) -> None:
-    """product(x, x_scales, numbers, scales, bias, form, dtype) of numbers of 8 bits."""
+    """product(x, numbers, scales, bias, form) of numbers of 8 bits."""
     numbers, scales = rounded_weight(device, stored, inputs, out)
-    x, x_scales = reference.round_rows(random(rows, inputs, device=device, dtype=torch.float32), stored)
+    x = reference.round_inputs(random(rows, inputs, device=device, dtype=dtype), stored)
     bias = random(out, device=device, dtype=dtype) if has_bias else None
     with poisoned():
-        y = product(x, x_scales.squeeze(1), numbers, scales, bias, form, dtype)
-    expected = x.double() * x_scales.double() @ (numbers.double() * scales.double().unsqueeze(1)).T
+        y = product(x, numbers, scales, bias, form)
+    wide = x.numbers.double() * x.scales.double().unsqueeze(1)
+    expected = wide @ (numbers.double() * scales.double().unsqueeze(1)).T
     expected = expected if bias is None else expected + bias.double()
     assert_rows_close(y, _gated(expected, form) if form in GATED_FORMS else expected, y.dtype)
-    assert torch.equal(y, product(x, x_scales.squeeze(1), numbers, scales, bias, form, dtype)), "not the same twice"
+    assert torch.equal(y, product(x, numbers, scales, bias, form)), "not the same twice"
 
 
 def check_batch_invariance(device: str, dtype: torch.dtype, inputs: int, out: int, sizes: tuple[int, ...]) -> None:

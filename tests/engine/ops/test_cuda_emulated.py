@@ -93,6 +93,8 @@ def test_linear_of_few_rows(dtype, rows, inputs, out, has_bias):
         (BF16, Tiling(64, 2, 2, 128, cluster=2), "plain", 200, 640, 1000),
         (F16, Tiling(64, 2, 2, 80, cluster=2), "silu", 300, 72, 1600),  # an odd number of row tiles
         (BF16, Tiling(32, 1, 1, 64, cluster=4), "float", 100, 712, 600),
+        (BF16, Tiling(64, 2, 1, 96, split=4), "plain", 60, 1096, 200),
+        (F16, Tiling(16, 1, 2, 48, split=8), "silu", 12, 712, 176),  # fewer octets of rows, and of steps, than blocks
     ],
 )
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -192,6 +194,8 @@ def test_few_rows_of_eight_bits(stored, octets, form, rows, inputs, out):
         (Tiling(16, 2, 2, 128), "plain", 5, 208, 136),
         (Tiling(64, 2, 2, 112), "silu", 33, 656, 272),
         (Tiling(32, 1, 1, 64, cluster=2), "float", 100, 1424, 600),
+        (Tiling(32, 2, 1, 96, split=4), "float", 70, 2064, 200),  # three tiles of rows
+        (Tiling(128, 2, 2, 128, split=2), "silu", 100, 656, 272),
     ],
 )
 def test_many_rows_of_eight_bits_on_hopper(monkeypatch, stored, tiling, form, rows, inputs, out):

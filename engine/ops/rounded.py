@@ -1,0 +1,18 @@
+"""Rows of 8 bits, on their way from what makes them to products of rounded inputs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """Rows x [rows, dim] ≈ numbers · scales, rounded as the products of their device want it."""
+
+    numbers: Tensor  # [rows, dim] int8 or e4m3; on a CPU e4m3 may be numbers of x's type
+    scales: Tensor  # [rows] float32
+    dtype: torch.dtype  # of x, and of products with them
+
+
+Inputs = Tensor | RoundedRows  # of a product

@@ -1,0 +1,62 @@
+// y = x / sqrt(mean(x²) + eps) · weight, for a row of `dim` numbers; before it, perhaps, residual += x.
+//
+// One block a row. A row is read once, all of it before anything is written, and stays in registers between the sum and the
+// product: what uses this is bound by bytes, x and y once each (and the residual twice).
+// For sources built with SCALAR (the type of x, residual and y); the weight has the same type or is float.
+#pragma once
+
+#include "types.cuh"
+#include "reduce.cuh"
+
+using Scalar = SCALAR;
+constexpr int kWidth = kVec<Scalar>;
+constexpr int kNormVecs = sizeof(Scalar) == 4 ? 4 : 2;  // of a thread, so dim is at most 16,384
+
+// Where in its row a thread's piece i begins.
+__device__ inline int place(int i) { return static_cast<int>(i * blockDim.x + threadIdx.x) * kWidth; }
+
+// This thread's pieces of y.
+template <class Weight, bool kAdds>
+__device__ inline void norm_row(uint4 (&y)[kNormVecs], const Scalar* x, Scalar* residual, const Weight* weight, int dim,
+                                float eps) {
+  start_dependents();
+  for (int at = threadIdx.x * kWidth; at < dim; at += blockDim.x * kWidth) prefetch(weight + at);
+  wait_for_inputs();
+  const i64 row = static_cast<i64>(blockIdx.x) * dim;
+  uint4 before[kNormVecs];
+#pragma unroll
+  for (int i = 0; i < kNormVecs; ++i) {
+    if (place(i) >= dim) continue;
+    y[i] = load_bits(x + row + place(i));
+    if constexpr (kAdds) before[i] = load_bits(residual + row + place(i));
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kNormVecs; ++i) {
+    if (place(i) >= dim) continue;
+    float own[kWidth];
+    unpack_vec<Scalar>(y[i], own);
+    if constexpr (kAdds) {
+      float added[kWidth];
+      unpack_vec<Scalar>(before[i], added);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) own[j] += added[j];
+      y[i] = pack_vec<Scalar>(own);
+      store_bits(residual + row + place(i), y[i]);
+      unpack_vec<Scalar>(y[i], own);  // as rounded
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum += own[j] * own[j];
+  }
+  const float factor = rsqrtf(block_sum(sum) / dim + eps);
+#pragma unroll
+  for (int i = 0; i < kNormVecs; ++i) {
+    if (place(i) >= dim) continue;
+    float own[kWidth], scale[kWidth];
+    unpack_vec<Scalar>(y[i], own);
+    load(weight + place(i), scale);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) own[j] *= factor * scale[j];
+    y[i] = pack_vec<Scalar>(own);
+  }
+}
