@@ -26,6 +26,7 @@ from engine.layers.weights import Weight
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.models.decoder import DecoderLayer
+from engine.ops import Activations
 from engine.products import Product, ReadTensor, load_part, products
 from engine.quantization.formats import Format
 from engine.quantization.recipe import NUM_SAMPLES, SEQ_LEN, Recipe
@@ -256,7 +257,8 @@ class Solved(Weight):
     factors: Tensor | None  # [in], what inputs are divided by
     scheme: Scheme
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, x: Activations, bias: Tensor | None) -> Tensor:
+        assert isinstance(x, Tensor), x
         x = x if self.factors is None else x / self.factors
         return ops.linear(round_inputs(x, self.scheme) if self.scheme.rounds_inputs else x, self.tensor, bias)
 
@@ -267,12 +269,16 @@ class Observer(Weight):
     def __init__(self, product: Product, maker: Maker, solve: Solve) -> None:
         self.product, self.maker, self.solve = product, maker, solve
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, x: Activations, bias: Tensor | None) -> Tensor:
+        assert isinstance(x, Tensor), x
         return self.solve(self.product, self.maker, x).apply(x, bias)
 
-    def apply_gated(self, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    def apply_gated(
+        self, x: Activations, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None = None
+    ) -> Tensor:
+        assert isinstance(x, Tensor), x
         weight = self.solve(self.product, self.maker, x)
-        return torch.cat([weight.apply_gated(rows, bias, kind) for rows in x.split(CHUNK_ROWS)])
+        return torch.cat([ops.gated_activation(weight.apply(rows, bias), kind) for rows in x.split(CHUNK_ROWS)])
 
 
 def prompts(tokens: Tensor, device: torch.device) -> ForwardBatch:

@@ -10,6 +10,7 @@ from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from engine.layers.norm import RMSNorm
 from engine.layers.placement import Placement
 from engine.model_config import ModelConfig
+from engine.ops import Activations
 
 
 class Attention:
@@ -43,7 +44,7 @@ class Attention:
             if norm is not None:
                 norm.load(ckpt)
 
-    def __call__(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+    def __call__(self, x: Activations, batch: ForwardBatch) -> Tensor:
         """What the heads of each token found, [T, num_heads * head_dim]; `o_proj` makes hidden states of it."""
         q = ops.rotate_and_store(
             self.qkv_proj(x),

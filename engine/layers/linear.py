@@ -16,6 +16,7 @@ from engine.checkpoint import Checkpoint
 from engine.errors import UserError
 from engine.layers.placement import Placement
 from engine.layers.weights import FilledWeight, Part, PlainWeight, Weight, empty_weight
+from engine.ops import Activations
 from engine.quantization.weight import ALL, QuantizedWeight
 
 Cut = tuple[slice, slice]  # rows and columns
@@ -51,7 +52,7 @@ class ColumnParallelLinear:
         shape = (ends[-1], self.in_features)
         return [Stored(self.fused_name, shape, slice(a, b)) for a, b in zip(starts, ends, strict=True)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return self.weight.apply(x, self.bias)
 
 
@@ -70,7 +71,7 @@ class RowParallelLinear:
         if self.bias is not None:
             ckpt.read(f"{self.stored.name}.bias", self.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         return self.placement.group.all_reduce(self.weight.apply(x, self.bias))
 
 

@@ -6,6 +6,7 @@ from engine.checkpoint import Checkpoint
 from engine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from engine.layers.placement import Placement
 from engine.model_config import ModelConfig
+from engine.ops import Activations
 
 
 class MLP:
@@ -22,6 +23,6 @@ class MLP:
         self.gate_up_proj.load(ckpt)
         self.down_proj.load(ckpt)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj
-        return self.down_proj(gate_up.weight.apply_gated(x, gate_up.bias, self.activation))
+    def __call__(self, x: Activations) -> Tensor:
+        gate_up, rounds_to = self.gate_up_proj, self.down_proj.weight.rounds_to
+        return self.down_proj(gate_up.weight.apply_gated(x, gate_up.bias, self.activation, rounds_to))

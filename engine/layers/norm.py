@@ -24,3 +24,7 @@ class RMSNorm:
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """Adds x to the residual, in place, and returns the norm of the sum."""
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def add_rounded(self, x: Tensor, residual: Tensor, stored: torch.dtype) -> ops.RoundedRows:
+        """The same, rounded row by row to int8 or e4m3."""
+        return ops.add_rms_norm_rounded(x, residual, self.weight, self.eps, stored)

@@ -15,20 +15,39 @@ from torch import Tensor
 
 from engine import ops
 from engine.errors import UserError
+from engine.layers.norm import RMSNorm
 from engine.layers.placement import Placement
+from engine.ops import Activations
 from engine.quantization.formats.format import describe
 from engine.quantization.weight import ALL, E4M3, QuantizedWeight, Scheme
 
 
 class Weight(ABC):
-    """A matrix W [out, in], or this rank's share of it."""
+    """A matrix W [out, in], or this rank's share of it.
+
+    What makes its inputs may make them in the form in which it multiplies them: `inputs_of` and `rounds_to` say which.
+    """
+
+    @property
+    def rounds_to(self) -> torch.dtype | None:
+        """What inputs are rounded to, row by row, int8 or e4m3. None: they stay as they are."""
+        return None
+
+    def inputs_of(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> Activations:
+        """norm.add(x, residual), for `apply`."""
+        return norm.add(x, residual)
 
     @abstractmethod
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, x: Activations, bias: Tensor | None) -> Tensor:
         """x · Wᵀ + bias: x [rows, in], bias [out], result [rows, out]."""
 
-    def apply_gated(self, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        """f(gate) · up of a W that is gate, then up: result [rows, out / 2], f = silu or gelu_tanh (kind)."""
+    def apply_gated(
+        self, x: Activations, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None = None
+    ) -> Activations:
+        """f(gate) · up of a W that is gate, then up: result [rows, out / 2], f = silu or gelu_tanh (kind).
+
+        rounds_to: that of the weight which the result is for. It may come rounded.
+        """
         return ops.gated_activation(self.apply(x, bias), kind)
 
 
@@ -36,11 +55,13 @@ class Weight(ABC):
 class PlainWeight(Weight):
     tensor: Tensor  # [out, in], in the model's type
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.linear(x, self.tensor, bias)
+    def apply(self, x: Activations, bias: Tensor | None) -> Tensor:
+        return ops.linear(_plain(x), self.tensor, bias)
 
-    def apply_gated(self, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        return ops.gated_linear(x, self.tensor, bias, kind)
+    def apply_gated(
+        self, x: Activations, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None = None
+    ) -> Tensor:
+        return ops.gated_linear(_plain(x), self.tensor, bias, kind)
 
 
 class FilledWeight(Weight):
@@ -66,14 +87,16 @@ class GroupedWeight(FilledWeight):
         assert scales is not None
         ops.put_grouped(self.grouped, first_row, numbers, scales, zeros)
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, x: Activations, bias: Tensor | None) -> Tensor:
         return ops.grouped_linear(self._in_order(x), self.grouped, bias)
 
-    def apply_gated(self, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    def apply_gated(
+        self, x: Activations, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None = None
+    ) -> Tensor:
         return ops.grouped_gated_linear(self._in_order(x), self.grouped, bias, kind)
 
-    def _in_order(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x.index_select(1, self.order)
+    def _in_order(self, x: Activations) -> Tensor:
+        return _plain(x) if self.order is None else _plain(x).index_select(1, self.order)
 
 
 @dataclass(frozen=True)
@@ -90,11 +113,20 @@ class RoundedWeight(FilledWeight):
         assert scales is not None
         self.scales[rows].copy_(scales.squeeze(1))
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    @property
+    def rounds_to(self) -> torch.dtype:
+        return self.numbers.dtype
+
+    def inputs_of(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> Activations:
+        return norm.add_rounded(x, residual, self.rounds_to)
+
+    def apply(self, x: Activations, bias: Tensor | None) -> Tensor:
         return ops.rounded_linear(x, self.numbers, self.scales, bias)
 
-    def apply_gated(self, x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-        return ops.rounded_gated_linear(x, self.numbers, self.scales, bias, kind)
+    def apply_gated(
+        self, x: Activations, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None = None
+    ) -> Activations:
+        return ops.rounded_gated_linear(x, self.numbers, self.scales, bias, kind, rounds_to)
 
 
 @dataclass(frozen=True)
@@ -114,8 +146,8 @@ class BlockwiseWeight(FilledWeight):
         first = first_row // self.block[0]
         self.scales[first : first + len(scales)].copy_(scales)
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return ops.blockwise_linear(x, self.numbers, self.scales, self.block, self.rounds_inputs, bias)
+    def apply(self, x: Activations, bias: Tensor | None) -> Tensor:
+        return ops.blockwise_linear(_plain(x), self.numbers, self.scales, self.block, self.rounds_inputs, bias)
 
 
 @dataclass(frozen=True)
@@ -125,7 +157,7 @@ class SplitWeight(Weight):
     parts: tuple[Weight, ...]
     sizes: tuple[int, ...]  # rows of each
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, x: Activations, bias: Tensor | None) -> Tensor:
         biases = [None] * len(self.parts) if bias is None else bias.split(self.sizes)
         return torch.cat([part.apply(x, some) for part, some in zip(self.parts, biases, strict=True)], dim=1)
 
@@ -212,6 +244,11 @@ def _check_groups(part: Part, in_features: int, group_size: int) -> None:
                 f"{part.name}: its groups have {sizes.min().item()} to {sizes.max().item()} inputs, but its config says"
                 f" {group_size}: the checkpoint is damaged, or its group size is a wrong one"
             )
+
+
+def _plain(x: Activations) -> Tensor:
+    assert isinstance(x, Tensor), f"{type(x).__name__} are inputs of another kind of weight"
+    return x
 
 
 def _order(group_of: Tensor) -> Tensor:

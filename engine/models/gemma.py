@@ -39,11 +39,13 @@ class GemmaLayer:
             norm.load(ckpt)
 
     def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
-        return self.attention(self.input_norm.add(x, residual), batch)
+        inputs = self.attention.qkv_proj.weight.inputs_of(self.input_norm, x, residual)
+        return self.attention(inputs, batch)
 
     def transform(self, heads: Tensor, residual: Tensor) -> Tensor:
         x = self.post_attention_norm(self.attention.o_proj(heads))
-        return self.post_mlp_norm(self.mlp(self.pre_mlp_norm.add(x, residual)))
+        inputs = self.mlp.gate_up_proj.weight.inputs_of(self.pre_mlp_norm, x, residual)
+        return self.post_mlp_norm(self.mlp(inputs))
 
 
 class Gemma(Model):

@@ -32,10 +32,12 @@ class LlamaLayer:
         self.mlp.load(ckpt.scope("mlp"))
 
     def attend(self, x: Tensor, residual: Tensor, batch: ForwardBatch) -> Tensor:
-        return self.attention(self.input_norm.add(x, residual), batch)
+        inputs = self.attention.qkv_proj.weight.inputs_of(self.input_norm, x, residual)
+        return self.attention(inputs, batch)
 
     def transform(self, heads: Tensor, residual: Tensor) -> Tensor:
-        return self.mlp(self.pre_mlp_norm.add(self.attention.o_proj(heads), residual))
+        x = self.attention.o_proj(heads)
+        return self.mlp(self.mlp.gate_up_proj.weight.inputs_of(self.pre_mlp_norm, x, residual))
 
 
 class Llama(Model):

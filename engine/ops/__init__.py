@@ -4,6 +4,7 @@ Bodies: `reference` (plain torch: documentation, oracle, and the path that alway
 native CPU code (`kernels/cpu/`).
 """
 
+from engine.ops.activations import Activations, RoundedRows
 from engine.ops.attention import paged_attention
 from engine.ops.dispatch import set_batch_invariant, warm_up
 from engine.ops.gemm import gated_activation, gated_linear, linear, logits
@@ -19,13 +20,12 @@ from engine.ops.quantized import (
     rounded_linear,
 )
 from engine.ops.rotary import rotate_and_store
-from engine.ops.rounded import Inputs, RoundedRows
 from engine.ops.sampling import gumbel_noise, logprobs, sample, take_best
 
 __all__ = [
     "ROWS_TOGETHER",
+    "Activations",
     "GroupedWeight",
-    "Inputs",
     "RoundedRows",
     "add_rms_norm",
     "add_rms_norm_rounded",

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.ops import reference
+from engine.ops.activations import Activations, RoundedRows
 from engine.ops.grouped import GroupedWeight
 from engine.ops.native_build import load_library
-from engine.ops.rounded import Inputs, RoundedRows
 
 TYPES = {torch.bfloat16: 0, torch.float32: 1}
 NORM_TYPES = {  # of the vectors and of the norm's weight
@@ -156,13 +156,11 @@ def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, 
     return gated_activation(grouped_linear(x, weight, bias), kind)
 
 
-def add_rms_norm_rounded(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype
-) -> RoundedRows:
+def add_rms_norm_rounded(x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype) -> RoundedRows:
     return _round_inputs(add_rms_norm(x, residual, weight, eps), stored)
 
 
-def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def rounded_linear(x: Activations, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     rows = x if isinstance(x, RoundedRows) else _round_inputs(x, numbers.dtype)
     if rows.dtype not in TYPES:
         return reference.rounded_linear(rows, numbers, scales, bias)
@@ -182,8 +180,8 @@ def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | No
 
 
 def rounded_gated_linear(
-    x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
-) -> Inputs:
+    x: Activations, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
+) -> Activations:
     y = gated_activation(rounded_linear(x, numbers, scales, bias), kind)
     return y if rounds_to is None else _round_inputs(y, rounds_to)
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from engine.ops.activations import RoundedRows
 from engine.ops.dispatch import body
-from engine.ops.rounded import RoundedRows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,8 +17,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return body(x).add_rms_norm(x, residual, weight, eps)
 
 
-def add_rms_norm_rounded(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype
-) -> RoundedRows:
+def add_rms_norm_rounded(x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype) -> RoundedRows:
     """add_rms_norm, its result rounded row by row to int8 or e4m3 (`stored`)."""
     return body(x).add_rms_norm_rounded(x, residual, weight, eps, stored)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engine.ops.activations import Activations
 from engine.ops.dispatch import body
 from engine.ops.grouped import GroupedWeight
-from engine.ops.rounded import Inputs
 
 
 def empty_grouped(
@@ -38,7 +38,7 @@ def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, 
     return body(x).grouped_gated_linear(x, weight, bias, kind)
 
 
-def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def rounded_linear(x: Activations, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """(x̂ · numbersᵀ) · x_scale · scales + bias: x̂ is x with each row rounded to the weight's type, its largest number
     to the largest there is (int8: 127, e4m3: 448), by a float32 x_scale; or x has been rounded so before.
 
@@ -48,13 +48,13 @@ def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | No
 
 
 def rounded_gated_linear(
-    x: Inputs,
+    x: Activations,
     numbers: Tensor,
     scales: Tensor,
     bias: Tensor | None,
     kind: str,
     rounds_to: torch.dtype | None = None,
-) -> Inputs:
+) -> Activations:
     """As gated_linear; numbers [2 · dim, in], result [rows, dim], rounded to int8 or e4m3 where `rounds_to` says so."""
     return body(numbers).rounded_gated_linear(x, numbers, scales, bias, kind, rounds_to)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.ops import sampling_line
+from engine.ops.activations import Activations, RoundedRows
 from engine.ops.grouped import GroupedWeight
-from engine.ops.rounded import Inputs, RoundedRows
 from engine.ops.sampling_line import OUT_OF_REACH, STEPS_PER_NAT, Line
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -89,13 +89,11 @@ def _dequantize(weight: GroupedWeight, rows: slice) -> Tensor:
     return (groups * weight.scales[rows].unsqueeze(2)).flatten(1)
 
 
-def add_rms_norm_rounded(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype
-) -> RoundedRows:
+def add_rms_norm_rounded(x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype) -> RoundedRows:
     return round_inputs(add_rms_norm(x, residual, weight, eps), stored)
 
 
-def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def rounded_linear(x: Activations, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     rows = x if isinstance(x, RoundedRows) else round_inputs(x, numbers.dtype)
     if numbers.dtype == torch.int8:
         y = _int_product(rows.numbers, numbers).float() * scales
@@ -106,8 +104,8 @@ def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | No
 
 
 def rounded_gated_linear(
-    x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
-) -> Inputs:
+    x: Activations, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
+) -> Activations:
     y = gated_activation(rounded_linear(x, numbers, scales, bias), kind)
     return y if rounds_to is None else round_inputs(y, rounds_to)
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from engine.ops import reference
+from engine.ops.activations import Activations
 from engine.ops.compiler import Build
 from engine.ops.cuda import grouped_gemm, grouped_weight, rounded_gemm
 from engine.ops.cuda.grouped_weight import CHUNK, PackedWeight
 from engine.ops.grouped import GroupedWeight
-from engine.ops.rounded import Inputs
 from engine.quantization.weight import ALL, Scheme
 
 
@@ -53,13 +53,13 @@ def grouped_gated_linear(x: Tensor, weight: GroupedWeight, bias: Tensor | None, 
     return reference.grouped_gated_linear(x, weight, bias, kind)
 
 
-def rounded_linear(x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def rounded_linear(x: Activations, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     y = rounded_gemm.product(x, numbers, scales, bias, "plain")
     assert isinstance(y, Tensor)
     return y
 
 
 def rounded_gated_linear(
-    x: Inputs, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
-) -> Inputs:
+    x: Activations, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
+) -> Activations:
     return rounded_gemm.product(x, numbers, scales, bias, kind, rounds_to)

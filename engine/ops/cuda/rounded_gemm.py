@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import launcher, reference
+from engine.ops.activations import Activations, RoundedRows
 from engine.ops.compiler import Build
 from engine.ops.cuda import kernels
 from engine.ops.cuda.gemm import (
@@ -27,7 +28,6 @@ from engine.ops.cuda.gemm import (
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
 from engine.ops.cuda.rounding import gated_activation_rounded, round_rows, rounding_build
 from engine.ops.cuda.rows import gated_activation
-from engine.ops.rounded import Inputs, RoundedRows
 
 E4M3 = torch.float8_e4m3fn
 MOST_ROWS = 128  # of e4m3 for gemm/many_rows_rounded.cu
@@ -54,13 +54,13 @@ def many_rows_build(arch: str, dtype: torch.dtype, stored: torch.dtype, rows: in
 
 
 def product(
-    x: Inputs,
+    x: Activations,
     numbers: Tensor,
     scales: Tensor,
     bias: Tensor | None,
     form: str,
     rounds_to: torch.dtype | None = None,
-) -> Inputs:
+) -> Activations:
     """(x̂ · numbersᵀ) · x_scale · scales + bias in one of FORMS but "float", x̂ being x rounded row by row.
 
     rounds_to: what the result is rounded to then, if to anything.

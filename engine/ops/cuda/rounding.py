@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from engine.ops import reference
+from engine.ops.activations import RoundedRows
 from engine.ops.compiler import Build
 from engine.ops.cuda import rows
 from engine.ops.cuda.kernels import check_rows, define_build, kernel
-from engine.ops.rounded import RoundedRows
 
 
 def rounding_build(arch: str, dtype: torch.dtype, stored: torch.dtype) -> Build:
@@ -25,17 +25,13 @@ def round_rows(x: Tensor, stored: torch.dtype) -> RoundedRows:
     return y
 
 
-def add_rms_norm_rounded(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype
-) -> RoundedRows:
+def add_rms_norm_rounded(x: Tensor, residual: Tensor, weight: Tensor, eps: float, stored: torch.dtype) -> RoundedRows:
     if x.dtype is torch.float32:
         return round_rows(rows.add_rms_norm(x, residual, weight, eps), stored)
     y, dim = _new_rows(x, x.shape[1], stored), x.shape[1]
     check_rows(x, residual)
     if x.numel():
-        run = kernel(
-            x, "add_rms_norm_rounded" + rows.weight_suffix(weight, x), rounding_build, x.dtype, stored
-        )
+        run = kernel(x, "add_rms_norm_rounded" + rows.weight_suffix(weight, x), rounding_build, x.dtype, stored)
         pointers = (y.numbers.data_ptr(), y.scales.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr())
         run((len(x), 1, 1), rows.add_norm_threads(x), *pointers, dim, eps)
     return y

@@ -19,10 +19,10 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE
 from engine.ops import cuda, reference, sampling_line
+from engine.ops.activations import RoundedRows
 from engine.ops.cuda import rounding
 from engine.ops.cuda.gemm import GATED_FORMS, Tiling
 from engine.ops.cuda.grouped_weight import PackedWeight, empty, put
-from engine.ops.rounded import RoundedRows
 from engine.quantization.weight import Scheme, round_to_nearest
 from engine.sampling_params import SamplingParams
 

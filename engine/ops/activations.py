@@ -15,4 +15,4 @@ class RoundedRows:
     dtype: torch.dtype  # of x, and of products with them
 
 
-Inputs = Tensor | RoundedRows  # of a product
+Activations = Tensor | RoundedRows  # inputs of a product
