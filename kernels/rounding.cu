@@ -2,6 +2,8 @@
 // largest there is. x ≈ y · scale. Rows that are there already, or as a norm (norm.cuh) or a gated activation makes them: the
 // same numbers as from two kernels, one after the other, but nothing of 16 bits is written.
 //
+// Or each of its panels of 128 numbers by a scale of its own.
+//
 // One block a row, which is read once and stays in registers. Bound by bytes: what it is made of, and y.
 // Built with SCALAR (bf16 or f16: of what comes in) and STORED (e4m3 or s8: y).
 #include "activations.cuh"
@@ -25,6 +27,14 @@ template <> struct Rounding<s8> {
   }
 };
 
+// Zeros have a scale too, the smallest normal number.
+__device__ inline float scale_of(float largest) { return fmaxf(largest / Rounding<Stored>::kLargest, 1.17549435e-38f); }
+// x / scale as IEEE 754 rounds it (Markstein 1990), in fewer instructions.
+__device__ inline float divide(float x, float scale, float inverse) {
+  const float quotient = x * inverse;
+  return fmaf(fmaf(-quotient, scale, x), inverse, quotient);
+}
+
 // Write the block's row, of which each thread holds some pieces.
 template <int kCount> __device__ inline void write_rounded(Stored* y, float* scales, const uint4 (&held)[kCount], int dim) {
   float largest = 0.0f;
@@ -36,8 +46,7 @@ template <int kCount> __device__ inline void write_rounded(Stored* y, float* sca
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) largest = fmaxf(largest, fabsf(own[j]));
   }
-  // A row of zeros has a scale too, the smallest normal number.
-  const float scale = fmaxf(block_max(largest) / Rounding<Stored>::kLargest, 1.17549435e-38f), inverse = 1.0f / scale;
+  const float scale = scale_of(block_max(largest)), inverse = 1.0f / scale;
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -45,10 +54,7 @@ template <int kCount> __device__ inline void write_rounded(Stored* y, float* sca
     float own[kWidth];
     unpack_vec<Scalar>(held[i], own);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {  // x / scale as IEEE 754 rounds it (Markstein 1990), in fewer instructions
-      const float quotient = own[j] * inverse;
-      own[j] = fmaf(fmaf(-quotient, scale, own[j]), inverse, quotient);
-    }
+    for (int j = 0; j < kWidth; ++j) own[j] = divide(own[j], scale, inverse);
     *reinterpret_cast<uint2*>(y + static_cast<i64>(blockIdx.x) * dim + place(i)) =
         make_uint2(Rounding<Stored>::four(own), Rounding<Stored>::four(own + 4));
   }
@@ -63,6 +69,26 @@ round_rows(Stored* y, float* scales, const Scalar* x, int dim) {
   for (int i = 0; i < kVecs; ++i)
     if (place(i) < dim) held[i] = load_bits(x + static_cast<i64>(blockIdx.x) * dim + place(i));
   write_rounded(y, scales, held, dim);
+}
+
+// Sixteen lanes a panel. Grid: x = rows, y = the pieces of a row.   scales [panels][stride]: one for each row
+extern "C" __global__ void __launch_bounds__(256)
+round_panels(Stored* y, float* scales, const Scalar* x, int dim, int stride) {
+  start_dependents();
+  wait_for_inputs();
+  const int at = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
+  const i64 first = static_cast<i64>(blockIdx.x) * dim + at;
+  float own[kWidth] = {};
+  if (at < dim) unpack_vec<Scalar>(load_bits(x + first), own);
+  float largest = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) largest = fmaxf(largest, fabsf(own[j]));
+  const float scale = scale_of(team_max<16>(largest)), inverse = 1.0f / scale;
+  if (at >= dim) return;
+  if (threadIdx.x % 16 == 0) scales[static_cast<i64>(at / 128) * stride + blockIdx.x] = scale;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) own[j] = divide(own[j], scale, inverse);
+  *reinterpret_cast<uint2*>(y + first) = make_uint2(Rounding<Stored>::four(own), Rounding<Stored>::four(own + 4));
 }
 
 template <class Weight>

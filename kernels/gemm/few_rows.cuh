@@ -28,6 +28,13 @@ template <int kOctets> constexpr int kStagesThatFit = RING_BYTES / ((kOctets + k
 // Where not even one fits, the kernel is not launched, but compiled.
 template <int kOctets> constexpr int kStages = kStagesThatFit<kOctets> > 0 ? kStagesThatFit<kOctets> : 1;
 
+// The first row of the weight of an octet of a tile.
+template <int kOctets> __device__ inline int first_output(int tile, int octet, bool is_gated, int out) {
+  constexpr int kHalf = kOctets / 2;
+  if (!is_gated) return (tile * kOctets + octet) * 8;
+  return (tile * kHalf + octet % kHalf) * 8 + (octet < kHalf ? 0 : out / 2);
+}
+
 // What is copied next, and where a warp's copies lie.
 template <int kOctets> struct Ring {
   uint4* shared;  // [kStages][kOctets + kHalves][kWarps][8 rows][kPieces]
@@ -40,7 +47,7 @@ template <int kOctets> struct Ring {
     if (tile >= num_tiles) return;
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet)
-      copy_eight_rows(at(stage, octet), weight, first_output(octet), out);
+      copy_eight_rows(at(stage, octet), weight, first_output<kOctets>(tile, octet, is_gated, out), out);
   }
   __device__ void copy_x(int stage) const {
     if (tile >= num_tiles) return;
@@ -58,11 +65,6 @@ template <int kOctets> struct Ring {
   }
 
  private:
-  __device__ int first_output(int octet) const {
-    constexpr int kHalf = kOctets / 2;
-    if (!is_gated) return (tile * kOctets + octet) * 8;
-    return (tile * kHalf + octet % kHalf) * 8 + (octet < kHalf ? 0 : out / 2);
-  }
   __device__ uint4* at(int stage, int part) const {
     return shared + ((stage * (kOctets + kHalves) + part) * kWarps + threadIdx.x / 32) * 8 * kPieces;
   }
@@ -84,6 +86,25 @@ template <int kOctets> struct Ring {
 // Of an octet of rows a lane holds, as for mma_16x8x16, rows 2 (lane % 4) and the next, and output lane / 4 of two octets.
 template <int kOctets> using Sums = Sum[kOctets / 2][kHalves][4];
 
+// Add a warp's sums of a panel of inputs, times its scales.   out: rows of the weight
+template <int kOctets>
+__device__ inline void add_panel(Sums<kOctets>& sums, const Sums<kOctets>& partial, Scales scales, bool is_gated, int rows, int in,
+                                 int out, int tile, int panel) {
+  static_assert(kChunk == kPanel || !kHasPanels);
+  if (panel * kPanel >= in) return;
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    const float2 of_rows = scales.of_two_rows(panel, half * 8 + threadIdx.x % 4 * 2, rows);
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet) {
+      const int output = first_output<kOctets>(tile, octet, is_gated, out);
+      const float scale = output < out ? scales.of_square(output, panel, in) : 0.0f;
+      sums[octet / 2][half][octet % 2 * 2] += partial[octet / 2][half][octet % 2 * 2] * (of_rows.x * scale);
+      sums[octet / 2][half][octet % 2 * 2 + 1] += partial[octet / 2][half][octet % 2 * 2 + 1] * (of_rows.y * scale);
+    }
+  }
+}
+
 // Add the warps' sums of a tile and write them.   out: columns of y
 template <int kOctets>
 __device__ inline void write_tile(const Sums<kOctets>& sums, void* y, Form form, const Scalar* bias, Scales scales, int rows,
@@ -102,13 +123,13 @@ __device__ inline void write_tile(const Sums<kOctets>& sums, void* y, Form form,
   __syncthreads();
   const auto total = [&](int at, int row, int output) {
     const float2 start = bias ? unpack<Scalar>(*reinterpret_cast<const u32*>(bias + output)) : make_float2(0.0f, 0.0f);
-    float2 sum = kIsRounded<Stored> ? make_float2(0.0f, 0.0f) : start;
+    float2 sum = kIsRounded<Stored> && !kHasPanels ? make_float2(0.0f, 0.0f) : start;
 #pragma unroll
     for (int warp = 0; warp < kWarps; ++warp) {
       sum.x += parts[warp][at].x;
       sum.y += parts[warp][at].y;
     }
-    if constexpr (kIsRounded<Stored>) {
+    if constexpr (kIsRounded<Stored> && !kHasPanels) {
       const float scale = scales.of_rows[row];
       sum.x = sum.x * (scale * scales.of_outputs[output]) + start.x;
       sum.y = sum.y * (scale * scales.of_outputs[output + 1]) + start.y;
@@ -134,7 +155,7 @@ __device__ inline void write_tile(const Sums<kOctets>& sums, void* y, Form form,
 // What `write_tile` reads of the scales is to wait for no memory then.   out: rows of the weight
 template <int kOctets>
 __device__ inline void prefetch_scales(Scales scales, bool is_gated, int rows, int out, int tile) {
-  if constexpr (kIsRounded<Stored>) {
+  if constexpr (kIsRounded<Stored> && !kHasPanels) {
     const int at = threadIdx.x, outputs = is_gated ? kOctets * 4 : kOctets * 8;
     const int output = tile * outputs + (at < outputs ? at : at - outputs + out / 2);
     if (at < kOctets * 8 && output < out) prefetch(scales.of_outputs + output);
@@ -172,6 +193,8 @@ __device__ inline void multiply(void* y, const Stored* x, const Stored* weight, 
     prefetch_scales<kOctets>(scales, is_gated(form), rows, out, tile);
     Sums<kOctets> sums = {};
     for (int step = 0; step < num_steps; ++step) {
+      Sums<kOctets> partial = {};
+      Sums<kOctets>& target = kHasPanels ? partial : sums;
       cp_async_wait<kStages<kOctets> - 1>();
       __syncwarp();
 #pragma unroll
@@ -184,8 +207,8 @@ __device__ inline void multiply(void* y, const Stored* x, const Stored* weight, 
 #pragma unroll
           for (int i = 0; i < Operand<Stored>::kWords; i += 2) {
             const u32 weight[4] = {low.words[i], high.words[i], low.words[i + 1], high.words[i + 1]};
-            multiply_16x8<Stored>(sums[pair][0], weight, first.words[i], first.words[i + 1]);
-            if constexpr (kHalves > 1) multiply_16x8<Stored>(sums[pair][1], weight, second.words[i], second.words[i + 1]);
+            multiply_16x8<Stored>(target[pair][0], weight, first.words[i], first.words[i + 1]);
+            if constexpr (kHalves > 1) multiply_16x8<Stored>(target[pair][1], weight, second.words[i], second.words[i + 1]);
           }
         }
       }
@@ -193,6 +216,7 @@ __device__ inline void multiply(void* y, const Stored* x, const Stored* weight, 
       ring.copy_weight(stage);
       ring.copy_x(stage);
       cp_async_commit();
+      if constexpr (kHasPanels) add_panel<kOctets>(sums, partial, scales, is_gated(form), rows, in, out, tile, step * kWarps + threadIdx.x / 32);
       ring.advance();
       stage = stage + 1 < kStages<kOctets> ? stage + 1 : 0;
     }

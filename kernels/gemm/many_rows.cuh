@@ -209,7 +209,8 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
   }
 
   // The same in two levels. While a warpgroup adds up, the other one has the tensor cores.
-  __device__ static void multiply_in_levels(Sums& sums, Shared& shared, const Walk& walk, Place& place, int group) {
+  __device__ static void multiply_in_levels(Sums& sums, Shared& shared, const Problem& problem, const Walk& walk, Place& place,
+                                            int group) {
     constexpr int kTurns = kParts * kPanels;              // of a stage: a part and a panel, 128 inputs, each
     constexpr int kAtOnce = kRows < 128 ? kTurns : 1;     // of these, as registers allow
     Sum partial[kAtOnce][kRows / 2];
@@ -238,11 +239,35 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 #pragma unroll
         for (int turn = first; turn < first + kAtOnce; ++turn) {
           pin(partial[turn - first]);
-#pragma unroll
-          for (int i = 0; i < kRows / 2; ++i) sums[turn % kParts][i] += partial[turn - first][i];
+          add(sums[turn % kParts], partial[turn - first], problem, walk, turn % kParts, step * kPanels + turn / kParts, group);
         }
       }
       leave(shared, walk.num_sharers, place.stage);
+    }
+  }
+
+  // Add sums of a panel of inputs, times its scales where it has some.
+  __device__ static void add(Sum (&sums)[kRows / 2], const Sum (&partial)[kRows / 2], const Problem& problem, const Walk& walk,
+                             int part, int panel, int group) {
+    if constexpr (kHasPanels) {
+      const int in = problem.in * 2, last_output = (is_gated(problem.form) ? 2 : 1) * problem.out - 1;
+      if (panel * kPanel >= in) return;
+      const int output = first_output(problem, walk.output_tile, part) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+      const float low = problem.scales.of_square(min(output, last_output), panel, in);
+      const float high = problem.scales.of_square(min(output + 8, last_output), panel, in);
+#pragma unroll
+      for (int octet = 0; octet < kOctets; ++octet) {
+        const int row = walk.row + octet * 8 + threadIdx.x % 4 * 2;
+        if (row >= problem.rows) break;
+        const float2 scale = problem.scales.of_two_rows(panel, row, problem.rows);
+        sums[octet * 4] += partial[octet * 4] * (scale.x * low);
+        sums[octet * 4 + 1] += partial[octet * 4 + 1] * (scale.y * low);
+        sums[octet * 4 + 2] += partial[octet * 4 + 2] * (scale.x * high);
+        sums[octet * 4 + 3] += partial[octet * 4 + 3] * (scale.y * high);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) sums[i] += partial[i];
     }
   }
 
@@ -303,7 +328,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
         return make_float2(problem.bias && exists[0] ? to_float(bias[0]) : 0.0f, problem.bias && exists[1] ? to_float(bias[8]) : 0.0f);
       };
       const auto scale_of = [&](int part) {  // of the outputs
-        if (!kIsRounded<Stored>) return make_float2(1.0f, 1.0f);
+        if (!kIsRounded<Stored> || kHasPanels) return make_float2(1.0f, 1.0f);
         const float* scales = problem.scales.of_outputs + part * problem.out + own_column;
         return make_float2(exists[0] ? scales[0] : 0.0f, exists[1] ? scales[8] : 0.0f);
       };
@@ -312,7 +337,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
       const auto sums_of = [&](int part, int octet, float2 bias, float2 scale) {
         const Sum* numbers = &sums[part][octet * 4];
         float4 sum = make_float4(numbers[0], numbers[1], numbers[2], numbers[3]);
-        if constexpr (kIsRounded<Stored>) {
+        if constexpr (kIsRounded<Stored> && !kHasPanels) {
           const int row = first_row + octet * 8 + lane % 4 * 2;
           const float first = row < end_row ? problem.scales.of_rows[row] : 0.0f;
           const float second = row + 1 < end_row ? problem.scales.of_rows[row + 1] : 0.0f;
@@ -375,7 +400,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
   // What `write` reads of the scales is to wait for no memory then.
   __device__ static void prefetch_scales(const Problem& problem, const Walk& walk, int group) {
-    if constexpr (kIsRounded<Stored>) {
+    if constexpr (kIsRounded<Stored> && !kHasPanels) {
       const int at = threadIdx.x % 128, row = walk.row + at;
       if (row < problem.rows && at < kRows) prefetch(problem.scales.of_rows + row);
 #pragma unroll
@@ -393,7 +418,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     Sums sums;
     for (Walk walk(problem); !walk.is_over(); walk.advance()) {
       prefetch_scales(problem, walk, group);
-      if constexpr (kHasShortSums<Stored>) multiply_in_levels(sums, shared, walk, place, group);
+      if constexpr (kHasShortSums<Stored>) multiply_in_levels(sums, shared, problem, walk, place, group);
       else multiply(sums, shared, walk, place, group);
       int row = walk.row, end_row = problem.rows;
       if (problem.split > 1) add_up(sums, shared, group, row, end_row);

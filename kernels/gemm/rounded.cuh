@@ -1,9 +1,27 @@
-// Products of numbers that are stored in 16 bits, or rounded to 8: e4m3 or s8, with a float scale for each row.
+// Products of numbers that are stored in 16 bits, or rounded to 8: e4m3 or s8, with a float scale for each row, or for each
+// panel of 128 inputs of a row of x and each square of 128 outputs and 128 inputs of the weight (HAS_PANELS).
 #pragma once
 
 #include "types.cuh"
 
-struct Scales { const float *of_rows, *of_outputs; };  // of x, of the weight
+#ifndef HAS_PANELS
+#define HAS_PANELS 0
+#endif
+constexpr bool kHasPanels = HAS_PANELS;
+constexpr int kPanel = 128;  // inputs
+
+// Of x and of the weight: [rows] and [out]; or [panels][rows, up to a multiple of 128] and [squares of out][panels].
+struct Scales {
+  const float *of_rows, *of_outputs;
+
+  // Of a row of x, an even one, and the next.
+  __device__ float2 of_two_rows(int panel, int row, int rows) const {
+    return *reinterpret_cast<const float2*>(of_rows + static_cast<i64>(panel) * (ceil_div(rows, 128) * 128) + row);
+  }
+  __device__ float of_square(int output, int panel, int in) const {
+    return of_outputs[static_cast<i64>(output / 128) * ceil_div(in, kPanel) + panel];
+  }
+};
 
 template <class T> constexpr bool kIsRounded = sizeof(T) == 1;
 

@@ -14,6 +14,7 @@ from engine.ops.cuda import attention, gemm, kernels, quantized, rows, sampling
 from engine.ops.cuda.attention import paged_attention
 from engine.ops.cuda.gemm import gated_linear, linear, logits
 from engine.ops.cuda.quantized import (
+    blockwise_linear,
     empty_grouped,
     grouped_gated_linear,
     grouped_linear,
@@ -24,7 +25,6 @@ from engine.ops.cuda.quantized import (
 from engine.ops.cuda.rounding import add_rms_norm_rounded
 from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
 from engine.ops.cuda.sampling import gumbel_noise, logprobs, sample, take_best
-from engine.ops.reference import blockwise_linear
 from engine.quantization.weight import Scheme
 
 __all__ = [

@@ -13,6 +13,8 @@ from engine.ops.cuda.grouped_weight import CHUNK, PackedWeight
 from engine.ops.grouped import GroupedWeight
 from engine.quantization.weight import ALL, Scheme
 
+SQUARES = (128, 128)  # the blocks of e4m3 that kernels know
+
 
 def builds(arch: str, dtype: torch.dtype, schemes: Iterable[Scheme]) -> Iterator[Build]:
     """What weights of these schemes run on."""
@@ -23,6 +25,8 @@ def builds(arch: str, dtype: torch.dtype, schemes: Iterable[Scheme]) -> Iterator
             yield from grouped_gemm.builds(arch, dtype, scheme.bits, scheme.block[1] or CHUNK)
         elif scheme.rounds_inputs and scheme.block[1] == ALL:
             yield from rounded_gemm.builds(arch, dtype, torch.int8 if scheme.kind == "int" else torch.float8_e4m3fn)
+        elif scheme.rounds_inputs and scheme.block == SQUARES:
+            yield from rounded_gemm.builds(arch, dtype, torch.float8_e4m3fn, has_panels=True)
 
 
 def empty_grouped(
@@ -63,3 +67,10 @@ def rounded_gated_linear(
     x: Activations, numbers: Tensor, scales: Tensor, bias: Tensor | None, kind: str, rounds_to: torch.dtype | None
 ) -> Activations:
     return rounded_gemm.product(x, numbers, scales, bias, kind, rounds_to)
+
+
+def blockwise_linear(
+    x: Tensor, numbers: Tensor, scales: Tensor, block: tuple[int, int], rounds_inputs: bool, bias: Tensor | None
+) -> Tensor:
+    y = rounded_gemm.panel_product(x, numbers, scales, bias) if rounds_inputs and block == SQUARES else None
+    return reference.blockwise_linear(x, numbers, scales, block, rounds_inputs, bias) if y is None else y

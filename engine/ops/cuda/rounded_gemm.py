@@ -1,7 +1,8 @@
 """Products of inputs and weights rounded to 8 bits, e4m3 or int8: a scale for each row of x and each output.
 
 gemm/few_rows_rounded.cu for up to 16 rows, gemm/many_rows_rounded.cu on Hopper for those of larger decode batches, and
-for int8 whatever the number; beyond, and elsewhere, what PyTorch calls.
+for int8 whatever the number; beyond, and elsewhere, what PyTorch calls. e4m3 in squares of 128 by 128 takes the same
+kernels, whatever the number of rows.
 """
 
 from collections.abc import Iterator
@@ -26,31 +27,33 @@ from engine.ops.cuda.gemm import (
     many_rows_tiling,
 )
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
-from engine.ops.cuda.rounding import gated_activation_rounded, round_rows, rounding_build
+from engine.ops.cuda.rounding import gated_activation_rounded, round_panels, round_rows, rounding_build
 from engine.ops.cuda.rows import gated_activation
 
 E4M3 = torch.float8_e4m3fn
 MOST_ROWS = 128  # of e4m3 for gemm/many_rows_rounded.cu
 
 
-def builds(arch: str, dtype: torch.dtype, stored: torch.dtype) -> Iterator[Build]:
-    """The builds for weights of this type in a model of dtype."""
+def builds(arch: str, dtype: torch.dtype, stored: torch.dtype, has_panels: bool = False) -> Iterator[Build]:
+    """The builds for weights of this type in a model of dtype. has_panels: they are in squares of 128 by 128."""
     yield rounding_build(arch, dtype, stored)
     for rows in FEW_ROWS:
-        yield few_rows_build(arch, dtype, stored, rows)
+        yield few_rows_build(arch, dtype, stored, rows, has_panels)
     if arch == "sm_90a":
         for rows in MANY_ROWS:
-            yield many_rows_build(arch, dtype, stored, rows)
+            yield many_rows_build(arch, dtype, stored, rows, has_panels)
 
 
-def few_rows_build(arch: str, dtype: torch.dtype, stored: torch.dtype, rows: int) -> Build:
-    file, ring_bytes = "gemm/few_rows_rounded.cu", few_rows_ring_bytes(arch)
-    return define_build(arch, file, ring_bytes, scalar=dtype, stored=stored, rows=rows, ring_bytes=ring_bytes)
+def few_rows_build(arch: str, dtype: torch.dtype, stored: torch.dtype, rows: int, has_panels: bool) -> Build:
+    file, size = "gemm/few_rows_rounded.cu", few_rows_ring_bytes(arch)
+    has = int(has_panels)
+    return define_build(arch, file, size, scalar=dtype, stored=stored, rows=rows, ring_bytes=size, has_panels=has)
 
 
-def many_rows_build(arch: str, dtype: torch.dtype, stored: torch.dtype, rows: int) -> Build:
-    file, block_bytes = "gemm/many_rows_rounded.cu", MANY_ROWS_SHARED_BYTES
-    return define_build(arch, file, block_bytes, scalar=dtype, stored=stored, rows=rows, block_bytes=block_bytes)
+def many_rows_build(arch: str, dtype: torch.dtype, stored: torch.dtype, rows: int, has_panels: bool) -> Build:
+    file, size = "gemm/many_rows_rounded.cu", MANY_ROWS_SHARED_BYTES
+    has = int(has_panels)
+    return define_build(arch, file, size, scalar=dtype, stored=stored, rows=rows, block_bytes=size, has_panels=has)
 
 
 def product(
@@ -75,6 +78,16 @@ def product(
     return gated_activation(y, form) if rounds_to is None else gated_activation_rounded(y, form, rounds_to)
 
 
+def panel_product(x: Tensor, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor | None:
+    """x̂ · Wᵀ + bias: W is e4m3 with scales for squares [blocks of out, blocks of in], x̂ is x rounded by panels.
+
+    None where no kernel is for it.
+    """
+    if x.dtype is torch.float32 or x.shape[1] % 16:
+        return None
+    return _product(round_panels(x), numbers, scales, bias, "plain")
+
+
 def _product(x: RoundedRows, numbers: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor | None:
     """By our kernels, where they are for it."""
     (num_rows, inputs), out, device = x.numbers.shape, len(numbers), numbers.get_device()
@@ -86,7 +99,8 @@ def _product(x: RoundedRows, numbers: Tensor, scales: Tensor, bias: Tensor | Non
         octets = few_rows_octets(num_rows, inputs, out, num_sms, few_rows_ring_bytes(arch))
         if octets:
             return few_rows(octets, x, numbers, scales, bias, form)
-    if arch == "sm_90a" and (num_rows <= MOST_ROWS or numbers.dtype is torch.int8 or is_batch_invariant()):
+    takes_all = numbers.dtype is torch.int8 or _has_panels(x) or is_batch_invariant()
+    if arch == "sm_90a" and (num_rows <= MOST_ROWS or takes_all):
         return many_rows(many_rows_tiling(num_rows, out, form, num_sms), x, numbers, scales, bias, form)
     return None
 
@@ -114,7 +128,7 @@ def few_rows(
     (num_rows, inputs), out = x.numbers.shape, len(numbers)
     y = _new_result(x, numbers, form)
     rows = next(n for n in FEW_ROWS if num_rows <= n)
-    kernel(numbers, f"few_rows_rounded_{octets}", few_rows_build, x.dtype, numbers.dtype, rows)(
+    kernel(numbers, f"few_rows_rounded_{octets}", few_rows_build, x.dtype, numbers.dtype, rows, _has_panels(x))(
         (min(kernels.num_sms(numbers.get_device()), -(-out // (8 * octets))), 1, 1),
         256,
         *(y.data_ptr(), x.numbers.data_ptr(), numbers.data_ptr(), pointer(bias)),
@@ -137,7 +151,7 @@ def many_rows(
     y = _new_result(x, numbers, form)
     words = inputs // 2
     name = f"many_rows_rounded_{tiling.groups}x{tiling.parts}"
-    kernel(numbers, name, many_rows_build, x.dtype, numbers.dtype, tiling.rows)(
+    kernel(numbers, name, many_rows_build, x.dtype, numbers.dtype, tiling.rows, _has_panels(x))(
         (tiling.blocks(num_rows, out, kernels.num_sms(numbers.get_device())), 1, 1),
         128 * (tiling.groups + 1),
         launcher.tensor_map(numbers.data_ptr(), out, words, tiling.height // tiling.cluster),
@@ -160,6 +174,10 @@ def _scaled_product(x: RoundedRows, numbers: Tensor, scales: Tensor, bias: Tenso
         use_fast_accum=True,
     )
     return y if bias is None else y + bias
+
+
+def _has_panels(x: RoundedRows) -> bool:
+    return x.scales.dim() == 2
 
 
 def _new_result(x: RoundedRows, numbers: Tensor, form: str) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.batch import ForwardBatch
@@ -217,6 +218,38 @@ def check_rounded_linear(
     expected = expected if bias is None else expected + bias.double()
     assert_rows_close(y, _gated(expected, form) if form in GATED_FORMS else expected, y.dtype)
     assert torch.equal(y, product(x, numbers, scales, bias, form)), "not the same twice"
+
+
+def check_blockwise_linear(
+    device: str,
+    product: Callable[..., Tensor],
+    dtype: torch.dtype,
+    form: str,
+    rows: int,
+    inputs: int,
+    out: int,
+    has_bias: bool = False,
+) -> None:
+    """product(x, numbers, scales, bias, form) of e4m3 in squares of 128 by 128, x rounded by panels of 128 inputs."""
+    plain = random(out, inputs, device=device, dtype=torch.float32, scale=2 * inputs**-0.5)
+    sizes = torch.rand(-(-out // 128), -(-inputs // 128), device=device) * 4
+    plain *= sizes.repeat_interleave(128, 0)[:out].repeat_interleave(128, 1)[:, :inputs]
+    weight = round_to_nearest(plain, Scheme("float", 8, (128, 128), rounds_inputs=True))
+    x = random(rows, inputs, device=device, dtype=dtype)
+    x[:, : inputs // 3] *= 10
+    bias = random(out, device=device, dtype=dtype) if has_bias else None
+    with poisoned():
+        rounded = rounding.round_panels(x)
+        y = product(rounded, weight.numbers, weight.scales, bias, form)
+    panels = F.pad(x.float(), (0, -inputs % 128)).unflatten(1, (-1, 128))
+    numbers, scales = reference.round_rows(panels.cpu(), torch.float8_e4m3fn)  # a GPU's torch divides less exactly
+    assert torch.equal(rounded.numbers.cpu().float(), numbers.float().flatten(1)[:, :inputs])
+    assert torch.equal(rounded.scales[:, :rows].cpu(), scales.squeeze(2).T)
+    wide = (numbers.double() * scales.double()).flatten(1)[:, :inputs].to(device)
+    expected = wide @ weight.dequantize().double().T
+    expected = expected if bias is None else expected + bias.double()
+    assert_rows_close(y, _gated(expected, form) if form in GATED_FORMS else expected, y.dtype)
+    assert torch.equal(y, product(rounded, weight.numbers, weight.scales, bias, form)), "not the same twice"
 
 
 def check_batch_invariance(device: str, dtype: torch.dtype, inputs: int, out: int, sizes: tuple[int, ...]) -> None:

@@ -46,6 +46,7 @@ QUANTIZED = (
     ("sm_80", torch.bfloat16, [INT4, Scheme("int", 8, (1, ALL), rounds_inputs=True)]),
     ("sm_90a", torch.bfloat16, [INT4, INT8, Scheme("float", 8, (1, ALL), rounds_inputs=True)]),
     ("sm_90a", torch.float16, [Scheme("int", 4, (1, 32)), Scheme("int", 8, (1, ALL), rounds_inputs=True)]),
+    ("sm_90a", torch.bfloat16, [Scheme("float", 8, (128, 128), rounds_inputs=True)]),
 )
 BUILDS |= {build for case in QUANTIZED for build in quantized.builds(*case)}
 SPILLING = """

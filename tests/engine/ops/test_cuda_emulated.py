@@ -204,6 +204,28 @@ def test_many_rows_of_eight_bits_on_hopper(monkeypatch, stored, tiling, form, ro
     cases.check_rounded_linear("cpu", many_rows, stored, BF16, form, rows, inputs, out, has_bias=rows > 5)
 
 
+@pytest.mark.parametrize(
+    ("octets", "form", "rows", "inputs", "out"), [(2, "plain", 1, 1040, 200), (4, "silu", 11, 2192, 544)]
+)
+def test_few_rows_in_squares(octets, form, rows, inputs, out):
+    few_rows = partial(rounded_gemm.few_rows, octets)
+    cases.check_blockwise_linear("cpu", few_rows, BF16, form, rows, inputs, out, has_bias=rows > 1)
+
+
+@pytest.mark.parametrize(
+    ("tiling", "form", "rows", "inputs", "out"),
+    [
+        (Tiling(16, 2, 2, 96), "plain", 5, 208, 408),
+        (Tiling(64, 1, 2, 56), "silu", 33, 656, 272),
+        (Tiling(32, 2, 1, 128, split=4), "plain", 70, 1424, 200),
+    ],
+)
+def test_many_rows_in_squares_on_hopper(monkeypatch, tiling, form, rows, inputs, out):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
+    many_rows = partial(rounded_gemm.many_rows, tiling)
+    cases.check_blockwise_linear("cpu", many_rows, BF16, form, rows, inputs, out, has_bias=rows > 5)
+
+
 def test_rows_on_hopper_do_not_depend_on_the_batch(monkeypatch):
     monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
     cases.check_batch_invariance("cpu", BF16, 200, 304, (1, 16, 17, 60, 130))
