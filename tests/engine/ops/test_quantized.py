@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine import ops
+from engine.layers.norm import RMSNorm
 from engine.layers.placement import Placement
 from engine.layers.weights import FilledWeight, Part, empty_weight
-from engine.ops import native, reference
+from engine.ops import RoundedRows, native, reference
 from engine.parallel.groups import Group
 from engine.quantization.weight import ALL, E4M3, QuantizedWeight, Scheme, round_to_nearest
 
@@ -55,6 +56,26 @@ def test_a_product_is_exact_to_rounding(case, dtype, tile_numbers, device, monke
         torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * exact.std().item())
         gated = held.apply_gated(x.to(device), None if bias is None else bias.to(device), "silu").cpu()
         torch.testing.assert_close(gated, ops.gated_activation(y, "silu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["int8", "fp8", "int8 by int8", "fp8 by fp8", "fp8 by fp8, blocks"])
+def test_inputs_made_for_a_weight_change_no_bit_of_a_layer(case, dtype, device):
+    """Norm, gate and up, activation, down: each made as the next one takes it, or as plain numbers."""
+    scheme, generator = SCHEMES[case], torch.Generator().manual_seed(3)
+    x, residual = torch.randn(2, 5, 96, generator=generator).to(device, dtype)
+    norm = RMSNorm("norm", 96, 1e-5, Placement(dtype, torch.device(device), Group()))
+    norm.weight.copy_(torch.rand(96, generator=generator))
+    gate_up, down = (
+        hold(round_to_nearest(torch.randn(shape, generator=generator), scheme), dtype, device)
+        for shape in ((256, 96), (96, 128))
+    )
+    added = residual.clone()
+    inputs = gate_up.inputs_of(norm, x, added)
+    y = down.apply(gate_up.apply_gated(inputs, None, "silu", down.rounds_to), None)
+    assert isinstance(inputs, RoundedRows) == (case in ("int8 by int8", "fp8 by fp8"))
+    assert torch.equal(y, down.apply(gate_up.apply_gated(norm.add(x, residual), None, "silu"), None))
+    assert torch.equal(added, residual)
 
 
 def hold(weight: QuantizedWeight, dtype: torch.dtype, device: str) -> FilledWeight:
