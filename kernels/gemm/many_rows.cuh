@@ -30,6 +30,8 @@ using Sum = SumOf<Stored>;
 constexpr int kRows = ROWS;
 constexpr int kOctets = kRows / 8;
 constexpr int kStagingRows = kRows < 64 ? kRows : 64;  // rows of y that a warpgroup writes at a time
+constexpr int kMostStages = 32;
+constexpr int kPanelRowBytes = 128;  // 64 inputs
 constexpr int kRowUnitsAtOnce = 8;            // walked for each tile of outputs: they stay in the L2 cache
 
 struct Problem {
@@ -50,25 +52,39 @@ struct Problem {
 template <int kGroups, int kParts, int kPanels> struct Multiplication {
   static constexpr int kDepth = 64 * kPanels;
 
-  struct Stage {
-    u16 weight[kParts][kPanels][kGroups * 64][64];
-    u16 x[kPanels][kRows][64];
-  };
   struct Staging { Scalar y[kStagingRows][64]; };
-  static constexpr int kStages = (BLOCK_BYTES - 2048 - kGroups * static_cast<int>(sizeof(Staging))) /
-                                 static_cast<int>(sizeof(Stage));
-  struct Shared {
-    Stage stages[kStages];
+  struct alignas(1024) Front {
     Staging staging[kGroups];
-    Barrier came[kStages], left[kStages];
+    Barrier came[kMostStages], left[kMostStages];
   };
-  static_assert(sizeof(Shared) + 1024 <= BLOCK_BYTES);
+
+  // The block's memory: behind the front, as many stages as there is room for. A stage holds panels of the weight, part by part,
+  // each as high as `height`, then panels of x. A warpgroup multiplies 64 rows of a panel: those past its end, whatever lies
+  // there, make sums that nobody writes.
+  struct Shared {
+    Staging* staging;
+    Barrier *came, *left;
+    unsigned char* stages;
+    int height, stage_bytes, num_stages;
+
+    __device__ Shared(unsigned char* begin, int height) : stages(begin + sizeof(Front)), height(height) {
+      Front& front = *reinterpret_cast<Front*>(begin);
+      staging = front.staging, came = front.came, left = front.left;
+      const int read_past_end = max(0, kGroups * 64 - height - kPanels * kRows) * kPanelRowBytes;
+      stage_bytes = kPanels * (kParts * height + kRows) * kPanelRowBytes;
+      num_stages = min(kMostStages, (BLOCK_BYTES - 1024 - static_cast<int>(sizeof(Front)) - read_past_end) / stage_bytes);
+    }
+    __device__ unsigned char* weight(int stage, int part, int panel) const {
+      return stages + stage * stage_bytes + (part * kPanels + panel) * height * kPanelRowBytes;
+    }
+    __device__ unsigned char* x(int stage, int panel) const { return weight(stage, kParts, 0) + panel * kRows * kPanelRowBytes; }
+  };
 
   struct Place {  // which stage is next, and the parity of its phase
     int stage = 0;
     u32 parity = 0;
-    __device__ void advance() {
-      if (++stage < kStages) return;
+    __device__ void advance(int num_stages) {
+      if (++stage < num_stages) return;
       stage = 0;
       parity ^= 1;
     }
@@ -122,13 +138,12 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
       begin_tile();
     }
     __device__ void copy_weight(int stage) {
-      Stage& target = shared.stages[stage];
-      barrier_arrive_expecting(shared.came[stage], kParts * problem.height * kDepth * 2 + static_cast<int>(sizeof(target.x)));
+      barrier_arrive_expecting(shared.came[stage], shared.stage_bytes);
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          u16(*to)[64] = &target.weight[part][panel][own_outputs];
+          void* to = shared.weight(stage, part, panel) + own_outputs * kPanelRowBytes;
           const int column = step * kDepth + panel * 64;
           if (walk.num_sharers == 1) copy_box(to, problem.weight_map, weight_rows[part], column, shared.came[stage]);
           else copy_box_to_blocks(to, problem.weight_map, weight_rows[part], column, shared.came[stage], (1 << cluster_size()) - 1);
@@ -137,7 +152,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     __device__ void copy_x(int stage) {
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel)
-        copy_box(shared.stages[stage].x[panel], problem.x_map, walk.row, step * kDepth + panel * 64, shared.came[stage]);
+        copy_box(shared.x(stage, panel), problem.x_map, walk.row, step * kDepth + panel * 64, shared.came[stage]);
     }
     __device__ void advance() {
       if (++step < walk.end_step) return;
@@ -158,11 +173,12 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
   __device__ static void produce(Shared& shared, const Problem& problem) {
     Producer early(shared, problem), late(shared, problem);
-    for (int stage = 0; stage < kStages && !early.is_over(); ++stage, early.advance()) early.copy_weight(stage);
+    for (int stage = 0; stage < shared.num_stages && !early.is_over(); ++stage, early.advance()) early.copy_weight(stage);
+    prefetch_map(problem.x_map);
     wait_for_inputs();
-    for (int stage = 0; stage < kStages && !late.is_over(); ++stage, late.advance()) late.copy_x(stage);
+    for (int stage = 0; stage < shared.num_stages && !late.is_over(); ++stage, late.advance()) late.copy_x(stage);
     Place place;
-    for (; !late.is_over(); late.advance(), place.advance()) {
+    for (; !late.is_over(); late.advance(), place.advance(shared.num_stages)) {
       barrier_wait(shared.left[place.stage], place.parity);
       late.copy_weight(place.stage);
       late.copy_x(place.stage);
@@ -181,22 +197,23 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
   // This warpgroup's sums of a tile.
   __device__ static void multiply(Sums& sums, Shared& shared, const Walk& walk, Place& place, int group) {
+    const int weight_panel = shared.height * kPanelRowBytes, x_panel = kRows * kPanelRowBytes;
     int last = 0;
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
-    for (int step = walk.first_step; step < walk.end_step; ++step, place.advance()) {
-      const Stage& stage = shared.stages[place.stage];
+    for (int step = walk.first_step; step < walk.end_step; ++step, place.advance(shared.num_stages)) {
       barrier_wait(shared.came[place.stage], place.parity);
-      const u64 weight = panel_descriptor(&stage.weight[0][0][group * 64], 16), x = panel_descriptor(&stage.x, 16);
+      const u64 weight = panel_descriptor(shared.weight(place.stage, 0, 0) + group * 64 * kPanelRowBytes, 16);
+      const u64 x = panel_descriptor(shared.x(place.stage, 0), 16);
       warpgroup_begin();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k)
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
-          multiply_keys<Stored, kRows>(sums[part], further(weight, (part * kPanels + k / 4) * kGroups * 64 * 128 + k % 4 * 32),
-                                       further(x, k / 4 * kRows * 128 + k % 4 * 32), true);
+          multiply_keys<Stored, kRows>(sums[part], further(weight, (part * kPanels + k / 4) * weight_panel + k % 4 * 32),
+                                       further(x, k / 4 * x_panel + k % 4 * 32), true);
       warpgroup_commit();
       warpgroup_wait<1>();
       if (step > walk.first_step) leave(shared, walk.num_sharers, last);
@@ -213,15 +230,16 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
                                             int group) {
     constexpr int kTurns = kParts * kPanels;              // of a stage: a part and a panel, 128 inputs, each
     constexpr int kAtOnce = kRows < 128 ? kTurns : 1;     // of these, as registers allow
+    const int weight_panel = shared.height * kPanelRowBytes, x_panel = kRows * kPanelRowBytes;
     Sum partial[kAtOnce][kRows / 2];
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
-    for (int step = walk.first_step; step < walk.end_step; ++step, place.advance()) {
-      const Stage& stage = shared.stages[place.stage];
+    for (int step = walk.first_step; step < walk.end_step; ++step, place.advance(shared.num_stages)) {
       barrier_wait(shared.came[place.stage], place.parity);
-      const u64 weight = panel_descriptor(&stage.weight[0][0][group * 64], 16), x = panel_descriptor(&stage.x, 16);
+      const u64 weight = panel_descriptor(shared.weight(place.stage, 0, 0) + group * 64 * kPanelRowBytes, 16);
+      const u64 x = panel_descriptor(shared.x(place.stage, 0), 16);
 #pragma unroll
       for (int first = 0; first < kTurns; first += kAtOnce) {
         warpgroup_begin();
@@ -231,8 +249,8 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
           for (int turn = first; turn < first + kAtOnce; ++turn) {
             const int part = turn % kParts, panel = turn / kParts;
             multiply_keys<Stored, kRows>(partial[turn - first],
-                                         further(weight, (part * kPanels + panel) * kGroups * 64 * 128 + k * 32),
-                                         further(x, panel * kRows * 128 + k * 32), k > 0);
+                                         further(weight, (part * kPanels + panel) * weight_panel + k * 32),
+                                         further(x, panel * x_panel + k * 32), k > 0);
           }
         warpgroup_commit();
         warpgroup_wait<0>();
@@ -273,7 +291,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
   struct alignas(16) Four { Sum of[4]; };
   // Of a block that shares out inputs with others: [kGroups][kParts][kOctets][threads of a group]
-  static_assert(kGroups * kParts * kOctets * 128 * sizeof(Four) <= sizeof(Shared::stages));
+  static_assert(kGroups * kParts * kOctets * 128 * sizeof(Four) + sizeof(Front) + 1024 <= BLOCK_BYTES);
 
   // Add up the sums of blocks that share out the inputs of a tile. Each gets its share of the octets of rows, as the first ones
   // of `sums`: from row `row` to before `end_row` of x.
@@ -428,9 +446,9 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
   __device__ static void run(const Problem& problem) {
     extern __shared__ uint4 dynamic[];
-    Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<u64>(dynamic) + 1023) / 1024 * 1024);
+    Shared shared(reinterpret_cast<unsigned char*>(dynamic) + (-shared_address(dynamic) & 1023), problem.height);
     if (threadIdx.x == 0) {
-      for (int stage = 0; stage < kStages; ++stage) {
+      for (int stage = 0; stage < shared.num_stages; ++stage) {
         barrier_init(shared.came[stage], 1);
         barrier_init(shared.left[stage], 4 * kGroups * problem.num_sharers());  // one for each warp that reads it
       }

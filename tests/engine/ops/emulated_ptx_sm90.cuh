@@ -111,6 +111,8 @@ inline void copy_box(void* shared, const TensorMap& map, int row, int column, Ba
   copy_box_to_blocks(shared, map, row, column, barrier, 1 << cluster_rank());
 }
 
+inline void prefetch_map(const TensorMap&) {}
+
 inline void copy_octets(void* shared, const TensorMap& map, int octet, Barrier& barrier) {
   const auto [address, num_rows, row_length, box_rows] = std::array<u64, 4>{map.words[0], map.words[1], map.words[2], map.words[3]};
   const u32 target = shared_address(shared);
