@@ -216,6 +216,20 @@ __device__ inline int cluster_size() {
 #endif
   return size;
 }
+__device__ inline int cluster_id() {
+  int id = blockIdx.x;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+#endif
+  return id;
+}
+__device__ inline int num_clusters() {
+  int number = gridDim.x;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(number));
+#endif
+  return number;
+}
 // All threads of all blocks (but those that have ended) meet, and see what the others wrote before.
 __device__ inline void meet_cluster() {
 #if __CUDA_ARCH__ >= 900

@@ -42,9 +42,11 @@ struct Problem {
   Form form;
   int rows, in, out;  // in: 16-bit numbers; out: columns of y
   int height;         // outputs of a part of a tile, at most 64 a warpgroup
-  int split;          // blocks of a cluster that share out the inputs of a tile: 1 or all of them
-
-  __device__ int num_sharers() const { return cluster_size() / split; }  // blocks that bring the weight together
+  // What the host divides: here it would delay the first copy by a microsecond.
+  int num_output_tiles, num_row_units, num_stages;
+  int num_sharers;    // blocks of a cluster that bring the weight together, or 1
+  int split;          // blocks of a cluster that share out the inputs of a tile, or 1
+  int share;          // steps of such a block, at most
 };
 
 // kGroups warpgroups that compute, each with kParts times 64 outputs. Gated: part 0 holds gates, part 1 the ups for them.
@@ -67,12 +69,11 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     unsigned char* stages;
     int height, stage_bytes, num_stages;
 
-    __device__ Shared(unsigned char* begin, int height) : stages(begin + sizeof(Front)), height(height) {
+    __device__ Shared(unsigned char* begin, const Problem& problem)
+        : stages(begin + sizeof(Front)), height(problem.height), num_stages(problem.num_stages) {
       Front& front = *reinterpret_cast<Front*>(begin);
       staging = front.staging, came = front.came, left = front.left;
-      const int read_past_end = max(0, kGroups * 64 - height - kPanels * kRows) * kPanelRowBytes;
       stage_bytes = kPanels * (kParts * height + kRows) * kPanelRowBytes;
-      num_stages = min(kMostStages, (BLOCK_BYTES - 1024 - static_cast<int>(sizeof(Front)) - read_past_end) / stage_bytes);
     }
     __device__ unsigned char* weight(int stage, int part, int panel) const {
       return stages + stage * stage_bytes + (part * kPanels + panel) * height * kPanelRowBytes;
@@ -92,29 +93,28 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
   // The tiles of this block, and its steps in each. A unit is what its cluster does at a time.
   struct Walk {
-    int num_sharers, num_row_units, num_output_tiles, first_step, end_step;
+    const Problem& problem;
+    int first_step, end_step;
     int unit, row, output_tile;  // row: the tile's first
-    __device__ Walk(const Problem& problem) {
-      const int outputs = problem.height * (is_gated(problem.form) ? 1 : kParts), num_steps = ceil_div(problem.in, kDepth);
-      const int share = problem.split > 1 ? cluster_rank() : 0;
-      num_sharers = problem.num_sharers();
-      num_row_units = ceil_div(problem.rows, kRows * num_sharers);
-      num_output_tiles = ceil_div(problem.out, outputs);
-      first_step = num_steps * share / problem.split;
-      end_step = num_steps * (share + 1) / problem.split;
-      go_to(blockIdx.x / cluster_size());
+    __device__ explicit Walk(const Problem& problem) : problem(problem) {
+      const int num_steps = ceil_div(problem.in, kDepth);
+      first_step = problem.split > 1 ? min(cluster_rank() * problem.share, num_steps) : 0;
+      end_step = problem.split > 1 ? min(first_step + problem.share, num_steps) : num_steps;
+      go_to(is_alone() ? blockIdx.x : cluster_id());
     }
-    __device__ bool is_over() const { return unit >= num_row_units * num_output_tiles; }
-    __device__ void advance() { go_to(unit + gridDim.x / cluster_size()); }
+    __device__ bool is_over() const { return unit >= problem.num_row_units * problem.num_output_tiles; }
+    __device__ void advance() { go_to(unit + (is_alone() ? gridDim.x : num_clusters())); }
 
    private:
+    __device__ bool is_alone() const { return problem.num_sharers == 1 && problem.split == 1; }
     __device__ void go_to(int next) {
-      unit = next;
-      const int first_row_unit = unit / (kRowUnitsAtOnce * num_output_tiles) * kRowUnitsAtOnce;
-      const int row_units_here = min(kRowUnitsAtOnce, num_row_units - first_row_unit);
-      const int within = unit - first_row_unit * num_output_tiles;
-      const int row_unit = first_row_unit + within % row_units_here;
-      row = (row_unit * num_sharers + (num_sharers > 1 ? cluster_rank() : 0)) * kRows;
+      unit = output_tile = next;
+      row = problem.num_sharers > 1 ? cluster_rank() * kRows : 0;
+      if (problem.num_row_units == 1) return;
+      const int first_row_unit = unit / (kRowUnitsAtOnce * problem.num_output_tiles) * kRowUnitsAtOnce;
+      const int row_units_here = min(kRowUnitsAtOnce, problem.num_row_units - first_row_unit);
+      const int within = unit - first_row_unit * problem.num_output_tiles;
+      row += (first_row_unit + within % row_units_here) * problem.num_sharers * kRows;
       output_tile = within / row_units_here;
     }
   };
@@ -134,7 +134,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
     __device__ Producer(Shared& shared, const Problem& problem)
         : shared(shared), problem(problem), walk(problem), step(walk.first_step) {
-      own_outputs = walk.num_sharers > 1 ? cluster_rank() * problem.height / walk.num_sharers : 0;
+      own_outputs = problem.num_sharers > 1 ? cluster_rank() * problem.height / problem.num_sharers : 0;
       begin_tile();
     }
     __device__ void copy_weight(int stage) {
@@ -145,8 +145,8 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
         for (int panel = 0; panel < kPanels; ++panel) {
           void* to = shared.weight(stage, part, panel) + own_outputs * kPanelRowBytes;
           const int column = step * kDepth + panel * 64;
-          if (walk.num_sharers == 1) copy_box(to, problem.weight_map, weight_rows[part], column, shared.came[stage]);
-          else copy_box_to_blocks(to, problem.weight_map, weight_rows[part], column, shared.came[stage], (1 << cluster_size()) - 1);
+          if (problem.num_sharers == 1) copy_box(to, problem.weight_map, weight_rows[part], column, shared.came[stage]);
+          else copy_box_to_blocks(to, problem.weight_map, weight_rows[part], column, shared.came[stage], (1 << problem.num_sharers) - 1);
         }
     }
     __device__ void copy_x(int stage) {
@@ -190,6 +190,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     if (threadIdx.x % 32 != 0) return;
     if (num_sharers == 1) barrier_arrive(shared.left[stage]);
     else
+#pragma unroll 1
       for (int rank = 0; rank < num_sharers; ++rank) barrier_arrive_in_block(shared.left[stage], rank);
   }
 
@@ -204,9 +205,9 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
     for (int step = walk.first_step; step < walk.end_step; ++step, place.advance(shared.num_stages)) {
-      barrier_wait(shared.came[place.stage], place.parity);
       const u64 weight = panel_descriptor(shared.weight(place.stage, 0, 0) + group * 64 * kPanelRowBytes, 16);
       const u64 x = panel_descriptor(shared.x(place.stage, 0), 16);
+      barrier_wait(shared.came[place.stage], place.parity);
       warpgroup_begin();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k)
@@ -216,13 +217,13 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
                                        further(x, k / 4 * x_panel + k % 4 * 32), true);
       warpgroup_commit();
       warpgroup_wait<1>();
-      if (step > walk.first_step) leave(shared, walk.num_sharers, last);
+      if (step > walk.first_step) leave(shared, walk.problem.num_sharers, last);
       last = place.stage;
     }
     warpgroup_wait<0>();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) pin(sums[part]);
-    if (walk.first_step < walk.end_step) leave(shared, walk.num_sharers, last);
+    if (walk.first_step < walk.end_step) leave(shared, walk.problem.num_sharers, last);
   }
 
   // The same in two levels. While a warpgroup adds up, the other one has the tensor cores.
@@ -237,9 +238,9 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
     for (int step = walk.first_step; step < walk.end_step; ++step, place.advance(shared.num_stages)) {
-      barrier_wait(shared.came[place.stage], place.parity);
       const u64 weight = panel_descriptor(shared.weight(place.stage, 0, 0) + group * 64 * kPanelRowBytes, 16);
       const u64 x = panel_descriptor(shared.x(place.stage, 0), 16);
+      barrier_wait(shared.came[place.stage], place.parity);
 #pragma unroll
       for (int first = 0; first < kTurns; first += kAtOnce) {
         warpgroup_begin();
@@ -260,7 +261,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
           add(sums[turn % kParts], partial[turn - first], problem, walk, turn % kParts, step * kPanels + turn / kParts, group);
         }
       }
-      leave(shared, walk.num_sharers, place.stage);
+      leave(shared, walk.problem.num_sharers, place.stage);
     }
   }
 
@@ -295,7 +296,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
   // Add up the sums of blocks that share out the inputs of a tile. Each gets its share of the octets of rows, as the first ones
   // of `sums`: from row `row` to before `end_row` of x.
-  __device__ static void add_up(Sums& sums, Shared& shared, int group, int& row, int& end_row) {
+  __device__ static void add_up(Sums& sums, Shared& shared, int split, int group, int& row, int& end_row) {
     Four* partial = reinterpret_cast<Four*>(shared.stages) + group * kParts * kOctets * 128 + threadIdx.x % 128;
     const auto place = [](int part, int octet) { return (part * kOctets + octet) * 128; };
     meet_threads(1 + kGroups, kGroups * 128);  // tensor cores have read all stages
@@ -306,9 +307,9 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
         const Sum* own = &sums[part][octet * 4];
         partial[place(part, octet)] = {{own[0], own[1], own[2], own[3]}};
       }
-    meet_cluster();
-    const int share = ceil_div(kOctets, cluster_size()), first = min(cluster_rank() * share, kOctets);
+    const int share = ceil_div(kOctets, split), first = min(cluster_rank() * share, kOctets);
     const int count = min(share, kOctets - first);
+    meet_cluster();
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
@@ -316,7 +317,8 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
         if (i >= count) break;
         Sum* own = &sums[part][i * 4];
         own[0] = own[1] = own[2] = own[3] = 0;
-        for (int rank = 0; rank < cluster_size(); ++rank) {
+#pragma unroll 1
+        for (int rank = 0; rank < split; ++rank) {
           const Four other = *in_block(&partial[place(part, first + i)], rank);
 #pragma unroll
           for (int j = 0; j < 4; ++j) own[j] += other.of[j];
@@ -439,23 +441,21 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
       if constexpr (kHasShortSums<Stored>) multiply_in_levels(sums, shared, problem, walk, place, group);
       else multiply(sums, shared, walk, place, group);
       int row = walk.row, end_row = problem.rows;
-      if (problem.split > 1) add_up(sums, shared, group, row, end_row);
+      if (problem.split > 1) add_up(sums, shared, problem.split, group, row, end_row);
       write(sums, problem, shared, walk.output_tile, row, end_row, group);
     }
   }
 
   __device__ static void run(const Problem& problem) {
     extern __shared__ uint4 dynamic[];
-    Shared shared(reinterpret_cast<unsigned char*>(dynamic) + (-shared_address(dynamic) & 1023), problem.height);
-    if (threadIdx.x == 0) {
-      for (int stage = 0; stage < shared.num_stages; ++stage) {
-        barrier_init(shared.came[stage], 1);
-        barrier_init(shared.left[stage], 4 * kGroups * problem.num_sharers());  // one for each warp that reads it
-      }
+    Shared shared(reinterpret_cast<unsigned char*>(dynamic) + (-shared_address(dynamic) & 1023), problem);
+    if (static_cast<int>(threadIdx.x) < shared.num_stages) {
+      barrier_init(shared.came[threadIdx.x], 1);
+      barrier_init(shared.left[threadIdx.x], 4 * kGroups * problem.num_sharers);  // one for each warp that reads it
       barrier_init_fence();
     }
     __syncthreads();
-    if (problem.num_sharers() > 1) meet_cluster();  // nobody uses the barriers of another block before
+    if (problem.num_sharers > 1) meet_cluster();  // nobody uses the barriers of another block before
     start_dependents();
 
     // Together no more registers than the block had at its launch: who asks for more waits for ever.
@@ -470,7 +470,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
       if constexpr (kGroups == 2) grow_registers<232>();
       consume(shared, problem, role - 1);
     }
-    if (cluster_size() > 1) {  // before a block ends, the others have ceased to write to it, and to read from it
+    if (problem.num_sharers > 1 || problem.split > 1) {  // before a block ends, the others have ceased to write to it, and to read from it
       __syncwarp();
       meet_cluster();
     }

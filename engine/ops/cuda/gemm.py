@@ -82,8 +82,26 @@ class Tiling:
 
         out: rows of the weight.
         """
-        num_units = -(-num_rows // (self.rows * self.cluster)) * -(-out // (self.parts * self.height))
+        num_units = self._row_units(num_rows) * self._output_tiles(out)
         return num_units * self.split if self.split > 1 else min(num_sms // self.cluster, num_units) * self.cluster
+
+    def arguments(self, num_rows: int, inputs: int, out: int) -> tuple[int, ...]:
+        """What its kernels take to know their tiles, from `height` on. inputs: numbers of 16 bits; out: as above."""
+        panels = 2 if self.groups == self.parts == 1 else 1  # of 64 inputs in a stage, as in many_rows.cu
+        row_bytes, most_stages = 128, 32
+        front = -(-(self.groups * min(self.rows, 64) * row_bytes + 2 * 8 * most_stages) // 1024) * 1024
+        read_past_end = max(0, 64 * self.groups - self.height - panels * self.rows) * row_bytes
+        stage = panels * (self.parts * self.height + self.rows) * row_bytes
+        stages = min(most_stages, (MANY_ROWS_SHARED_BYTES - 1024 - front - read_past_end) // stage)
+        share = -(-inputs // (64 * panels * self.split))
+        tiles = (self._output_tiles(out), self._row_units(num_rows))
+        return (self.height, *tiles, stages, self.cluster, self.split, share)
+
+    def _row_units(self, num_rows: int) -> int:
+        return -(-num_rows // (self.rows * self.cluster))
+
+    def _output_tiles(self, out: int) -> int:
+        return -(-out // (self.parts * self.height))
 
 
 def few_rows_octets(num_rows: int, inputs: int, out: int, num_sms: int, ring_bytes: int) -> int:
@@ -194,7 +212,7 @@ def many_rows(tiling: Tiling, x: Tensor, weight: Tensor, bias: Tensor | None, fo
         128 * (tiling.groups + 1),
         launcher.tensor_map(weight.data_ptr(), len(weight), inputs, tiling.height // tiling.cluster),
         launcher.tensor_map(x.data_ptr(), num_rows, inputs, tiling.rows),
-        *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1], tiling.height, tiling.split),
+        *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1], *tiling.arguments(num_rows, inputs, len(weight))),
         cluster=max(tiling.cluster, tiling.split),
     )
     return y

@@ -157,7 +157,7 @@ def many_rows(
         launcher.tensor_map(numbers.data_ptr(), out, words, tiling.height // tiling.cluster),
         launcher.tensor_map(x.numbers.data_ptr(), num_rows, words, tiling.rows),
         *(y.data_ptr(), pointer(bias), x.scales.data_ptr(), scales.data_ptr()),
-        *(FORMS.index(form), num_rows, words, y.shape[1], tiling.height, tiling.split),
+        *(FORMS.index(form), num_rows, words, y.shape[1], *tiling.arguments(num_rows, words, out)),
         cluster=max(tiling.cluster, tiling.split),
     )
     return y

@@ -313,6 +313,8 @@ template <int kPending> void cp_async_wait() {
 
 inline int cluster_size() { return shared_of_block.size(); }
 inline int cluster_rank() { return fiber->block; }
+inline int cluster_id() { return blockIdx.x / cluster_size(); }
+inline int num_clusters() { return gridDim.x / cluster_size(); }
 inline void meet_cluster() {
   const u64 mine = ++fiber->meetings;
   wait_until([mine] {
