@@ -13,9 +13,9 @@ few_rows_4(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, i
 }
 extern "C" __global__ void __launch_bounds__(kThreads)
 few_rows_6(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
-  multiply<6>(y, x, weight, bias, {}, static_cast<Form>(form), rows, in, out);
+  if constexpr (kHalves <= 2) multiply<6>(y, x, weight, bias, {}, static_cast<Form>(form), rows, in, out);
 }
 extern "C" __global__ void __launch_bounds__(kThreads)
 few_rows_8(void* y, const Scalar* x, const Scalar* weight, const Scalar* bias, int form, int rows, int in, int out) {
-  multiply<8>(y, x, weight, bias, {}, static_cast<Form>(form), rows, in, out);
+  if constexpr (kHalves <= 2) multiply<8>(y, x, weight, bias, {}, static_cast<Form>(form), rows, in, out);
 }

@@ -9,8 +9,8 @@
 // two products give it.
 // Bound by bytes: the weight, once. As no kernel of a step writes it, its copies start before x is waited for.
 //
-// Built with SCALAR (bf16 or f16: of y and bias), STORED (of x and weight: the same, e4m3 or s8), ROWS (8 or 16: the most it
-// takes) and RING_BYTES (of shared memory).
+// Built with SCALAR (bf16 or f16: of y and bias), STORED (of x and weight: the same, e4m3 or s8), ROWS (8, 16 or 32: the most
+// it takes) and RING_BYTES (of shared memory).
 #pragma once
 
 #include "forms.cuh"
@@ -25,7 +25,7 @@ constexpr int kHalves = ROWS / 8;  // eights of rows
 constexpr int kPieces = 8;         // of 16 bytes in a warp's step: a line of the caches, in each of eight rows
 constexpr int kChunk = kPieces * kVec<Stored>;  // inputs
 template <int kOctets> constexpr int kStagesThatFit = RING_BYTES / ((kOctets + kHalves) * kWarps * 8 * kPieces * 16);
-// Where not even one fits, the kernel is not launched, but compiled.
+// Where not even one fits, or the sums of all warps do not, the kernel is not launched, but compiled.
 template <int kOctets> constexpr int kStages = kStagesThatFit<kOctets> > 0 ? kStagesThatFit<kOctets> : 1;
 
 // The first row of the weight of an octet of a tile.
@@ -199,16 +199,20 @@ __device__ inline void multiply(void* y, const Stored* x, const Stored* weight, 
       __syncwarp();
 #pragma unroll
       for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
-        const Operand<Stored> first(ring.piece(stage, kOctets, half_chunk));
-        const Operand<Stored> second(ring.piece(stage, kOctets + kHalves - 1, half_chunk));
+        uint4 x[kHalves];
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) x[half] = ring.piece(stage, kOctets + half, half_chunk);
 #pragma unroll
         for (int pair = 0; pair < kOctets / 2; ++pair) {
           const Operand<Stored> low(ring.piece(stage, 2 * pair, half_chunk)), high(ring.piece(stage, 2 * pair + 1, half_chunk));
 #pragma unroll
           for (int i = 0; i < Operand<Stored>::kWords; i += 2) {
             const u32 weight[4] = {low.words[i], high.words[i], low.words[i + 1], high.words[i + 1]};
-            multiply_16x8<Stored>(target[pair][0], weight, first.words[i], first.words[i + 1]);
-            if constexpr (kHalves > 1) multiply_16x8<Stored>(target[pair][1], weight, second.words[i], second.words[i + 1]);
+#pragma unroll
+            for (int half = 0; half < kHalves; ++half) {
+              const Operand<Stored> eight_rows(x[half]);
+              multiply_16x8<Stored>(target[pair][half], weight, eight_rows.words[i], eight_rows.words[i + 1]);
+            }
           }
         }
       }

@@ -12,9 +12,9 @@
 // they share out the inputs of one tile (`split`) and add up their sums through each other's shared memory, always in the same
 // order: lower tiles instead would bring x more often.
 //
-// Without a split an output is summed up in the order of the inputs, whatever the tile: nothing else changes its bits. Sums of
-// e4m3 have two levels, as tensor cores keep about 14 bits of them: those of 128 inputs are added in float32 (as DeepSeek-V3,
-// arXiv 2412.19437, 3.3.2).
+// An output is summed up in the order of the inputs, whatever the tile, where nothing is split and warpgroups take no turns:
+// nothing else changes its bits. Sums of e4m3 have two levels, as tensor cores keep about 14 bits of them: those of 128 inputs
+// are added in float32 (as DeepSeek-V3, arXiv 2412.19437, 3.3.2).
 //
 // Built with SCALAR (bf16 or f16: of y and bias), STORED (of x and weight: the same, e4m3 or s8), ROWS (of x in a tile: 16, 32,
 // 64 or 128) and BLOCK_BYTES (of shared memory).
@@ -49,14 +49,18 @@ struct Problem {
   int share;          // steps of such a block, at most
 };
 
-// kGroups warpgroups that compute, each with kParts times 64 outputs. Gated: part 0 holds gates, part 1 the ups for them.
-// kPanels: of 64 inputs, 128 bytes, in a stage.
+// Two warpgroups compute: kGroups with kParts times 64 outputs each. Where that is one, they take turns at its steps: a step
+// takes longer from its beginning to its end than its products keep the tensor cores busy. Gated: part 0 holds gates, part 1
+// the ups for them. kPanels: of 64 inputs, 128 bytes, in a stage.
 template <int kGroups, int kParts, int kPanels> struct Multiplication {
   static constexpr int kDepth = 64 * kPanels;
+  static constexpr int kTurns = 2 / kGroups;
 
+  struct alignas(16) Four { Sum of[4]; };
   struct Staging { Scalar y[kStagingRows][64]; };
   struct alignas(1024) Front {
     Staging staging[kGroups];
+    Four other_turn[kTurns > 1 ? kParts * kOctets * 128 : 1];  // [kParts][kOctets][threads of a warpgroup]
     Barrier came[kMostStages], left[kMostStages];
   };
 
@@ -64,15 +68,14 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
   // each as high as `height`, then panels of x. A warpgroup multiplies 64 rows of a panel: those past its end, whatever lies
   // there, make sums that nobody writes.
   struct Shared {
-    Staging* staging;
+    Front& front;
     Barrier *came, *left;
     unsigned char* stages;
     int height, stage_bytes, num_stages;
 
     __device__ Shared(unsigned char* begin, const Problem& problem)
-        : stages(begin + sizeof(Front)), height(problem.height), num_stages(problem.num_stages) {
-      Front& front = *reinterpret_cast<Front*>(begin);
-      staging = front.staging, came = front.came, left = front.left;
+        : front(*reinterpret_cast<Front*>(begin)), came(front.came), left(front.left), stages(begin + sizeof(Front)),
+          height(problem.height), num_stages(problem.num_stages) {
       stage_bytes = kPanels * (kParts * height + kRows) * kPanelRowBytes;
     }
     __device__ unsigned char* weight(int stage, int part, int panel) const {
@@ -84,10 +87,12 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
   struct Place {  // which stage is next, and the parity of its phase
     int stage = 0;
     u32 parity = 0;
-    __device__ void advance(int num_stages) {
-      if (++stage < num_stages) return;
-      stage = 0;
-      parity ^= 1;
+    __device__ void advance(int num_stages, int steps = kTurns) {
+      for (; steps > 0; --steps) {
+        if (++stage < num_stages) continue;
+        stage = 0;
+        parity ^= 1;
+      }
     }
   };
 
@@ -178,7 +183,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     wait_for_inputs();
     for (int stage = 0; stage < shared.num_stages && !late.is_over(); ++stage, late.advance()) late.copy_x(stage);
     Place place;
-    for (; !late.is_over(); late.advance(), place.advance(shared.num_stages)) {
+    for (; !late.is_over(); late.advance(), place.advance(shared.num_stages, 1)) {
       barrier_wait(shared.left[place.stage], place.parity);
       late.copy_weight(place.stage);
       late.copy_x(place.stage);
@@ -196,15 +201,24 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
 
   using Sums = Sum[kParts][kRows / 2];
 
-  // This warpgroup's sums of a tile.
-  __device__ static void multiply(Sums& sums, Shared& shared, const Walk& walk, Place& place, int group) {
+  // This warpgroup's sums of a tile, from its first step on.
+  __device__ static void multiply(Sums& sums, Shared& shared, const Walk& walk, Place& place, int group, int& step) {
     const int weight_panel = shared.height * kPanelRowBytes, x_panel = kRows * kPanelRowBytes;
-    int last = 0;
+    int last = -1;
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
-    for (int step = walk.first_step; step < walk.end_step; ++step, place.advance(shared.num_stages)) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) pin(sums[part]);
+    if (kGroups > 1 && group * 64 >= shared.height) {  // no outputs are left for it
+      for (; step < walk.end_step; step += kTurns, place.advance(shared.num_stages)) {
+        barrier_wait(shared.came[place.stage], place.parity);
+        leave(shared, walk.problem.num_sharers, place.stage);
+      }
+      return;
+    }
+    for (; step < walk.end_step; step += kTurns, place.advance(shared.num_stages)) {
       const u64 weight = panel_descriptor(shared.weight(place.stage, 0, 0) + group * 64 * kPanelRowBytes, 16);
       const u64 x = panel_descriptor(shared.x(place.stage, 0), 16);
       barrier_wait(shared.came[place.stage], place.parity);
@@ -217,48 +231,48 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
                                        further(x, k / 4 * x_panel + k % 4 * 32), true);
       warpgroup_commit();
       warpgroup_wait<1>();
-      if (step > walk.first_step) leave(shared, walk.problem.num_sharers, last);
+      if (last >= 0) leave(shared, walk.problem.num_sharers, last);
       last = place.stage;
     }
     warpgroup_wait<0>();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) pin(sums[part]);
-    if (walk.first_step < walk.end_step) leave(shared, walk.problem.num_sharers, last);
+    if (last >= 0) leave(shared, walk.problem.num_sharers, last);
   }
 
   // The same in two levels. While a warpgroup adds up, the other one has the tensor cores.
   __device__ static void multiply_in_levels(Sums& sums, Shared& shared, const Problem& problem, const Walk& walk, Place& place,
-                                            int group) {
-    constexpr int kTurns = kParts * kPanels;              // of a stage: a part and a panel, 128 inputs, each
-    constexpr int kAtOnce = kRows < 128 ? kTurns : 1;     // of these, as registers allow
+                                            int group, int& step) {
+    constexpr int kPieces = kParts * kPanels;             // of a stage: a part and a panel, 128 inputs, each
+    constexpr int kAtOnce = kRows < 128 ? kPieces : 1;    // of these, as registers allow
     const int weight_panel = shared.height * kPanelRowBytes, x_panel = kRows * kPanelRowBytes;
     Sum partial[kAtOnce][kRows / 2];
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0;
-    for (int step = walk.first_step; step < walk.end_step; ++step, place.advance(shared.num_stages)) {
+    for (; step < walk.end_step; step += kTurns, place.advance(shared.num_stages)) {
       const u64 weight = panel_descriptor(shared.weight(place.stage, 0, 0) + group * 64 * kPanelRowBytes, 16);
       const u64 x = panel_descriptor(shared.x(place.stage, 0), 16);
       barrier_wait(shared.came[place.stage], place.parity);
 #pragma unroll
-      for (int first = 0; first < kTurns; first += kAtOnce) {
+      for (int first = 0; first < kPieces; first += kAtOnce) {
         warpgroup_begin();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
-          for (int turn = first; turn < first + kAtOnce; ++turn) {
-            const int part = turn % kParts, panel = turn / kParts;
-            multiply_keys<Stored, kRows>(partial[turn - first],
+          for (int piece = first; piece < first + kAtOnce; ++piece) {
+            const int part = piece % kParts, panel = piece / kParts;
+            multiply_keys<Stored, kRows>(partial[piece - first],
                                          further(weight, (part * kPanels + panel) * weight_panel + k * 32),
                                          further(x, panel * x_panel + k * 32), k > 0);
           }
         warpgroup_commit();
         warpgroup_wait<0>();
 #pragma unroll
-        for (int turn = first; turn < first + kAtOnce; ++turn) {
-          pin(partial[turn - first]);
-          add(sums[turn % kParts], partial[turn - first], problem, walk, turn % kParts, step * kPanels + turn / kParts, group);
+        for (int piece = first; piece < first + kAtOnce; ++piece) {
+          pin(partial[piece - first]);
+          add(sums[piece % kParts], partial[piece - first], problem, walk, piece % kParts, step * kPanels + piece / kParts, group);
         }
       }
       leave(shared, walk.problem.num_sharers, place.stage);
@@ -290,7 +304,6 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     }
   }
 
-  struct alignas(16) Four { Sum of[4]; };
   // Of a block that shares out inputs with others: [kGroups][kParts][kOctets][threads of a group]
   static_assert(kGroups * kParts * kOctets * 128 * sizeof(Four) + sizeof(Front) + 1024 <= BLOCK_BYTES);
 
@@ -328,6 +341,26 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     row += first * 8;
   }
 
+  // Bring the sums of the turns together, in those of the first.
+  __device__ static void join_turns(Sums& sums, Shared& shared, int turn) {
+    Four* other = shared.front.other_turn + threadIdx.x % 128;
+    if (turn == 1) {
+#pragma unroll
+      for (int i = 0; i < kParts * kOctets; ++i) {
+        const Sum* own = &sums[i / kOctets][i % kOctets * 4];
+        other[i * 128] = {{own[0], own[1], own[2], own[3]}};
+      }
+    }
+    meet_threads(4, 256);
+    if (turn == 0) {
+#pragma unroll
+      for (int i = 0; i < kParts * kOctets; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[i / kOctets][i % kOctets * 4 + j] += other[i * 128].of[j];
+    }
+    meet_threads(4, 256);
+  }
+
   // Write the sums of rows `first_row` to before `end_row` to y. Of an octet of rows a lane holds, as for mma_16x8x16, outputs
   // lane / 4 and lane / 4 + 8 of its warp's 16, and rows 2 (lane % 4) and the next. 16-bit numbers are put in order in shared
   // memory, to be written in whole lines.
@@ -336,7 +369,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
                                int end_row, int group) {
     constexpr bool kIsGated = is_gated(kForm);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    Staging& staging = shared.staging[group];
+    Staging& staging = shared.front.staging[group];
 #pragma unroll
     for (int part = 0; part < (kIsGated ? 1 : kParts); ++part) {
       const int first_column = first_output(problem, output_tile, part) + group * 64;
@@ -432,14 +465,24 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     }
   }
 
-  __device__ static void consume(Shared& shared, const Problem& problem, int group) {
+  __device__ static void consume(Shared& shared, const Problem& problem, int warpgroup) {
+    const int group = kTurns == 1 ? warpgroup : 0, turn = kTurns == 1 ? 0 : warpgroup;
     wait_for_inputs();  // the last kernel may still read what y replaces
     Place place;
+    place.advance(shared.num_stages, turn);
     Sums sums;
+    int ahead = turn;  // of the first step of a tile
     for (Walk walk(problem); !walk.is_over(); walk.advance()) {
       prefetch_scales(problem, walk, group);
-      if constexpr (kHasShortSums<Stored>) multiply_in_levels(sums, shared, problem, walk, place, group);
-      else multiply(sums, shared, walk, place, group);
+      int step = walk.first_step + ahead;
+      if constexpr (kHasShortSums<Stored>) multiply_in_levels(sums, shared, problem, walk, place, group, step);
+      else multiply(sums, shared, walk, place, group, step);
+      ahead = step - walk.end_step;
+      if constexpr (kTurns > 1) join_turns(sums, shared, turn);
+      if (turn > 0) {
+        if (problem.split > 1) meet_cluster();  // as in add_up
+        continue;
+      }
       int row = walk.row, end_row = problem.rows;
       if (problem.split > 1) add_up(sums, shared, problem.split, group, row, end_row);
       write(sums, problem, shared, walk.output_tile, row, end_row, group);
@@ -461,13 +504,13 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     // Together no more registers than the block had at its launch: who asks for more waits for ever.
     const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
     if (role == 0) {
-      if constexpr (kGroups == 2) shrink_registers<40>();
+      shrink_registers<40>();
       if (threadIdx.x == 0) produce(shared, problem);
       else wait_for_inputs();
       __syncwarp();
       if (problem.split > 1) meet_cluster();  // as in add_up
     } else {
-      if constexpr (kGroups == 2) grow_registers<232>();
+      grow_registers<232>();
       consume(shared, problem, role - 1);
     }
     if (problem.num_sharers > 1 || problem.split > 1) {  // before a block ends, the others have ceased to write to it, and to read from it

@@ -17,6 +17,7 @@ from engine.ops.cuda.rows import gated_activation
 FORMS = ("plain", "float", "silu", "gelu_tanh")  # of a product's result, as in gemm/forms.cuh
 GATED_FORMS = FORMS[2:]
 FEW_ROWS = (8, 16)  # builds of gemm/few_rows.cu, by the most rows they take
+FEW_ROWS_ON_HOPPER = (*FEW_ROWS, 32)
 FEW_ROWS_OCTETS = (2, 4, 6, 8)  # its kernels, by the eights of outputs in a tile
 MANY_ROWS = (16, 32, 64, 128)  # builds of gemm/many_rows.cu, by the rows of a tile
 MANY_ROWS_SHARED_BYTES = 227 << 10  # of a block of it: all that Hopper has
@@ -37,7 +38,7 @@ def is_batch_invariant() -> bool:
 def builds(arch: str, dtype: torch.dtype) -> Iterator[Build]:
     if dtype is torch.float32:
         return
-    for rows in FEW_ROWS:
+    for rows in FEW_ROWS_ON_HOPPER if arch == "sm_90a" else FEW_ROWS:
         yield few_rows_build(arch, dtype, rows)
     if arch == "sm_90a":
         for rows in MANY_ROWS:
@@ -45,7 +46,7 @@ def builds(arch: str, dtype: torch.dtype) -> Iterator[Build]:
 
 
 def few_rows_build(arch: str, dtype: torch.dtype, rows: int) -> Build:
-    ring_bytes = few_rows_ring_bytes(arch)
+    ring_bytes = few_rows_ring_bytes(arch) + (8 << 10 if rows == FEW_ROWS_ON_HOPPER[-1] else 0)  # three steps of 32 outputs
     return define_build(arch, "gemm/few_rows.cu", ring_bytes, scalar=dtype, rows=rows, ring_bytes=ring_bytes)
 
 
@@ -71,7 +72,7 @@ class Tiling:
     """How gemm/many_rows.cu cuts a product up: into tiles of `rows` rows of x and `parts` times `height` outputs."""
 
     rows: int
-    groups: int  # warpgroups that compute, each up to 64 outputs of each part
+    groups: int  # of up to 64 outputs of each part: two warpgroups have one each, or take turns at the steps of one
     parts: int
     height: int
     cluster: int = 1  # blocks that bring the weight together, for as many row tiles
@@ -89,7 +90,9 @@ class Tiling:
         """What its kernels take to know their tiles, from `height` on. inputs: numbers of 16 bits; out: as above."""
         panels = 2 if self.groups == self.parts == 1 else 1  # of 64 inputs in a stage, as in many_rows.cu
         row_bytes, most_stages = 128, 32
-        front = -(-(self.groups * min(self.rows, 64) * row_bytes + 2 * 8 * most_stages) // 1024) * 1024
+        other_turn = 16 if self.groups == 2 else self.parts * self.rows * 64 * 4
+        front = self.groups * min(self.rows, 64) * row_bytes + other_turn + 2 * 8 * most_stages
+        front = -(-front // 1024) * 1024
         read_past_end = max(0, 64 * self.groups - self.height - panels * self.rows) * row_bytes
         stage = panels * (self.parts * self.height + self.rows) * row_bytes
         stages = min(most_stages, (MANY_ROWS_SHARED_BYTES - 1024 - front - read_past_end) // stage)
@@ -118,20 +121,34 @@ def few_rows_octets(num_rows: int, inputs: int, out: int, num_sms: int, ring_byt
     return min(sizes, key=lambda octets: -(-out // (8 * octets * num_sms)) * (8 * octets + num_rows))
 
 
+def few_rows_octets_on_hopper(num_rows: int, inputs: int, out: int, num_sms: int, ring_bytes: int) -> int:
+    """The same on Hopper, where up to 32 rows pay while a multiprocessor has one tile, of long rows: there they read x once,
+    and the steps of gemm/many_rows.cu take longer than the memory.
+
+    Measured on an H200, in us, 32 rows; gemm/many_rows.cu in brackets. Llama 3.1 8B: 4096 to 4096 10.5 (11.4), 14336 to
+    4096 29.9 (31.1); Qwen3 0.6B: 2048 to 1024 3.3 (4.8), 3072 to 1024 4.2 (6.5), 1024 to 4096 4.5 (4.1).
+    """
+    if not FEW_ROWS[-1] < num_rows <= FEW_ROWS_ON_HOPPER[-1]:
+        return few_rows_octets(num_rows, inputs, out, num_sms, ring_bytes)
+    if inputs < 2048 or inputs % 8 or out % 8:
+        return 0
+    return next((octets for octets in FEW_ROWS_OCTETS[:2] if out <= 8 * octets * num_sms), 0)
+
+
 def few_rows_ring_bytes(arch: str) -> int:
     """Shared memory of a block of gemm/few_rows.cu for copies in flight: all that there is on large GPUs."""
     return {"sm_80": 120 << 10, "sm_90a": 184 << 10, "sm_100a": 184 << 10}.get(arch, 64 << 10)
 
 
-def many_rows_tiling(num_rows: int, out: int, form: str, num_sms: int) -> Tiling:
+def many_rows_tiling(num_rows: int, out: int, form: str, num_sms: int, in_order: bool = False) -> Tiling:
     """Tiles as high as may be of those that give all multiprocessors as much to do. Lower ones would read x too often.
 
-    out: rows of the weight.
+    out: rows of the weight. in_order: whether an output is to be summed up in the order of the inputs.
     """
     columns, parts = (out // 2, 2) if form in GATED_FORMS else (out, 1)
     if num_rows > MANY_ROWS[-1]:
         return Tiling(MANY_ROWS[-1], 2, 2, 128, cluster=2)
-    groups = 1 if columns <= 64 * num_sms else 2
+    groups = 1 if columns <= 64 * num_sms and not in_order else 2
     rounds = -(-columns // (64 * groups * num_sms))
     height = -(-columns // (8 * rounds * num_sms)) * 8
     rows = next(n for n in MANY_ROWS if num_rows <= n)
@@ -165,11 +182,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tenso
     is_aligned = inputs % 8 == 0 and out % {"float": 1, "plain": 8}.get(form, 16) == 0  # 16 bytes move at a time
     if num_rows and is_aligned and not is_wide:
         ring_bytes = few_rows_ring_bytes(arch)
-        octets = 0 if _is_batch_invariant else few_rows_octets(num_rows, inputs, out, num_sms, ring_bytes)
+        octets_of_tile = few_rows_octets_on_hopper if arch == "sm_90a" else few_rows_octets
+        octets = 0 if _is_batch_invariant else octets_of_tile(num_rows, inputs, out, num_sms, ring_bytes)
         if octets:
             return _few_rows(octets, x, weight, bias, form)
         if arch == "sm_90a" and (_is_batch_invariant or many_rows_pays(num_rows, out, form, num_sms)):
-            return many_rows(many_rows_tiling(num_rows, out, form, num_sms), x, weight, bias, form)
+            tiling = many_rows_tiling(num_rows, out, form, num_sms, in_order=_is_batch_invariant)
+            return many_rows(tiling, x, weight, bias, form)
     if num_rows and _is_batch_invariant:
         raise UserError(
             "--batch-invariant knows products in bfloat16 and float16 whose rows are multiples of 16 bytes, "
@@ -193,7 +212,7 @@ def _few_rows(octets: int, x: Tensor, weight: Tensor, bias: Tensor | None, form:
     (num_rows, inputs), out = x.shape, len(weight)
     y = _new_result(x, weight, form)
     check_rows(x, weight)
-    rows = next(n for n in FEW_ROWS if num_rows <= n)
+    rows = next(n for n in FEW_ROWS_ON_HOPPER if num_rows <= n)
     kernel(x, f"few_rows_{octets}", few_rows_build, x.dtype, rows)(
         (min(kernels.num_sms(x.get_device()), -(-out // (8 * octets))), 1, 1),
         256,
@@ -209,7 +228,7 @@ def many_rows(tiling: Tiling, x: Tensor, weight: Tensor, bias: Tensor | None, fo
     check_rows(x, weight)
     kernel(x, f"many_rows_{tiling.groups}x{tiling.parts}", many_rows_build, x.dtype, tiling.rows)(
         (tiling.blocks(num_rows, len(weight), kernels.num_sms(x.get_device())), 1, 1),
-        128 * (tiling.groups + 1),
+        384,
         launcher.tensor_map(weight.data_ptr(), len(weight), inputs, tiling.height // tiling.cluster),
         launcher.tensor_map(x.data_ptr(), num_rows, inputs, tiling.rows),
         *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1], *tiling.arguments(num_rows, inputs, len(weight))),

@@ -101,7 +101,8 @@ def _product(x: RoundedRows, numbers: Tensor, scales: Tensor, bias: Tensor | Non
             return few_rows(octets, x, numbers, scales, bias, form)
     takes_all = numbers.dtype is torch.int8 or _has_panels(x) or is_batch_invariant()
     if arch == "sm_90a" and (num_rows <= MOST_ROWS or takes_all):
-        return many_rows(many_rows_tiling(num_rows, out, form, num_sms), x, numbers, scales, bias, form)
+        tiling = many_rows_tiling(num_rows, out, form, num_sms, in_order=is_batch_invariant())
+        return many_rows(tiling, x, numbers, scales, bias, form)
     return None
 
 
@@ -153,7 +154,7 @@ def many_rows(
     name = f"many_rows_rounded_{tiling.groups}x{tiling.parts}"
     kernel(numbers, name, many_rows_build, x.dtype, numbers.dtype, tiling.rows, _has_panels(x))(
         (tiling.blocks(num_rows, out, kernels.num_sms(numbers.get_device())), 1, 1),
-        128 * (tiling.groups + 1),
+        384,
         launcher.tensor_map(numbers.data_ptr(), out, words, tiling.height // tiling.cluster),
         launcher.tensor_map(x.numbers.data_ptr(), num_rows, words, tiling.rows),
         *(y.data_ptr(), pointer(bias), x.scales.data_ptr(), scales.data_ptr()),

@@ -1,6 +1,7 @@
 """Every kernel compiles for every kind of model, without a GPU, and keeps its numbers in registers."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,6 +210,36 @@ def test_products_of_few_rows_are_shared_out_evenly(rows, inputs, out, octets):
 )
 def test_products_of_many_rows_are_shared_out_evenly(rows, out, form, tiling):
     assert gemm.many_rows_tiling(rows, out, form, num_sms=132) == tiling
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "out", "octets"),
+    [
+        (8, 4096, 4096, 4),  # as elsewhere
+        (17, 4096, 4096, 4),
+        (32, 2048, 1024, 2),
+        (32, 1024, 4096, 0),  # rows too short,
+        (32, 4096, 6144, 0),  # several tiles: the rest is for gemm/many_rows.cu
+        (33, 4096, 4096, 0),
+    ],
+)
+def test_products_of_up_to_32_rows_have_a_kernel_on_hopper(rows, inputs, out, octets):
+    ring_bytes = gemm.few_rows_ring_bytes("sm_90a")
+    assert gemm.few_rows_octets_on_hopper(rows, inputs, out, 132, ring_bytes) == octets
+
+
+def test_an_order_of_inputs_takes_tiles_without_turns():
+    tiling = gemm.many_rows_tiling(64, 4096, "plain", num_sms=132)
+    assert gemm.many_rows_tiling(64, 4096, "plain", num_sms=132, in_order=True) == replace(tiling, groups=2)
+
+
+@pytest.mark.parametrize("rows", gemm.MANY_ROWS)
+@pytest.mark.parametrize("height", [16, 64, 128])
+def test_a_block_of_many_rows_has_two_stages_at_least(rows, height):
+    for parts in (1, 2):
+        tiling = gemm.Tiling(rows, 1 if height <= 64 else 2, parts, height)
+        _, _, _, stages, *_ = tiling.arguments(rows, 4096, 4096)
+        assert 2 <= stages <= 32
 
 
 def test_many_rows_are_for_hopper_and_for_decodes():

@@ -83,11 +83,28 @@ def test_linear_of_few_rows(dtype, rows, inputs, out, has_bias):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "rows", "inputs", "out"),
+    [
+        (BF16, 17, 2056, 120),  # tiles of 16 outputs
+        (F16, 32, 3080, 248),  # of 32; the ring goes round
+    ],
+)
+def test_linear_of_up_to_32_rows_on_hopper(monkeypatch, dtype, rows, inputs, out):
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
+    monkeypatch.setattr(cuda.gemm, "many_rows", None)
+    cases.check_linear("cpu", dtype, rows, inputs, out, has_bias=True)
+    cases.check_gated_linear("cpu", dtype, "silu", rows, inputs, out // 16 * 8, has_bias=False)
+
+
+@pytest.mark.parametrize(
     ("dtype", "tiling", "form", "rows", "inputs", "out"),
     [
         (BF16, Tiling(16, 2, 2, 128), "plain", 5, 200, 136),  # inputs and outputs past the last
         (F16, Tiling(32, 1, 1, 32), "float", 30, 40, 200),  # blocks take several tiles
         (BF16, Tiling(64, 2, 2, 112), "silu", 33, 328, 272),
+        (F16, Tiling(32, 2, 1, 40), "plain", 30, 456, 200),  # no outputs for the second warpgroup
+        (BF16, Tiling(16, 1, 1, 64), "plain", 9, 840, 1096),  # seven steps: the turns change at each tile
+        (BF16, Tiling(16, 1, 1, 16), "plain", 9, 72, 400),  # a step for two turns
         (BF16, Tiling(64, 1, 2, 48), "gelu_tanh", 70, 656, 176),  # two tiles of rows
         (BF16, Tiling(128, 2, 1, 96), "plain", 100, 704, 184),
         (BF16, Tiling(64, 2, 2, 128, cluster=2), "plain", 200, 640, 1000),
