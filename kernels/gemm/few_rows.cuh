@@ -86,24 +86,35 @@ template <int kOctets> struct Ring {
 // Of an octet of rows a lane holds, as for mma_16x8x16, rows 2 (lane % 4) and the next, and output lane / 4 of two octets.
 template <int kOctets> using Sums = Sum[kOctets / 2][kHalves][4];
 
-// Add a warp's sums of a panel of inputs, times its scales.   out: rows of the weight
-template <int kOctets>
-__device__ inline void add_panel(Sums<kOctets>& sums, const Sums<kOctets>& partial, Scales scales, bool is_gated, int rows, int in,
-                                 int out, int tile, int panel) {
-  static_assert(kChunk == kPanel || !kHasPanels);
-  if (panel * kPanel >= in) return;
+// The scales of a panel of inputs, of what a lane holds of a tile. They are loaded well before they are needed.
+template <int kOctets> struct PanelScales {
+  float2 of_rows[kHalves];
+  float of_octets[kOctets];
+
+  // out: rows of the weight
+  __device__ PanelScales(Scales scales, bool is_gated, int rows, int in, int out, int tile, int panel) {
+    const bool exists = panel * kPanel < in;
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-    const float2 of_rows = scales.of_two_rows(panel, half * 8 + threadIdx.x % 4 * 2, rows);
+    for (int half = 0; half < kHalves; ++half)
+      of_rows[half] = exists ? *scales.of_two_rows(panel, half * 8 + threadIdx.x % 4 * 2, rows) : make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
       const int output = first_output<kOctets>(tile, octet, is_gated, out);
-      const float scale = output < out ? scales.of_square(output, panel, in) : 0.0f;
-      sums[octet / 2][half][octet % 2 * 2] += partial[octet / 2][half][octet % 2 * 2] * (of_rows.x * scale);
-      sums[octet / 2][half][octet % 2 * 2 + 1] += partial[octet / 2][half][octet % 2 * 2 + 1] * (of_rows.y * scale);
+      of_octets[octet] = exists && output < out ? scales.of_square(output, panel, in) : 0.0f;
     }
   }
-}
+  __device__ void add(Sums<kOctets>& sums, const Sums<kOctets>& partial) const {
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet)
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        const Sum* from = &partial[octet / 2][half][octet % 2 * 2];
+        Sum* to = &sums[octet / 2][half][octet % 2 * 2];
+        to[0] += from[0] * (of_rows[half].x * of_octets[octet]);
+        to[1] += from[1] * (of_rows[half].y * of_octets[octet]);
+      }
+  }
+};
 
 // Add the warps' sums of a tile and write them.   out: columns of y
 template <int kOctets>
@@ -152,6 +163,31 @@ __device__ inline void write_tile(const Sums<kOctets>& sums, void* y, Form form,
   __syncthreads();  // before the next tile's sums
 }
 
+// Add to a warp's sums the products of its chunk of inputs, which has come.
+template <int kOctets> __device__ inline void multiply_chunk(Sums<kOctets>& sums, const Ring<kOctets>& ring, int stage) {
+  __syncwarp();
+#pragma unroll
+  for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
+    u32 x[kHalves][Operand<Stored>::kWords];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const Operand<Stored> piece(ring.piece(stage, kOctets + half, half_chunk));
+#pragma unroll
+      for (int i = 0; i < Operand<Stored>::kWords; ++i) x[half][i] = piece.words[i];
+    }
+#pragma unroll
+    for (int pair = 0; pair < kOctets / 2; ++pair) {
+      const Operand<Stored> low(ring.piece(stage, 2 * pair, half_chunk)), high(ring.piece(stage, 2 * pair + 1, half_chunk));
+#pragma unroll
+      for (int i = 0; i < Operand<Stored>::kWords; i += 2) {
+        const u32 weight[4] = {low.words[i], high.words[i], low.words[i + 1], high.words[i + 1]};
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) multiply_16x8<Stored>(sums[pair][half], weight, x[half][i], x[half][i + 1]);
+      }
+    }
+  }
+}
+
 // What `write_tile` reads of the scales is to wait for no memory then.   out: rows of the weight
 template <int kOctets>
 __device__ inline void prefetch_scales(Scales scales, bool is_gated, int rows, int out, int tile) {
@@ -193,34 +229,20 @@ __device__ inline void multiply(void* y, const Stored* x, const Stored* weight, 
     prefetch_scales<kOctets>(scales, is_gated(form), rows, out, tile);
     Sums<kOctets> sums = {};
     for (int step = 0; step < num_steps; ++step) {
-      Sums<kOctets> partial = {};
-      Sums<kOctets>& target = kHasPanels ? partial : sums;
-      cp_async_wait<kStages<kOctets> - 1>();
-      __syncwarp();
-#pragma unroll
-      for (int half_chunk = 0; half_chunk < 2; ++half_chunk) {
-        uint4 x[kHalves];
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) x[half] = ring.piece(stage, kOctets + half, half_chunk);
-#pragma unroll
-        for (int pair = 0; pair < kOctets / 2; ++pair) {
-          const Operand<Stored> low(ring.piece(stage, 2 * pair, half_chunk)), high(ring.piece(stage, 2 * pair + 1, half_chunk));
-#pragma unroll
-          for (int i = 0; i < Operand<Stored>::kWords; i += 2) {
-            const u32 weight[4] = {low.words[i], high.words[i], low.words[i + 1], high.words[i + 1]};
-#pragma unroll
-            for (int half = 0; half < kHalves; ++half) {
-              const Operand<Stored> eight_rows(x[half]);
-              multiply_16x8<Stored>(target[pair][half], weight, eight_rows.words[i], eight_rows.words[i + 1]);
-            }
-          }
-        }
+      if constexpr (kHasPanels) {
+        const PanelScales<kOctets> of_panel(scales, is_gated(form), rows, in, out, tile, step * kWarps + threadIdx.x / 32);
+        Sums<kOctets> partial = {};
+        cp_async_wait<kStages<kOctets> - 1>();
+        multiply_chunk<kOctets>(partial, ring, stage);
+        of_panel.add(sums, partial);
+      } else {
+        cp_async_wait<kStages<kOctets> - 1>();
+        multiply_chunk<kOctets>(sums, ring, stage);
       }
       __syncwarp();
       ring.copy_weight(stage);
       ring.copy_x(stage);
       cp_async_commit();
-      if constexpr (kHasPanels) add_panel<kOctets>(sums, partial, scales, is_gated(form), rows, in, out, tile, step * kWarps + threadIdx.x / 32);
       ring.advance();
       stage = stage + 1 < kStages<kOctets> ? stage + 1 : 0;
     }

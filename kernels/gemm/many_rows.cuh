@@ -254,6 +254,7 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     for (; step < walk.end_step; step += kTurns, place.advance(shared.num_stages)) {
       const u64 weight = panel_descriptor(shared.weight(place.stage, 0, 0) + group * 64 * kPanelRowBytes, 16);
       const u64 x = panel_descriptor(shared.x(place.stage, 0), 16);
+      prefetch_panels(problem, walk, step * kPanels);
       barrier_wait(shared.came[place.stage], place.parity);
 #pragma unroll
       for (int first = 0; first < kPieces; first += kAtOnce) {
@@ -279,20 +280,29 @@ template <int kGroups, int kParts, int kPanels> struct Multiplication {
     }
   }
 
+  // The scales of the rows of x in panels to come: what `add` reads is to wait for no memory.
+  __device__ static void prefetch_panels(const Problem& problem, const Walk& walk, int panel) {
+    constexpr int kAhead = 8, kPerLine = 32;
+    const int at = threadIdx.x % 128, row = walk.row + at % kRows / kPerLine * kPerLine, ahead = panel + kAhead + at / kRows;
+    if (kHasPanels && at % kRows % kPerLine == 0 && at / kRows < kPanels && row < problem.rows && ahead * kPanel < problem.in * 2)
+      prefetch(problem.scales.of_two_rows(ahead, row, problem.rows));
+  }
+
   // Add sums of a panel of inputs, times its scales where it has some.
   __device__ static void add(Sum (&sums)[kRows / 2], const Sum (&partial)[kRows / 2], const Problem& problem, const Walk& walk,
                              int part, int panel, int group) {
     if constexpr (kHasPanels) {
       const int in = problem.in * 2, last_output = (is_gated(problem.form) ? 2 : 1) * problem.out - 1;
       if (panel * kPanel >= in) return;
-      const int output = first_output(problem, walk.output_tile, part) + group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+      const int own_output = group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+      const int output = first_output(problem, walk.output_tile, part) + own_output;
       const float low = problem.scales.of_square(min(output, last_output), panel, in);
       const float high = problem.scales.of_square(min(output + 8, last_output), panel, in);
 #pragma unroll
       for (int octet = 0; octet < kOctets; ++octet) {
         const int row = walk.row + octet * 8 + threadIdx.x % 4 * 2;
         if (row >= problem.rows) break;
-        const float2 scale = problem.scales.of_two_rows(panel, row, problem.rows);
+        const float2 scale = *problem.scales.of_two_rows(panel, row, problem.rows);
         sums[octet * 4] += partial[octet * 4] * (scale.x * low);
         sums[octet * 4 + 1] += partial[octet * 4 + 1] * (scale.y * low);
         sums[octet * 4 + 2] += partial[octet * 4 + 2] * (scale.x * high);

@@ -14,9 +14,9 @@ constexpr int kPanel = 128;  // inputs
 struct Scales {
   const float *of_rows, *of_outputs;
 
-  // Of a row of x, an even one, and the next.
-  __device__ float2 of_two_rows(int panel, int row, int rows) const {
-    return *reinterpret_cast<const float2*>(of_rows + static_cast<i64>(panel) * (ceil_div(rows, 128) * 128) + row);
+  // Of this row of x, an even one, and the next.
+  __device__ const float2* of_two_rows(int panel, int row, int rows) const {
+    return reinterpret_cast<const float2*>(of_rows + static_cast<i64>(panel) * (ceil_div(rows, 128) * 128) + row);
   }
   __device__ float of_square(int output, int panel, int in) const {
     return of_outputs[static_cast<i64>(output / 128) * ceil_div(in, kPanel) + panel];

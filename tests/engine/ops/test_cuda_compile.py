@@ -9,7 +9,7 @@ import torch
 from engine.cache import cache_folder
 from engine.errors import UserError
 from engine.ops import compiler, cuda, launcher
-from engine.ops.cuda import gemm, quantized
+from engine.ops.cuda import gemm, quantized, rounded_gemm
 from engine.ops.sources import kernels_folder
 from engine.quantization.weight import ALL, Scheme
 
@@ -240,6 +240,23 @@ def test_a_block_of_many_rows_has_two_stages_at_least(rows, height):
         tiling = gemm.Tiling(rows, 1 if height <= 64 else 2, parts, height)
         _, _, _, stages, *_ = tiling.arguments(rows, 4096, 4096)
         assert 2 <= stages <= 32
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "out", "form", "tiling"),
+    [  # the fastest ones of a sweep on an H200
+        (16, 4096, 6144, "plain", gemm.Tiling(16, 1, 1, 64)),
+        (64, 4096, 4096, "plain", gemm.Tiling(64, 1, 1, 64)),
+        (64, 14_336, 4096, "plain", gemm.Tiling(64, 1, 1, 64, split=2)),
+        (64, 4096, 28_672, "silu", gemm.Tiling(64, 2, 2, 112)),
+        (128, 4096, 6144, "plain", gemm.Tiling(64, 2, 1, 128)),
+        (128, 14_336, 4096, "plain", gemm.Tiling(64, 1, 1, 64)),
+        (256, 4096, 6144, "plain", gemm.Tiling(128, 2, 1, 128)),
+        (256, 4096, 4096, "plain", gemm.Tiling(64, 2, 1, 128)),
+    ],
+)
+def test_products_of_eight_bits_take_tiles_of_whole_warpgroups(rows, inputs, out, form, tiling):
+    assert rounded_gemm.rounded_tiling(rows, inputs, out, form, num_sms=132) == tiling
 
 
 def test_many_rows_are_for_hopper_and_for_decodes():
