@@ -28,7 +28,6 @@ from engine.ops.cuda.gemm import (
     Tiling,
     few_rows_octets,
     few_rows_ring_bytes,
-    is_batch_invariant,
     many_rows_tiling,
 )
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
@@ -100,8 +99,6 @@ def _product(x: RoundedRows, numbers: Tensor, scales: Tensor, bias: Tensor | Non
     if not num_rows or not is_aligned or x.dtype is torch.float32:
         return None
     arch, num_sms = kernels.arch(device), kernels.num_sms(device)
-    if is_batch_invariant():
-        return many_rows(many_rows_tiling(num_rows, out, form, num_sms), x, numbers, scales, bias, form)
     on_hopper = arch == "sm_90a"
     if not on_hopper or out <= 64 * num_sms:  # beyond, a multiprocessor would have several tiles of few rows
         octets = few_rows_octets(num_rows, inputs, out, num_sms, few_rows_ring_bytes(arch))
