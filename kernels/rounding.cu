@@ -1,6 +1,6 @@
 // Each of `rows` rows of `dim` numbers rounded to 8 bits, e4m3 or s8, by a scale of its own: its largest number becomes the
-// largest there is. x ≈ y · scale. Rows that are there already, or as a norm (norm.cuh) or a gated activation makes them: the
-// same numbers as from two kernels, one after the other, but nothing of 16 bits is written.
+// largest there is. x ≈ y · scale. Rows that are there already, or as a norm (norm.cuh) or a gated activation makes them:
+// the same numbers as from two kernels, one after the other, but nothing of 16 bits is written.
 //
 // Or each of its panels of 128 numbers by a scale of its own.
 //

@@ -1,5 +1,6 @@
 // y = x · weightᵀ + bias of numbers rounded to 8 bits, on Hopper (many_rows.cuh). x_scales [rows], scales [out]:
-// y = sum · x_scale · scale + bias. Built with SCALAR, STORED, ROWS and BLOCK_BYTES.
+// y = sum · x_scale · scale + bias. Or with scales of panels (rounded.cuh). Built with SCALAR, STORED, ROWS, BLOCK_BYTES and
+// HAS_PANELS.
 #include "many_rows.cuh"
 
 // Grid: the blocks of a cluster side by side; clusters take the units in turns. in: pairs of inputs.
