@@ -9,6 +9,7 @@ Runs what is named, or all; all ends with exit code 1 if a kernel of kernels/*.c
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor ends where its memory ends
 
@@ -16,6 +17,7 @@ import torch
 
 from engine.ops import cuda
 from engine.ops.compiler import Build, signatures
+from engine.ops.cuda import rounded_gemm as rounded
 from engine.ops.launcher import Kernel
 from engine.ops.sources import kernels_folder
 from tests.engine.ops import cuda_cases as cases
@@ -44,6 +46,21 @@ def gemm() -> None:
     cases.check_gated_linear("cuda", BF16, "silu", 5, 584, 1096, has_bias=True)
 
 
+def rounded_gemm() -> None:
+    for stored in (E4M3, torch.int8):
+        cases.check_rounding("cuda", BF16, stored, 5, 1096)
+        for octets in cuda.gemm.FEW_ROWS_OCTETS:
+            few_rows = partial(rounded.few_rows, octets)
+            for num_rows in (5, 16):
+                cases.check_rounded_linear("cuda", few_rows, stored, BF16, "plain", num_rows, 592, 1104, True)
+        for groups, parts, cluster, split in ((1, 1, 1, 2), (1, 2, 2, 1), (2, 1, 1, 4), (2, 2, 1, 1)):
+            tiling = cuda.gemm.Tiling(64, groups, parts, 64 * groups, cluster, split)
+            many_rows = partial(rounded.many_rows, tiling)
+            cases.check_rounded_linear("cuda", many_rows, stored, BF16, "plain", 130, 592, 1104, True)
+    cases.check_blockwise_linear("cuda", few_rows, BF16, "plain", 5, 592, 1104, True)
+    cases.check_blockwise_linear("cuda", many_rows, BF16, "plain", 130, 592, 1104, True)
+
+
 def attention() -> None:
     for kv_dtype in (BF16, E4M3):
         for head_dim in (64, 128):
@@ -69,7 +86,7 @@ def sampling() -> None:
     cases.check_logprobs("cuda", 3, 1001, 5)
 
 
-CHECKS = {check.__name__: check for check in (rows, gemm, attention, newest_attention, sampling)}
+CHECKS = {check.__name__: check for check in (rows, gemm, rounded_gemm, attention, newest_attention, sampling)}
 
 
 def main(names: list[str]) -> int:

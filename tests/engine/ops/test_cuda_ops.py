@@ -1,12 +1,13 @@
 """The CUDA bodies of the ops on a GPU, against float64: types, head sizes, ragged batches, windows, long contexts."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
 from engine.ops import cuda
-from engine.ops.cuda import gemm
+from engine.ops.cuda import gemm, rounded_gemm
 from tests.engine.ops import cuda_cases as cases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -71,6 +72,49 @@ def test_random_tilings():
         case = (draw.choice([BF16, F16]), tiling, form, *shape, draw.random() < 0.5)
         print(case)  # shown if it fails
         cases.check_many_rows("cuda", *case)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("stored", [E4M3, torch.int8])
+@pytest.mark.parametrize("dim", [64, 576, 4096, 14_336, 32_768])
+def test_rows_are_rounded_to_eight_bits(dtype, stored, dim):
+    for rows in (1, 7, 1000):
+        cases.check_rounding("cuda", dtype, stored, rows, dim)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("stored", [E4M3, torch.int8])
+@pytest.mark.parametrize(
+    ("inputs", "out", "form"),
+    [
+        (4096, 6144, "plain"),
+        (14_336, 4096, "plain"),
+        (4096, 28_672, "silu"),
+        (576, 960, "gelu_tanh"),
+        (1040, 72, "plain"),
+    ],
+)
+def test_products_of_eight_bits(dtype, stored, inputs, out, form):
+    for rows in (1, 2, 8, 9, 16, 17, 33, 64, 100, 128, 200, 256, 600):
+        if dtype is F16 and stored is E4M3 and not rounded_gemm.many_rows_pays(rows, out, form, 132):
+            continue  # PyTorch's product, which gives bfloat16
+        cases.check_rounded_linear("cuda", rounded_gemm.product, stored, dtype, form, rows, inputs, out, rows % 2 == 0)
+
+
+@ON_HOPPER
+def test_random_tilings_of_eight_bits():
+    draw = random.Random()
+    for _ in range(200):
+        groups, parts, rows = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice(gemm.MANY_ROWS)
+        cluster, split = draw.choice([(1, 1), (2, 1), (1, 2), (1, 4)])
+        tiling = gemm.Tiling(rows, groups, parts, draw.randrange(16, 64 * groups + 1, 8 * cluster), cluster, split)
+        form = draw.choice([form for form in gemm.FORMS if form != "float" and (parts == 2 or form == "plain")])
+        shape = draw.randint(1, 4 * rows), 16 * draw.randint(1, 350), 16 * draw.randint(1, 300)
+        dtype, has_bias, stored = draw.choice([BF16, F16]), draw.random() < 0.5, draw.choice([E4M3, torch.int8])
+        print(tiling, form, shape, dtype, has_bias, stored)  # shown if it fails
+        many_rows = partial(rounded_gemm.many_rows, tiling)
+        cases.check_rounded_linear("cuda", many_rows, stored, dtype, form, *shape, has_bias)
+        cases.check_blockwise_linear("cuda", many_rows, dtype, form, *shape, has_bias)
 
 
 @ON_HOPPER
