@@ -46,7 +46,8 @@ def builds(arch: str, dtype: torch.dtype) -> Iterator[Build]:
 
 
 def few_rows_build(arch: str, dtype: torch.dtype, rows: int) -> Build:
-    ring_bytes = few_rows_ring_bytes(arch) + (8 << 10 if rows == FEW_ROWS_ON_HOPPER[-1] else 0)  # three steps of 32 outputs
+    has_four_eights = rows == FEW_ROWS_ON_HOPPER[-1]
+    ring_bytes = few_rows_ring_bytes(arch) + (8 << 10 if has_four_eights else 0)  # three steps of 32 outputs
     return define_build(arch, "gemm/few_rows.cu", ring_bytes, scalar=dtype, rows=rows, ring_bytes=ring_bytes)
 
 
@@ -96,6 +97,8 @@ class Tiling:
         read_past_end = max(0, 64 * self.groups - self.height - panels * self.rows) * row_bytes
         stage = panels * (self.parts * self.height + self.rows) * row_bytes
         stages = min(most_stages, (MANY_ROWS_SHARED_BYTES - 1024 - front - read_past_end) // stage)
+        if self.groups == 1:  # an even number, so that a stage is one warpgroup's: who skips phases of a barrier, which
+            stages -= stages % 2  # tells but odd ones from even ones, may take what is still to come for what has come
         share = -(-inputs // (64 * panels * self.split))
         tiles = (self._output_tiles(out), self._row_units(num_rows))
         return (self.height, *tiles, stages, self.cluster, self.split, share)
@@ -122,8 +125,8 @@ def few_rows_octets(num_rows: int, inputs: int, out: int, num_sms: int, ring_byt
 
 
 def few_rows_octets_on_hopper(num_rows: int, inputs: int, out: int, num_sms: int, ring_bytes: int) -> int:
-    """The same on Hopper, where up to 32 rows pay while a multiprocessor has one tile, of long rows: there they read x once,
-    and the steps of gemm/many_rows.cu take longer than the memory.
+    """The same on Hopper, where up to 32 rows pay while a multiprocessor has one tile, of long rows: there they read x
+    once, and the steps of gemm/many_rows.cu take longer than the memory.
 
     Measured on an H200, in us, 32 rows; gemm/many_rows.cu in brackets. Llama 3.1 8B: 4096 to 4096 10.5 (11.4), 14336 to
     4096 29.9 (31.1); Qwen3 0.6B: 2048 to 1024 3.3 (4.8), 3072 to 1024 4.2 (6.5), 1024 to 4096 4.5 (4.1).
@@ -231,7 +234,8 @@ def many_rows(tiling: Tiling, x: Tensor, weight: Tensor, bias: Tensor | None, fo
         384,
         launcher.tensor_map(weight.data_ptr(), len(weight), inputs, tiling.height // tiling.cluster),
         launcher.tensor_map(x.data_ptr(), num_rows, inputs, tiling.rows),
-        *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1], *tiling.arguments(num_rows, inputs, len(weight))),
+        *(y.data_ptr(), pointer(bias), FORMS.index(form), num_rows, inputs, y.shape[1]),
+        *tiling.arguments(num_rows, inputs, len(weight)),
         cluster=max(tiling.cluster, tiling.split),
     )
     return y
