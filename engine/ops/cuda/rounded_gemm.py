@@ -136,11 +136,12 @@ def rounded_tiling(num_rows: int, inputs: int, out: int, form: str, num_sms: int
     def num_tiles(tiling: Tiling) -> int:
         return -(-num_rows // tiling.rows) * -(-out // tiling.height)
 
-    tilings = [Tiling(n, groups, 1, 64 * groups) for n in sorted({min(rows, 64), rows}) for groups in (2, 1)]
+    low = min(rows, 64)
+    tilings = [Tiling(low, 2, 1, 128), Tiling(low, 1, 1, 64), Tiling(rows, 2, 1, 128)]
     fitting = [tiling for tiling in tilings if num_sms // 3 <= num_tiles(tiling) <= num_sms]
     if form in GATED_FORMS or not fitting:
         return many_rows_tiling(num_rows, out, form, num_sms)
-    best = max(fitting, key=num_tiles)  # the first of them: 64 rows and two warpgroups rather than 128 and one
+    best = max(fitting, key=num_tiles)
     split = 2 if 2 * num_tiles(best) <= num_sms and inputs >= 2 * 4096 else 1
     return replace(best, split=split)
 

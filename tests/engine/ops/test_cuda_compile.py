@@ -254,6 +254,7 @@ def test_a_block_of_many_rows_has_two_stages_at_least(rows, height):
         (128, 14_336, 4096, "plain", gemm.Tiling(64, 1, 1, 64)),
         (256, 4096, 6144, "plain", gemm.Tiling(128, 2, 1, 128)),
         (256, 4096, 4096, "plain", gemm.Tiling(64, 2, 1, 128)),
+        (192, 4096, 4096, "plain", gemm.Tiling(64, 2, 1, 128)),
     ],
 )
 def test_products_of_eight_bits_take_tiles_of_whole_warpgroups(rows, inputs, out, form, tiling):
