@@ -7,7 +7,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 many_rows_1x1(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, void* y, const Scalar* bias,
               int form, int rows, int in, int out, int height, int output_tiles, int row_units, int stages, int sharers,
               int split, int share) {
-  Multiplication<1, 1, 2>::run({weight_map, x_map, y, bias, {}, static_cast<Form>(form), rows, in, out, height,
+  Multiplication<1, 1, kRows < 128 ? 2 : 1>::run({weight_map, x_map, y, bias, {}, static_cast<Form>(form), rows, in, out, height,
                                 output_tiles, row_units, stages, sharers, split, share});
 }
 extern "C" __global__ void __launch_bounds__(384, 1)

@@ -50,7 +50,8 @@ struct Problem {
 };
 
 // Two warpgroups compute: kGroups with kParts times 64 outputs each. Where that is one, they take turns at its steps: a step
-// takes longer from its beginning to its end than its products keep the tensor cores busy. Gated: part 0 holds gates, part 1
+// takes longer from its beginning to its end than its products keep the tensor cores busy. The number of stages is even then,
+// and four at least: a barrier's phases are told apart by parity, so one warpgroup has to wait for all of them. Gated: part 0 holds gates, part 1
 // the ups for them. kPanels: of 64 inputs, 128 bytes, in a stage.
 template <int kGroups, int kParts, int kPanels> struct Multiplication {
   static constexpr int kDepth = 64 * kPanels;

@@ -8,7 +8,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 many_rows_rounded_1x1(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap x_map, void* y,
                       const Scalar* bias, const float* x_scales, const float* scales, int form, int rows, int in, int out,
                       int height, int output_tiles, int row_units, int stages, int sharers, int split, int share) {
-  Multiplication<1, 1, 2>::run({weight_map, x_map, y, bias, {x_scales, scales}, static_cast<Form>(form), rows, in, out,
+  Multiplication<1, 1, kRows < 128 ? 2 : 1>::run({weight_map, x_map, y, bias, {x_scales, scales}, static_cast<Form>(form), rows, in, out,
                                 height, output_tiles, row_units, stages, sharers, split, share});
 }
 extern "C" __global__ void __launch_bounds__(384, 1)

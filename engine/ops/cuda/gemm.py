@@ -89,7 +89,7 @@ class Tiling:
 
     def arguments(self, num_rows: int, inputs: int, out: int) -> tuple[int, ...]:
         """What its kernels take to know their tiles, from `height` on. inputs: numbers of 16 bits; out: as above."""
-        panels = 2 if self.groups == self.parts == 1 else 1  # of 64 inputs in a stage, as in many_rows.cu
+        panels = 2 if self.groups == self.parts == 1 and self.rows < 128 else 1  # of 64 inputs, as in many_rows.cu
         row_bytes, most_stages = 128, 32
         other_turn = 16 if self.groups == 2 else self.parts * self.rows * 64 * 4
         front = self.groups * min(self.rows, 64) * row_bytes + other_turn + 2 * 8 * most_stages

@@ -234,13 +234,13 @@ def test_an_order_of_inputs_takes_tiles_without_turns():
 
 
 @pytest.mark.parametrize("rows", gemm.MANY_ROWS)
-@pytest.mark.parametrize("height", [16, 64, 128])
-def test_a_block_of_many_rows_has_two_stages_at_least(rows, height):
-    for parts in (1, 2):
-        tiling = gemm.Tiling(rows, 1 if height <= 64 else 2, parts, height)
-        _, _, _, stages, *_ = tiling.arguments(rows, 4096, 4096)
-        assert 2 <= stages <= 32
-        assert stages % 2 == 0 or tiling.groups == 2  # where warpgroups take turns, each has stages of its own
+@pytest.mark.parametrize("parts", [1, 2])
+def test_each_warpgroup_of_many_rows_has_two_stages_at_least(rows, parts):
+    for height in range(8, 129, 8):
+        for groups in (1, 2) if height <= 64 else (2,):
+            _, _, _, stages, *_ = gemm.Tiling(rows, groups, parts, height).arguments(rows, 4096, 4096)
+            assert 2 <= stages <= 32
+            assert groups == 2 or (stages >= 4 and stages % 2 == 0), "each turn has stages of its own"
 
 
 @pytest.mark.parametrize(

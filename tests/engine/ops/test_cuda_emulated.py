@@ -105,6 +105,7 @@ def test_linear_of_up_to_32_rows_on_hopper(monkeypatch, dtype, rows, inputs, out
         (F16, Tiling(32, 2, 1, 40), "plain", 30, 456, 200),  # no outputs for the second warpgroup
         (BF16, Tiling(16, 1, 1, 64), "plain", 9, 840, 1096),  # seven steps: the turns change at each tile
         (BF16, Tiling(16, 1, 1, 16), "plain", 9, 72, 400),  # a step for two turns
+        (BF16, Tiling(128, 1, 1, 64), "float", 128, 968, 1096),
         (BF16, Tiling(64, 1, 2, 48), "gelu_tanh", 70, 656, 176),  # two tiles of rows
         (BF16, Tiling(128, 2, 1, 96), "plain", 100, 704, 184),
         (BF16, Tiling(64, 2, 2, 128, cluster=2), "plain", 200, 640, 1000),
