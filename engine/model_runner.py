@@ -22,7 +22,7 @@ from engine.ops import sampling_line
 from engine.sampler import Logprobs, SamplingRow
 from engine.step_clock import StepClock
 
-MAX_GRAPH_CONTEXT = 16_384  # of a decode in a mixed graph: there its context is not split over multiprocessors
+MAX_GRAPH_CONTEXT = 16_384  # of a decode in a mixed graph: not all prefill kernels split it over multiprocessors
 
 
 @dataclass
@@ -245,7 +245,9 @@ class ModelRunner:
         used[3, is_new] = gained[(np.cumsum(num_new) - num_new)[owner[is_new]] + place[is_new]]
 
         def filled(values: np.ndarray, filler: int) -> np.ndarray:
-            return np.pad(values, (0, num_requests - len(values)), constant_values=filler)
+            full = np.full(num_requests, filler, dtype=np.int32)
+            full[: len(values)] = values
+            return full
 
         query_start = np.append(np.int32(0), filled(ends, len(owner)))
         wanted = filled(ends[samples > 0] - 1, 0)

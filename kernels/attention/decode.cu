@@ -57,7 +57,6 @@ constexpr int kCopyArrivals = 1;  // Hopper's copy engine copies for a whole war
 #else
 constexpr int kCopyArrivals = 32;
 #endif
-constexpr float kNoPeak = -1e30f;       // of no keys: finite, so that no difference of peaks is NaN
 constexpr float kSlack = 8.0f;          // a peak may be passed by so much (in powers of 2) before sums are scaled to a new one
 
 struct alignas(128) Tile { unsigned char bytes[kBlockSize * kRowBytes]; };
@@ -481,29 +480,6 @@ __device__ inline void add_block(Softmax& state, const Stage& stage, const Query
   multiply_values(state, stage.values, weights, seen, is_edge);
 }
 
-// Results of parts of a context for four numbers of a head, joined: an online softmax over parts.
-struct Joined {
-  float peak = kNoPeak, sum = 0.0f, total[4] = {};
-
-  __device__ void fade_to(float new_peak) {
-    const float fade = exp2_fast(peak - new_peak);
-    peak = new_peak;
-    sum *= fade;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] *= fade;
-  }
-  __device__ void add(float part_peak, float part_sum, const float (&part)[4]) {
-    const float share = exp2_fast(part_peak - peak);
-    sum += share * part_sum;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] += share * part[i];
-  }
-  __device__ void finish() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] = sum > 0.0f ? total[i] / sum : 0.0f;
-  }
-};
-
 __device__ inline void store_scalars(Scalar* target, const float (&x)[4]) {
   u32* words = reinterpret_cast<u32*>(target);
   words[0] = pack<Scalar>(x[0], x[1]);
@@ -542,24 +518,12 @@ struct Parts {  // results of pieces of lists: two for each block of threads, of
 
 // Add the pieces of a list, but for one.
 __device__ inline void join_parts(Joined& joined, const Parts& parts, const Piece& piece, int except, int at) {
-  constexpr int kBatch = 16;  // parts whose numbers are on their way at once
-  for (int first = 0; first < piece.parts; first += kBatch) {
-    float weights[kBatch], numbers[kBatch][4] = {};
-    float peak = joined.peak;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int part = 2 * (piece.first_thread_block + first + i) + (first + i == 0);
-      weights[i] = -kInfinity;
-      if (first + i < piece.parts && first + i != except) {
-        weights[i] = parts.weights[part * kGroup + at / kHeadDim];
-        load(parts.outs + part * kGroup * kHeadDim + at, numbers[i]);
-      }
-      peak = fmaxf(peak, weights[i]);
-    }
-    joined.fade_to(peak);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) joined.add(weights[i], 1.0f, numbers[i]);
-  }
+  joined.add_parts(piece.parts, [&](int i, float (&numbers)[4]) {
+    if (i == except) return -kInfinity;
+    const int part = 2 * (piece.first_thread_block + i) + (i == 0);
+    load(parts.outs + part * kGroup * kHeadDim + at, numbers);
+    return parts.weights[part * kGroup + at / kHeadDim];
+  });
 }
 
 __device__ inline Joined join_warps(const Shared& shared, int at) {

@@ -25,6 +25,41 @@ constexpr int kStride = kHeadDim + 8;
 constexpr int kVecs = kHeadDim / 8;
 constexpr int kSteps = kHeadDim / 16;  // tensor core steps along the head
 
+// Requests stand in a list of pieces; request i begins at (rows before it + i · (kRows - 1)) / kRows: so each has room for its
+// pieces, and no sum over the requests is needed. Called by whole warps.
+struct Pieces {
+  const int* starts;
+  int num_requests, heads_per_kv;
+  __device__ Pieces(const Batch& batch)
+      : starts(batch.query_start + batch.first_request), num_requests(0), heads_per_kv(batch.heads_per_kv()) {
+    const int end = starts[batch.num_requests];
+    for (int first = 0; first < batch.num_requests; first += 32) {
+      const int i = first + threadIdx.x % 32;
+      num_requests += __popc(__ballot_sync(kAllLanes, i < batch.num_requests && starts[i] < end));
+    }
+  }
+  __device__ int first(int request) const {
+    return ((starts[request] - starts[0]) * heads_per_kv + request * (kRows - 1)) / kRows;
+  }
+  __device__ int total() const { return first(num_requests); }
+  // The request whose room holds a piece; lanes look at 32 requests at a time.
+  __device__ int request_of(int piece) const {
+    int after = 1;
+    for (int seen = 32; seen == 32 && after < num_requests; after += seen) {
+      const int i = after + threadIdx.x % 32;
+      seen = __popc(__ballot_sync(kAllLanes, i < num_requests && first(i) <= piece));
+    }
+    return after - 1;
+  }
+};
+
+// Items go from the end of the list: of a request, the pieces with the longest context come first. Neighbours are the KV heads
+// of one piece. Without rows of its own, an item is room that was not needed.
+__device__ inline Item find_item(const Pieces& pieces, int index, const Batch& batch) {
+  const int piece = pieces.total() - 1 - index / batch.num_kv_heads, i = pieces.request_of(piece);
+  return item_of<kRows>(batch, batch.first_request + i, index % batch.num_kv_heads, piece - pieces.first(i));
+}
+
 struct Tile { Scalar rows[kKeys * kStride]; };
 struct Stage { Tile keys, values; };
 struct Narrow { Cached keys[kKeys * kHeadDim], values[kKeys * kHeadDim]; };  // a stage before it is widened
@@ -161,7 +196,7 @@ prefill(const Cached* k_cache, const Cached* v_cache, Scalar* out, const Scalar*
 
   const Batch batch = {query_start, context_lens, rows, block_table, first_request, num_requests, table_width, num_heads,
                        num_kv_heads, window};
-  const Pieces<kRows> pieces(batch);
+  const Pieces pieces(batch);
   if (blockIdx.x >= pieces.total() * num_kv_heads) return;
   const Item item = find_item(pieces, blockIdx.x, batch);
   if (item.num_own_rows() <= 0) return;

@@ -10,8 +10,13 @@
 // turns, so that one is at its softmax while another multiplies. Items of few rows (single tokens) are the work of one
 // warpgroup, bound by the bytes of their keys and values.
 //
-// The result of a row depends on its own query and context alone, bit for bit: tiles begin at multiples of kKeys of the
-// context, are taken one after the other, and what a row does not see adds exact zeros.
+// Few rows behind a long context are few items, and each would keep one multiprocessor busy while others have nothing to do.
+// The keys of such items are cut into parts, whose results are joined in the order of the keys: when all parts are taken, the
+// grid goes on with shares of the rows of each such item, and whoever takes one waits for the last part. So parts come first,
+// then whole items, then what joins the parts.
+//
+// The result of a row of a whole item depends on its own query and context alone, bit for bit: tiles begin at multiples of kKeys
+// of the context, are taken one after the other, and what a row does not see adds exact zeros.
 //
 // Shared memory: tiles in panels of 64 numbers of the head, as tensor cores read them (ptx_sm90.cuh).
 // From an e4m3 cache, a warpgroup of its own brings keys and values, and widens them on their way to shared memory.
@@ -45,7 +50,11 @@ constexpr int kConsumerRegisters = kConsumers == 3 ? 152 : kIsNarrow ? 192 : 224
 static_assert(kHelperRegisters + kIsNarrow * kWidenerRegisters + kConsumers * kConsumerRegisters <=
               65536 / kThreads / 8 * 8 * kWarpgroups);
 
-__device__ int num_taken;  // items that were taken after the first ones; zero between launches
+constexpr int kLeastTiles = 4;   // of a part: to join it takes as long
+constexpr int kMaxGrid = 1024;
+
+// Zero between launches: units that were taken after the first ones; warps that are done with a part, or with joining.
+__device__ int num_taken, num_arrivals[2 * kMaxGrid];
 
 struct Tile { Scalar numbers[kKeys / 8][kPanels][8][64]; };
 
@@ -55,11 +64,24 @@ __device__ inline int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
 __device__ inline int first_tile(const Item& item) { return uniform(item.begin / kKeys); }
 __device__ inline int last_tile(const Item& item) { return uniform((item.end - 1) / kKeys); }
 
+struct Unit : Item {  // an item, or one part of its keys, or a share of its rows whose parts are to be joined
+  int part, num_parts, first_slot;  // first_slot: where the parts' results lie, one after the other
+  bool joins;
+
+  // Warps that arrive when they are done with a part, and with joining.
+  __device__ int num_finishing() const { return num_parts * 4 * min(kConsumers, ceil_div(num_own_rows(), 64)); }
+  __device__ int num_joining() const { return num_parts * 4 * kConsumers; }
+};
+
+struct Parts {  // results of parts; null if no item is to be cut
+  float *outs, *weights;  // [slot, kRows, kHeadDim] and [slot, kRows]; a weight is peak + log2(sum), in base 2
+};
+
 struct Shared {
   Scalar queries[kItems][kRows / 8][kPanels][8][64];
   Tile tiles[kStages];  // keys, values, keys, ...
   Barrier tile_came[kStages], tile_left[kStages], item_came[kItems], item_left[kItems], queries_came[kItems];
-  Item items[kItems];  // without rows after the last one
+  Unit items[kItems];  // without rows after the last one
 };
 
 template <int kCount> struct Ring {  // which place is next, and the parity of its phase
@@ -83,29 +105,116 @@ struct Softmax {  // of this lane's rows, lane / 4 and lane / 4 + 8 of its warp;
 
 // Finding items: one warp.
 
-__device__ inline void hand_out_items(Shared& shared, const Batch& batch) {
+__device__ inline int num_tiles_of(const Item& item) { return (item.end - 1) / kKeys - item.begin / kKeys + 1; }
+
+// What a grid does, unit by unit. Lanes look at 32 requests at a time.
+struct Plan {
+  const Batch& batch;
+  bool may_cut;
+  int num_requests = 0, num_tiles = 0;  // requests with tokens; tiles of all items
+  int parts_of_share = 1;               // of the tiles that each block of threads would get, were they shared out evenly
+  int num_cut = 0, num_whole = 0;       // parts; items that are not cut
+
+  __device__ Plan(const Batch& batch, bool may_cut) : batch(batch), may_cut(may_cut) {
+    for (int first = 0; first < batch.num_requests; first += 32) {
+      const int i = first + threadIdx.x % 32, num_pieces = i < batch.num_requests ? num_pieces_of(i) : 0;
+      num_requests += __popc(__ballot_sync(kAllLanes, num_pieces > 0));
+      if (num_pieces > 0) num_tiles += num_pieces * (tiles_of_first(i) + tiles_of_last(i)) / 2 * batch.num_kv_heads;
+    }
+    num_tiles = __reduce_add_sync(kAllLanes, num_tiles);
+    int num_long = 0;  // tiles of items of more than a share
+    for (int i = threadIdx.x % 32; i < num_requests; i += 32)
+      if (shortest_of(i) * static_cast<int>(gridDim.x) > num_tiles) num_long += num_pieces_of(i) * batch.num_kv_heads * shortest_of(i);
+    // Parts that are all there is fit in one round. Where there are as many other tiles, these fill what halves leave.
+    if (2 * __reduce_add_sync(kAllLanes, num_long) <= num_tiles) parts_of_share = 2;
+    for (int i = threadIdx.x % 32; i < num_requests; i += 32) {
+      const int num_parts = num_parts_of(i), num_units = num_pieces_of(i) * batch.num_kv_heads * num_parts;
+      (num_parts > 1 ? num_cut : num_whole) += num_units;
+    }
+    num_cut = __reduce_add_sync(kAllLanes, num_cut);
+    num_whole = __reduce_add_sync(kAllLanes, num_whole);
+  }
+  __device__ int num_units() const { return num_cut + num_whole + num_cut; }
+
+  // Items go from the end of the batch: of a request, the pieces with the longest context come first. Neighbours are the parts
+  // of an item, and the KV heads of a piece.
+  __device__ Unit find(int index) const {
+    const bool joins = index >= num_cut + num_whole, is_cut = joins || index < num_cut;
+    int left = joins ? index - num_cut - num_whole : is_cut ? index : index - num_cut;
+    const int slot = left;
+    for (int end = num_requests; end > 0; end -= 32) {
+      const int i = end - 1 - static_cast<int>(threadIdx.x % 32);
+      int num_parts = i >= 0 ? num_parts_of(i) : 0;
+      const int own = i >= 0 && is_cut == (num_parts > 1) ? num_pieces_of(i) * batch.num_kv_heads * num_parts : 0;
+      const int up_to_own = warp_prefix_sum(own);
+      const u32 ends_later = __ballot_sync(kAllLanes, up_to_own > left);
+      if (ends_later == 0) {
+        left -= __shfl_sync(kAllLanes, up_to_own, 31);
+        continue;
+      }
+      const int lane = __ffs(ends_later) - 1, request = end - 1 - lane;
+      left -= __shfl_sync(kAllLanes, up_to_own - own, lane);
+      num_parts = __shfl_sync(kAllLanes, num_parts, lane);
+      const int part = left % num_parts, index_of_item = left / num_parts;
+      const int piece = num_pieces_of(request) - 1 - index_of_item / batch.num_kv_heads;
+      return unit_of(request, piece, index_of_item % batch.num_kv_heads, part, num_parts, slot - part, joins);
+    }
+    return {};
+  }
+
+ private:
+  __device__ int num_pieces_of(int request) const {
+    const int* starts = batch.query_start + batch.first_request + request;
+    return ceil_div((starts[1] - starts[0]) * batch.heads_per_kv(), kRows);
+  }
+  __device__ int tiles_of(int request, int piece) const {
+    return num_tiles_of(item_of<kRows>(batch, batch.first_request + request, 0, piece));
+  }
+  __device__ int tiles_of_first(int request) const { return tiles_of(request, 0); }
+  __device__ int tiles_of_last(int request) const { return tiles_of(request, num_pieces_of(request) - 1); }
+  __device__ int shortest_of(int request) const { return min(tiles_of_first(request), tiles_of_last(request)); }
+  // The items of a request are cut alike. There are no more than 2 · gridDim parts.
+  __device__ int num_parts_of(int request) const {
+    if (!may_cut) return 1;
+    const int shortest = shortest_of(request), num_parts = parts_of_share * static_cast<int>(gridDim.x) * shortest / num_tiles;
+    return max(1, min(num_parts, shortest / kLeastTiles));
+  }
+  __device__ Unit unit_of(int request, int piece, int kv_head, int part, int num_parts, int first_slot, bool joins) const {
+    Unit unit = {item_of<kRows>(batch, batch.first_request + request, kv_head, piece), part, num_parts, first_slot, joins};
+    const int first = unit.begin / kKeys, num_tiles = num_tiles_of(unit);
+    unit.begin = max(unit.begin, (first + num_tiles * part / num_parts) * kKeys);
+    unit.end = min(unit.end, (first + num_tiles * (part + 1) / num_parts) * kKeys);
+    return unit;
+  }
+};
+
+__device__ inline void hand_out_items(Shared& shared, const Batch& batch, bool may_cut) {
   const int lane = threadIdx.x % 32;
-  const Pieces<kRows> pieces(batch);
-  const int num_items = pieces.total() * batch.num_kv_heads;
+  const Plan plan(batch, may_cut);
+  const int num_units = plan.num_units();
   Ring<kItems> ring;
-  const auto hand_out = [&](const Item& item) {
+  const auto hand_out = [&](const Unit& unit) {
     barrier_wait(shared.item_left[ring.place], ring.parity ^ 1);
     if (lane == 0) {
-      shared.items[ring.place] = item;
+      shared.items[ring.place] = unit;
       barrier_arrive(shared.item_came[ring.place]);
     }
     __syncwarp();
     ring.advance(1);
   };
-  for (int index = blockIdx.x; index < num_items;) {
-    const Item item = find_item(pieces, index, batch);
-    if (item.num_own_rows() > 0) hand_out(item);  // else: room that was not needed
-    if (index == blockIdx.x) wait_for_inputs();   // what was read so far is older than the kernel before this one
-    if (num_items <= gridDim.x) break;
+  for (int index = blockIdx.x; index < num_units;) {
+    const Unit unit = plan.find(index);
+    if (unit.joins) {
+      wait_for_inputs();  // counters are those of this launch
+      wait_for_arrivals(&num_arrivals[unit.first_slot], unit.num_finishing());
+    }
+    hand_out(unit);
+    if (index == blockIdx.x) wait_for_inputs();  // what was read so far is older than the kernel before this one
+    if (num_units <= gridDim.x) break;
     int taken = 0;
     if (lane == 0) {
       taken = atomicAdd(&num_taken, 1);
-      if (taken == num_items - 1) num_taken = 0;  // one was taken after each item: this was the last
+      if (taken == num_units - 1) num_taken = 0;  // one was taken after each unit: this was the last
     }
     index = gridDim.x + __shfl_sync(kAllLanes, taken, 0);
   }
@@ -117,7 +226,7 @@ __device__ inline void hand_out_items(Shared& shared, const Batch& batch) {
 template <class Work> __device__ inline void for_each_item(Shared& shared, Work work) {
   for (Ring<kItems> ring;; ring.advance(1)) {
     barrier_wait(shared.item_came[ring.place], ring.parity);
-    const Item& item = shared.items[ring.place];
+    const Unit& item = shared.items[ring.place];
     if (uniform(item.num_rows) == 0) return;
     work(item, ring);
   }
@@ -221,8 +330,8 @@ __device__ inline void widen_tiles(Shared& shared, Tiles& tiles, const Cached* k
 }
 
 // Bringing queries: kQueryLoaders warps. The place of rows that do not exist stays as it is: no other row depends on it.
-__device__ inline void bring_queries(Shared& shared, const Scalar* q, const Item& item, int place, const Batch& batch, int thread) {
-  const int num_rows = min(kRows, item.num_own_rows());
+__device__ inline void bring_queries(Shared& shared, const Scalar* q, const Unit& item, int place, const Batch& batch, int thread) {
+  const int num_rows = item.joins ? 0 : min(kRows, item.num_own_rows());
   for (int i = thread; i < num_rows * kVecs; i += 32 * kQueryLoaders) {
     const int at = i / kVecs, piece = i % kVecs;
     cp_async_16(&shared.queries[place][at / 8][piece / 8][at % 8][(piece % 8 ^ at % 8) * 8],
@@ -344,6 +453,49 @@ __device__ inline void write_out(Scalar* out, Scalar (&place)[kRows / 8][kPanels
   }
 }
 
+// The results of the 16 rows of this warp for a part of their keys. `factor` brings peaks to base 2.
+__device__ inline void write_part(const Parts& parts, const float (&sums)[kHeadDim / 2], const Softmax& state, const Unit& item,
+                                  int warp_row, float factor) {
+  const int lane = threadIdx.x % 32;
+  const i64 slot_row = static_cast<i64>(item.first_slot + item.part) * kRows;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = team_sum<4>(state.sum[half]);
+    const float share = sum > 0.0f ? 1.0f / sum : 0.0f;
+    const int at = warp_row + half * 8 + lane / 4;
+    if (at >= item.num_own_rows()) continue;
+    float2* target = reinterpret_cast<float2*>(parts.outs + (slot_row + at) * kHeadDim) + lane % 4;
+#pragma unroll
+    for (int n = 0; n < kVecs; ++n) target[n * 4] = make_float2(sums[n * 4 + 2 * half] * share, sums[n * 4 + 2 * half + 1] * share);
+    if (lane % 4 == 0) parts.weights[slot_row + at] = sum > 0.0f ? state.peak[half] * factor + log2f(sum) : -kInfinity;
+  }
+  __syncwarp();
+  if (lane == 0) arrive(&num_arrivals[item.first_slot]);
+}
+
+// One share of an item's rows: each thread takes four numbers of a row at a time.
+__device__ inline void join_parts(Scalar* out, const Parts& parts, const Unit& item, const Batch& batch, int thread) {
+  const int num_rows = min(kRows, item.num_own_rows());
+  const int first = num_rows * item.part / item.num_parts, last = num_rows * (item.part + 1) / item.num_parts;
+  for (int i = thread; i < (last - first) * (kHeadDim / 4); i += 128 * kConsumers) {
+    const int at = first + i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
+    Joined joined;
+    joined.add_parts(item.num_parts, [&](int part, float (&numbers)[4]) {
+      const i64 slot_row = static_cast<i64>(item.first_slot + part) * kRows + at;
+      load(parts.outs + slot_row * kHeadDim + column, numbers);
+      return parts.weights[slot_row];
+    });
+    joined.finish();
+    u32* target = reinterpret_cast<u32*>(out + item.head_of(item.first_row + at, batch) * kHeadDim + column);
+    target[0] = pack<Scalar>(joined.total[0], joined.total[1]);
+    target[1] = pack<Scalar>(joined.total[2], joined.total[3]);
+  }
+  __syncwarp();
+  if (thread % 32 > 0) return;
+  int* counter = &num_arrivals[item.first_slot];
+  if (arrive(counter) == item.num_finishing() + item.num_joining() - 1) *counter = 0;  // the last of all
+}
+
 // Who has no rows of an item gives its tiles back.
 __device__ inline void skip_tiles(Shared& shared, Tiles& tiles, const Item& item) {
   const int first = first_tile(item);
@@ -355,9 +507,9 @@ __device__ inline void skip_tiles(Shared& shared, Tiles& tiles, const Item& item
     }
 }
 
-// One warpgroup: its 64 rows of an item.
-__device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const Item& item, const Ring<kItems>& place,
-                               const Batch& batch, int warpgroup, float scale, float softcap) {
+// One warpgroup: its 64 rows of an item, or of a part of it.
+__device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const Parts& parts, const Unit& item,
+                               const Ring<kItems>& place, const Batch& batch, int warpgroup, float scale, float softcap) {
   const int lane = threadIdx.x % 32, warp_row = warpgroup * 64 + threadIdx.x / 32 % 4 * 16;
   const bool is_first_lane = lane == 0;
   const int num_workers = uniform(min(kConsumers, ceil_div(item.num_own_rows(), 64)));
@@ -367,7 +519,9 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   const float factor = softcap > 0.0f ? kLog2e : scale * kLog2e;
 
   const int begin = uniform(item.begin), end = uniform(item.end), window = batch.window, first = first_tile(item);
-  const int first_position = item.position_of(item.first_row, batch), own_row = item.first_row + warp_row + lane / 4;
+  const int first_position = item.position_of(item.first_row, batch);
+  const int last_position = item.position_of(min(item.first_row + kRows, item.num_rows) - 1, batch);
+  const int own_row = item.first_row + warp_row + lane / 4;
   const int positions[2] = {item.position_of(own_row, batch), item.position_of(own_row + 8, batch)};
   Softmax state = {{-kInfinity, -kInfinity}, {0.0f, 0.0f}, {1.0f, 1.0f}};
   float sums[kHeadDim / 2] = {};
@@ -379,7 +533,7 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
     if (softcap > 0.0f)
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) scores[i] = capped(scores[i] * scale, softcap);
-    if (first_key + kKeys - 1 > first_position || (window > 0 && end - 1 - first_key >= window))
+    if (first_key + kKeys - 1 > first_position || (window > 0 && last_position - first_key >= window))
       hide_unseen(scores, positions, first_key, window);
     add_scores(state, scores, factor);
     pin(scores);  // now, while the tensor cores are at the last tile's values
@@ -434,28 +588,32 @@ __device__ inline void compute(Shared& shared, Tiles& tiles, Scalar* out, const 
   pin(sums);
   if (is_first_lane) barrier_arrive(shared.tile_left[values.place]);
   values.advance(2);
+  if (uniform(item.num_parts) > 1) return write_part(parts, sums, state, item, warp_row, factor);
   meet_threads(1 + warpgroup, 128);  // tensor cores have read all queries
   write_out(out, shared.queries[place.place], sums, state, item, warp_row, batch);
 }
 
-__device__ inline void consume(Shared& shared, Scalar* out, const Batch& batch, int warpgroup, float scale, float softcap) {
+__device__ inline void consume(Shared& shared, Scalar* out, const Parts& parts, const Batch& batch, int warpgroup, float scale,
+                               float softcap) {
   const int first_turn = 1 + kConsumers;
   if (warpgroup == kConsumers - 1) pass_threads(first_turn, 256);
   Tiles tiles;
-  for_each_item(shared, [&](const Item& item, const Ring<kItems>& place) {
-    if (warpgroup * 64 < uniform(item.num_own_rows())) compute(shared, tiles, out, item, place, batch, warpgroup, scale, softcap);
-    else skip_tiles(shared, tiles, item);
+  for_each_item(shared, [&](const Unit& item, const Ring<kItems>& place) {
+    if (uniform(item.joins)) join_parts(out, parts, item, batch, warpgroup * 128 + threadIdx.x % 128);
+    else if (warpgroup * 64 >= uniform(item.num_own_rows())) skip_tiles(shared, tiles, item);
+    else compute(shared, tiles, out, parts, item, place, batch, warpgroup, scale, softcap);
     __syncwarp();
     if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_left[place.place]);
   });
   if (warpgroup == 0) meet_threads(first_turn, 256);  // after an item it is the first one's turn
 }
 
-// Grid: as many as run at once, no more than there is room for items.
+// Grid: as many as run at once, up to kMaxGrid. part_outs: room for 2 · gridDim parts, or null.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map, const Cached* k_cache,
-        const Cached* v_cache, Scalar* out, const Scalar* q, const int* query_start, const int* context_lens, const int* rows, const int* block_table, int first_request,
-        int num_requests, int table_width, int num_heads, int num_kv_heads, float scale, int window, float softcap) {
+        const Cached* v_cache, Scalar* out, float* part_outs, float* part_weights, const Scalar* q, const int* query_start,
+        const int* context_lens, const int* rows, const int* block_table, int first_request, int num_requests, int table_width,
+        int num_heads, int num_kv_heads, float scale, int window, float softcap) {
   extern __shared__ uint4 dynamic[];
   Shared& shared = *reinterpret_cast<Shared*>((reinterpret_cast<u64>(dynamic) + 1023) / 1024 * 1024);
   const Batch batch = {query_start, context_lens, rows, block_table, first_request, num_requests, table_width, num_heads,
@@ -478,23 +636,23 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
   const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
   if (warpgroup == 0) {
     shrink_registers<kHelperRegisters>();
-    if (warp == 0) return hand_out_items(shared, batch);
+    if (warp == 0) return hand_out_items(shared, batch, part_outs != nullptr);
     wait_for_inputs();
     Tiles tiles;
-    for_each_item(shared, [&](const Item& item, const Ring<kItems>& place) {
+    for_each_item(shared, [&](const Unit& item, const Ring<kItems>& place) {
       if (warp > 1) bring_queries(shared, q, item, place.place, batch, threadIdx.x - 64);
-      else if (!kIsNarrow) bring_tiles(shared, tiles, k_map, v_map, item, batch);
+      else if (!kIsNarrow && !uniform(item.joins)) bring_tiles(shared, tiles, k_map, v_map, item, batch);
     });
   } else if (kIsNarrow && warpgroup == 1) {
     shrink_registers<kWidenerRegisters>();
     wait_for_inputs();
     Tiles tiles;
-    for_each_item(shared, [&](const Item& item, const Ring<kItems>&) {
-      widen_tiles(shared, tiles, k_cache, v_cache, item, batch);
+    for_each_item(shared, [&](const Unit& item, const Ring<kItems>&) {
+      if (!uniform(item.joins)) widen_tiles(shared, tiles, k_cache, v_cache, item, batch);
     });
   } else {
     grow_registers<kConsumerRegisters>();
     wait_for_inputs();
-    consume(shared, out, batch, warpgroup - kIsNarrow - 1, scale, softcap);
+    consume(shared, out, {part_outs, part_weights}, batch, warpgroup - kIsNarrow - 1, scale, softcap);
   }
 }

@@ -194,6 +194,14 @@ __device__ inline int load_acquire(const int* counter) {
   asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
   return now;
 }
+// Wait until so many arrivals are counted. Whoever is to arrive must run already, and wait for nobody before it does.
+__device__ inline void wait_for_arrivals(const int* counter, int arrivals) {
+  asm volatile(
+      "{ .reg .pred missing; .reg .s32 now;\n"
+      "again: ld.acquire.gpu.s32 now, [%0];\n"
+      "setp.lt.s32 missing, now, %1;\n"
+      "@missing bra again; }" ::"l"(counter), "r"(arrivals) : "memory");
+}
 // Count an arrival and tell how many came before. Who comes later sees what this thread has seen written, all over the GPU.
 __device__ inline int arrive(int* counter) {
   int before;

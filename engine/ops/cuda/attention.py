@@ -16,7 +16,7 @@ from engine.ops.cuda.kernels import check_rows, define_build, kernel
 
 MAX_GROUP_ANY = 8  # query heads that a block of threads of attention/decode_any.cu takes
 MAX_SPLITS = 128  # of one context, as in attention/decode_any.cu
-MAX_DECODE_GRID = 1024  # as in attention/decode.cu
+MAX_GRID = 1024  # as in attention/decode.cu and attention/prefill_sm90.cu
 COPY_WARPS = 4  # as in attention/decode.cu
 
 
@@ -24,7 +24,7 @@ _is_batch_invariant = False
 
 
 def use_batch_invariant(is_on: bool) -> None:
-    """Whether single tokens go to the prefill kernel too, whose results for a token depend on its request alone."""
+    """Whether all goes to the prefill kernel, with no context cut: a token's result depends on its request alone."""
     global _is_batch_invariant
     _is_batch_invariant = is_on
 
@@ -111,7 +111,8 @@ def paged_attention(
     if batch.num_decodes:
         _decode(out, q, k_cache, v_cache, batch, scale, window, softcap)
     if batch.num_decodes < len(q):
-        _prefill(prefill, out, q, k_cache, v_cache, batch, scale, window, softcap)
+        run = _prefill_sm90 if prefill == "attention/prefill_sm90.cu" else _prefill
+        run(out, q, k_cache, v_cache, batch, scale, window, softcap)
     return out
 
 
@@ -178,7 +179,7 @@ def prefill_sm90_shared_bytes(head_dim: int) -> int:
     """Queries of two items, tiles, barriers, the items, and what it takes to begin at a multiple of 1 KiB."""
     warpgroups, keys, stages = prefill_sm90_tile(head_dim)
     barriers, items = 2 * stages + 2 * 3, 2
-    return (2 * 64 * warpgroups + stages * keys) * head_dim * 2 + barriers * 8 + items * 32 + 1024
+    return (2 * 64 * warpgroups + stages * keys) * head_dim * 2 + barriers * 8 + items * 48 + 1024
 
 
 def _decode(
@@ -195,7 +196,7 @@ def _decode(
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     group = decode_group(head_dim, num_heads // num_kv_heads)
     warps, _, _ = decode_tile(kernels.arch(q.get_device()), k_cache.dtype, head_dim, group)
-    grid = min(kernels.num_sms(q.get_device()), MAX_DECODE_GRID)
+    grid = min(kernels.num_sms(q.get_device()), MAX_GRID)
     num_parts = 2 * grid * group
     parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
     part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
@@ -242,7 +243,6 @@ def _decode_any(
 
 
 def _prefill(
-    file: str,
     out: Tensor,
     q: Tensor,
     k_cache: Tensor,
@@ -252,19 +252,43 @@ def _prefill(
     window: int,
     softcap: float,
 ) -> None:
-    """Attention of the requests after the batch's decodes."""
+    """Attention of the requests after the batch's decodes, by attention/prefill.cu."""
     num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
     num_requests = len(batch.context_lens) - batch.num_decodes
-    is_sm90, is_narrow = file == "attention/prefill_sm90.cu", k_cache.dtype is not q.dtype
-    num_rows = 64 * prefill_sm90_tile(head_dim)[0] if is_sm90 else 16 * prefill_tile(head_dim)[0]  # of an item
+    num_rows = 16 * prefill_tile(head_dim)[0]  # of an item
     num_stacked = (len(q) - batch.num_decodes) * (num_heads // num_kv_heads)
     num_items = num_kv_heads * ((num_stacked + num_requests * (num_rows - 1)) // num_rows)  # room for them, and no less
-    maps = [_octets_map(cache) for cache in (k_cache, v_cache)] if is_sm90 else []
-    kernel(q, "prefill", PREFILL_BUILDS[file], q.dtype, k_cache.dtype, head_dim)(
-        (min(kernels.num_sms(q.get_device()), num_items) if is_sm90 else num_items, 1, 1),
-        2 * num_rows + 128 * (1 + is_narrow) * is_sm90,
-        *maps,
+    kernel(q, "prefill", prefill_build, q.dtype, k_cache.dtype, head_dim)(
+        (num_items, 1, 1),
+        2 * num_rows,
         *(k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), q.data_ptr(), *_batch_pointers(batch)),
+        *(batch.num_decodes, num_requests, batch.block_table.shape[1], num_heads, num_kv_heads),
+        *(scale, window, softcap),
+    )
+
+
+def _prefill_sm90(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: ForwardBatch,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> None:
+    """The same by attention/prefill_sm90.cu."""
+    num_heads, head_dim, num_kv_heads = q.shape[1], q.shape[2], k_cache.shape[1]
+    num_requests, is_narrow = len(batch.context_lens) - batch.num_decodes, k_cache.dtype is not q.dtype
+    num_rows, grid = 64 * prefill_sm90_tile(head_dim)[0], min(kernels.num_sms(q.get_device()), MAX_GRID)
+    num_part_rows = 0 if _is_batch_invariant else 2 * grid * num_rows  # none: the sums of a row are in one order alone
+    parts = torch.empty(num_part_rows * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then weights
+    part_weights = parts.data_ptr() + num_part_rows * head_dim * parts.itemsize
+    kernel(q, "prefill", prefill_sm90_build, q.dtype, k_cache.dtype, head_dim)(
+        (grid, 1, 1),
+        2 * num_rows + 128 * (1 + is_narrow),
+        *(_octets_map(k_cache), _octets_map(v_cache), k_cache.data_ptr(), v_cache.data_ptr()),
+        *(out.data_ptr(), parts.data_ptr(), part_weights, q.data_ptr(), *_batch_pointers(batch)),
         *(batch.num_decodes, num_requests, batch.block_table.shape[1], num_heads, num_kv_heads),
         *(scale, window, softcap),
     )

@@ -488,8 +488,12 @@ def check_chunks_change_no_bit(
         max_query_len=max(chunks),
     )
     scale = head_dim**-0.5
-    whole = cuda.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
-    in_parts = cuda.paged_attention(q, k_cache, v_cache, parts, scale, window, softcap)
+    cuda.attention.use_batch_invariant(True)
+    try:
+        whole = cuda.paged_attention(q, k_cache, v_cache, batch, scale, window, softcap)
+        in_parts = cuda.paged_attention(q, k_cache, v_cache, parts, scale, window, softcap)
+    finally:
+        cuda.attention.use_batch_invariant(False)
     assert torch.isfinite(whole).all()
     differs = (whole != in_parts).flatten(1).any(1)
     assert not differs.any(), f"tokens {differs.nonzero().flatten()[:8].tolist()} of {num_tokens}"

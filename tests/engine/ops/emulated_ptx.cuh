@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -70,7 +71,8 @@ struct Warp {
 };
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(128 << 10);
+  static constexpr int kStackBytes = 128 << 10;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};  // takes memory where it is used
   int thread, block;  // in the cluster
   u64 barriers, meetings;  // of the block, of the cluster
   bool is_done, has_waited;
@@ -186,8 +188,8 @@ inline void run_cluster(int num_threads, int num_blocks) {
     each.thread = thread, each.block = thread / num_threads, each.barriers = each.meetings = 0, each.is_done = each.has_waited = false;
     each.groups.clear(), each.open.clear();
     getcontext(&each.context);
-    each.context.uc_stack.ss_sp = each.stack.data();
-    each.context.uc_stack.ss_size = each.stack.size();
+    each.context.uc_stack.ss_sp = each.stack.get();
+    each.context.uc_stack.ss_size = Fiber::kStackBytes;
     makecontext(&each.context, fiber_main, 0);
   }
   for (bool any = true; any;) {
@@ -207,6 +209,9 @@ inline void run_grid(const int* grid, int num_threads, int shared_bytes, int clu
   kernel = body;
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {num_threads, 1, 1};
+#ifdef BLOCKS_WAIT
+  cluster = grid[0];  // for each other, so they run at the same time
+#endif
   for (int z = 0; z < grid[2]; ++z)
     for (int y = 0; y < grid[1]; ++y)
       for (int x = 0; x < grid[0]; x += cluster) {
@@ -356,6 +361,9 @@ inline u32 transpose(u32 matrix) {
   return number(row) | number(row + 1) << 16;
 }
 inline int load_acquire(const int* counter) { return *counter; }
+inline void wait_for_arrivals(const int* counter, int arrivals) {
+  wait_until([=] { return *counter >= arrivals; });
+}
 inline int arrive(int* counter) { return (*counter)++; }
 
 // By the tables of the PTX manual for m16n8k16: register i of operand A holds row lane / 4 + 8 (i % 2) and columns

@@ -24,7 +24,7 @@ from tests.engine.ops import cuda_cases as cases
 
 BF16, F32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 MIXED = [(1, 1), (1, 150), (2, 2), (30, 130), (70, 90)]
-CHUNKS = [(2, 2), (30, 130), (70, 90)]
+CHUNKS = [(2, 2), (30, 130), (70, 90), (3, 1500)]  # the last is cut into parts
 DECODES = [(1, 1), (1, 16), (1, 17), (1, 400)]
 
 

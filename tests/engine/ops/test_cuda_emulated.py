@@ -336,6 +336,25 @@ def test_chunks_and_decodes_on_hopper(monkeypatch, dtype, heads, head_dim, windo
     cases.check_attention("cpu", dtype, heads, head_dim, lengths, window, softcap)
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(3, 2900)],  # an item of each KV head, in parts
+        [(1, 1), (2, 2), (5, 2000), (200, 700)],  # whole items beside parts, and more of them
+        [(80, 2200), (1, 1500), (1, 600)],  # both warpgroups have rows; not all items have as many parts
+    ],
+)
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "window", "kv_dtype"),
+    [((4, 2), 64, 0, BF16), ((2, 1), 128, 0, E4M3), ((4, 1), 128, 1500, BF16)],
+)
+def test_long_contexts_of_few_rows_are_cut_on_hopper(monkeypatch, lengths, heads, head_dim, window, kv_dtype):
+    monkeypatch.setattr(cuda.attention, "attention_files", cases.newest_attention_files)
+    monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
+    for _ in range(2):  # a second launch finds the counters of the first at zero
+        cases.check_attention("cpu", BF16, heads, head_dim, lengths, window, kv_dtype=kv_dtype, padding=(0, 3))
+
+
 def test_more_chunks_on_hopper_than_lanes_look_for(monkeypatch):
     monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
     lengths = [(2 + i % 3 * 60, 2 + i % 3 * 60 + i) for i in range(70)]

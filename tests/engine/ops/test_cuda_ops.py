@@ -180,7 +180,17 @@ def test_random_batches():
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("lengths", [[(1, 131_072)], [(1, 40_000), (1, 3), (64, 50_000)], [(3000, 3000)]])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(1, 131_072)],
+        [(1, 40_000), (1, 3), (64, 50_000)],
+        [(3000, 3000)],
+        [(16, 8192)],
+        [(2048, 2048), (16, 8192)],
+        [*[(2, 600)] * 64, (512, 9000), (16, 8192)],
+    ],
+)
 @pytest.mark.parametrize("window", [0, 4096])
 def test_long_contexts(lengths, window):
     cases.check_attention("cuda", BF16, (8, 2), 128, lengths, window)
