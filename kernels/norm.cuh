@@ -1,7 +1,8 @@
 // y = x / sqrt(mean(x²) + eps) · weight, for a row of `dim` numbers; before it, perhaps, residual += x.
 //
 // One block a row. A row is read once, all of it before anything is written, and stays in registers between the sum and the
-// product: what uses this is bound by bytes, x and y once each (and the residual twice).
+// product: what uses this is bound by bytes, x and y once each (and the residual twice). Squares are summed up by groups of 32
+// times 16 bytes, then the groups: so the sum does not depend on the number of threads.
 // For sources built with SCALAR (the type of x, residual and y); the weight has the same type or is float.
 #pragma once
 
@@ -10,10 +11,28 @@
 
 using Scalar = SCALAR;
 constexpr int kWidth = kVec<Scalar>;
-constexpr int kNormVecs = sizeof(Scalar) == 4 ? 4 : 2;  // of a thread, so dim is at most 16,384
+constexpr int kNormVecs = 4;     // of a thread
+constexpr int kMaxGroups = 128;  // so dim is at most 32,768, half of it in floats
 
 // Where in its row a thread's piece i begins.
 __device__ inline int place(int i) { return static_cast<int>(i * blockDim.x + threadIdx.x) * kWidth; }
+
+// Every thread gets the sum over the block of what its threads have for each of their pieces.
+__device__ inline float norm_sum(const float (&sums)[kNormVecs], int dim) {
+  __shared__ float of_group[kMaxGroups];
+  const int lane = threadIdx.x % 32, num_groups = ceil_div(dim, 32 * kWidth);
+#pragma unroll
+  for (int i = 0; i < kNormVecs; ++i) {
+    const int group = static_cast<int>(i * blockDim.x + threadIdx.x) / 32;
+    if (group >= num_groups) break;
+    const float sum = team_sum<32>(sums[i]);
+    if (lane == 0) of_group[group] = sum;
+  }
+  __syncthreads();
+  float sum = 0.0f;
+  for (int group = lane; group < num_groups; group += 32) sum += of_group[group];
+  return team_sum<32>(sum);
+}
 
 // This thread's pieces of y.
 template <class Weight, bool kAdds>
@@ -30,7 +49,7 @@ __device__ inline void norm_row(uint4 (&y)[kNormVecs], const Scalar* x, Scalar* 
     y[i] = load_bits(x + row + place(i));
     if constexpr (kAdds) before[i] = load_bits(residual + row + place(i));
   }
-  float sum = 0.0f;
+  float sums[kNormVecs] = {};
 #pragma unroll
   for (int i = 0; i < kNormVecs; ++i) {
     if (place(i) >= dim) continue;
@@ -46,9 +65,9 @@ __device__ inline void norm_row(uint4 (&y)[kNormVecs], const Scalar* x, Scalar* 
       unpack_vec<Scalar>(y[i], own);  // as rounded
     }
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum += own[j] * own[j];
+    for (int j = 0; j < kWidth; ++j) sums[i] += own[j] * own[j];
   }
-  const float factor = rsqrtf(block_sum(sum) / dim + eps);
+  const float factor = rsqrtf(norm_sum(sums, dim) / dim + eps);
 #pragma unroll
   for (int i = 0; i < kNormVecs; ++i) {
     if (place(i) >= dim) continue;

@@ -29,16 +29,8 @@ template <class T> __device__ inline T warp_prefix_sum(T x) {
   return x;
 }
 
-// Every thread gets the sum over a block of whole warps. One call a kernel: the scratch is not guarded for a second.
-__device__ inline float block_sum(float x) {
-  __shared__ float of_warp[32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  x = team_sum<32>(x);
-  if (lane == 0) of_warp[warp] = x;
-  __syncthreads();
-  return team_sum<32>(lane < blockDim.x / 32 ? of_warp[lane] : 0.0f);
-}
-// The largest of numbers from 0 on, likewise.
+// Every thread gets the largest of numbers from 0 on over a block of whole warps. One call a kernel: the scratch is not guarded
+// for a second.
 __device__ inline float block_max(float x) {
   __shared__ float of_warp[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -35,7 +35,7 @@ def add_rms_norm_rounded(x: Tensor, residual: Tensor, weight: Tensor, eps: float
     if x.numel():
         run = kernel(x, "add_rms_norm_rounded" + rows.weight_suffix(weight, x), rounding_build, x.dtype, stored)
         pointers = (y.numbers.data_ptr(), y.scales.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr())
-        run((len(x), 1, 1), rows.add_norm_threads(x), *pointers, dim, eps)
+        run((len(x), 1, 1), rows.norm_threads(x), *pointers, dim, eps)
     return y
 
 

@@ -9,6 +9,9 @@ from engine.ops.compiler import Build
 from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
 
+NORM_VECS = 4  # pieces of 16 bytes that a thread holds, as in kernels/norm.cuh
+MANY_NORM_ROWS = 1024
+
 
 def builds(arch: str, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype) -> Iterator[Build]:
     yield norm_build(arch, dtype)
@@ -35,7 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.numel():
         run = kernel(x, "rms_norm" + weight_suffix(weight, x), norm_build, x.dtype)
         grid = (x.numel() // dim, 1, 1)
-        run(grid, _norm_threads(x, 4 << 10), y.data_ptr(), x.data_ptr(), weight.data_ptr(), dim, eps)
+        run(grid, norm_threads(x), y.data_ptr(), x.data_ptr(), weight.data_ptr(), dim, eps)
     return y
 
 
@@ -45,7 +48,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     if x.numel():
         run = kernel(x, "add_rms_norm" + weight_suffix(weight, x), norm_build, x.dtype)
         grid, pointers = (x.numel() // dim, 1, 1), (y.data_ptr(), x.data_ptr(), residual.data_ptr(), weight.data_ptr())
-        run(grid, add_norm_threads(x), *pointers, dim, eps)
+        run(grid, norm_threads(x), *pointers, dim, eps)
     return y
 
 
@@ -111,20 +114,12 @@ def rotary_heads_of_team(num_threads: int, num_sms: int) -> int:
     return next(heads for heads in (8, 4, 2, 1) if heads == 1 or num_threads >= heads * 1024 * num_sms)
 
 
-def add_norm_threads(x: Tensor) -> int:
-    """Threads for a row of x where a norm comes after an addition."""
-    return _norm_threads(x, 8 << 10)
-
-
-def _norm_threads(x: Tensor, simple_bytes: int) -> int:
-    """Threads for a row of x: one for 16 bytes up to so many, then up to as many times 16 bytes each as norm.cu holds.
-
-    A multiprocessor's threads are to have 64 KiB on their way. Their number does not depend on the number of rows, so
-    neither does the order of a row's sum.
-    """
-    vecs, held = x.shape[-1] * x.itemsize // 16, 4 if x.itemsize == 4 else 2
-    simple = simple_bytes // 16
-    threads = -(-vecs // 32) * 32 if vecs <= simple else max(simple, -(-vecs // (32 * held)) * 32)
+def norm_threads(x: Tensor) -> int:
+    """Threads for a row of x: where there are many rows, few for each, so that more bytes are on their way; a few rows
+    are done the sooner the more threads share one."""
+    vecs = -(-x.shape[-1] * x.itemsize // (16 * 32)) * 32
+    most = 1024 if x.numel() // x.shape[-1] < MANY_NORM_ROWS else 128
+    threads = max(min(vecs, most), -(-vecs // (32 * NORM_VECS)) * 32)
     assert threads <= 1024, f"rows of {x.shape[-1]} numbers are too long for the norm kernels"
     return threads
 
