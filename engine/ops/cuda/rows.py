@@ -10,7 +10,6 @@ from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import check_rows, define_build, kernel, pointer
 
 NORM_VECS = 4  # pieces of 16 bytes that a thread holds, as in kernels/norm.cuh
-MANY_NORM_ROWS = 1024
 
 
 def builds(arch: str, dtype: torch.dtype, head_dim: int, kv_dtype: torch.dtype) -> Iterator[Build]:
@@ -116,9 +115,13 @@ def rotary_heads_of_team(num_threads: int, num_sms: int) -> int:
 
 def norm_threads(x: Tensor) -> int:
     """Threads for a row of x: where there are many rows, few for each, so that more bytes are on their way; a few rows
-    are done the sooner the more threads share one."""
-    vecs = -(-x.shape[-1] * x.itemsize // (16 * 32)) * 32
-    most = 1024 if x.numel() // x.shape[-1] < MANY_NORM_ROWS else 128
+    are done the sooner the more threads share one.
+
+    Measured on an H200, rows of 4,096: add_rms_norm with 128, 256, 512 threads takes 6.0, 4.8, 4.4 us for 256 rows,
+    22.0, 19.9, 22.6 for 2,048 and 71.5, 74.3, 80.2 for 8,192.
+    """
+    num_rows, vecs = x.numel() // x.shape[-1], -(-x.shape[-1] * x.itemsize // (16 * 32)) * 32
+    most = 1024 if num_rows < 512 else 256 if num_rows < 4096 else 128
     threads = max(min(vecs, most), -(-vecs // (32 * NORM_VECS)) * 32)
     assert threads <= 1024, f"rows of {x.shape[-1]} numbers are too long for the norm kernels"
     return threads
