@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from engine.errors import UserError
@@ -16,7 +16,9 @@ from engine.errors import UserError
 Point = tuple[float, float]
 WIDTH, HEIGHT = 400, 250
 MARGIN = 12
+BAR_HEIGHT = 42  # with its name
 LETTER = 7.2  # width of a letter at most, in the units of the chart
+FONTS = ("DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial", "Helvetica")  # of pictures in pixels
 COLORS = {  # name: in light, in dark
     "page": ("#f6f7f9", "#12161c"),
     "card": ("#fff", "#1b2129"),
@@ -89,7 +91,7 @@ class Chart:
         left = max(len(shorten(tick)) for tick in y_axis.ticks) * LETTER + MARGIN + 4
         top += 28 if any(series.labels for series in self.series) else 14
         frame = _Frame(x_axis, y_axis, left, top, WIDTH - MARGIN - 6, HEIGHT - 42)
-        parts = [f'<text class="title" x="{MARGIN}" y="18">{escape(self.title)}</text>', *legend]
+        parts = [_title(self.title), *legend]
         if self.shade:
             edges = [min(max(frame.x(x), frame.left), frame.right) for x in self.shade]
             parts.append(_rect("shade", edges[0], frame.top, edges[1] - edges[0], frame.bottom - frame.top))
@@ -109,7 +111,8 @@ class Chart:
         entries += [(words, "mark late" if i else "mark") for i, (words, _) in enumerate(self.marks)]
         parts: list[str] = []
         x, y = float(MARGIN), 38.0
-        for words, kind in entries:
+        for name, kind in entries:
+            words = _fit(name, WIDTH - 2 * MARGIN - 24)
             width = 24 + len(words) * LETTER + 10
             if x > MARGIN and x + width > WIDTH:
                 x, y = MARGIN, y + 18
@@ -134,23 +137,23 @@ class BarChart:
     title: str
     bars: Sequence[Bar]
     colours: Sequence[int] = ()  # of each bar; empty: one after the other
-    row_height: float = field(default=42, init=False)
 
     def svg(self) -> str:
         return _svg(self.title, self.content(), WIDTH, self.height)
 
     @property
     def height(self) -> float:
-        return 30 + self.row_height * len(self.bars) + 6
+        return 30 + BAR_HEIGHT * len(self.bars) + 6
 
     def content(self) -> str:
-        parts = [f'<text class="title" x="{MARGIN}" y="18">{escape(self.title)}</text>']
+        parts = [_title(self.title)]
         longest = max((bar.high or bar.value or 0.0 for bar in self.bars), default=0.0) or 1.0
         scale = (WIDTH - 2 * MARGIN) / longest
         for i, bar in enumerate(self.bars):
-            y = 30 + i * self.row_height
-            parts.append(_text(bar.name, MARGIN, y + 14, "start", "name"))
+            y = 30 + i * BAR_HEIGHT
             words = " · ".join(part for part in (shorten(bar.value) if bar.value is not None else "", bar.note) if part)
+            name = _fit(bar.name, WIDTH - 3 * MARGIN - len(words) * LETTER)
+            parts.append(_text(name, MARGIN, y + 14, "start", "name"))
             parts.append(_text(words, WIDTH - MARGIN, y + 14, "end"))
             if bar.value is not None:
                 colour = self.colours[i] if self.colours else i
@@ -175,8 +178,8 @@ def picture(title: str, charts: Sequence[Chart | BarChart], note: str = "") -> s
         ]
         y += max(chart.height for chart in row) + gap
     width = gap + min(len(charts), 2) * (WIDTH + gap)
-    parts.append(_text(title, gap, 28, "start", "title"))
-    parts.append(_text(note, gap, y + 4, "start"))
+    parts.append(_text(_fit(title, width - 2 * gap), gap, 28, "start", "title"))
+    parts.append(_text(_fit(note, width - 2 * gap), gap, y + 4, "start"))
     light = {name: light for name, (light, _) in COLORS.items()}
     style = f"{STYLE}\n.chart .panel {{ fill: var(--card); stroke: var(--line); }}"
     style = re.sub(r"var\(--([\w-]+)\)", lambda match: light[match[1]], style)
@@ -186,25 +189,26 @@ def picture(title: str, charts: Sequence[Chart | BarChart], note: str = "") -> s
 
 def png(svg: str) -> bytes:
     """The picture in pixels, twice as many as it has units. Raises UserError where that cannot be done."""
-    check_png()
-    return _drawn(svg, zoom=2)
+    return _pixels(svg, check_png(), zoom=2)
 
 
-def check_png() -> None:
-    """Raise UserError where pictures cannot be drawn, or would have no words."""
+def check_png() -> str:
+    """The font that words are drawn with. Raises UserError where there is none, or nothing to draw with."""
     sheet = '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="20">{}</svg>'
+    letter = '<text y="16" font-family="sans-serif">M</text>'
     try:
-        has_font = _drawn(sheet.format('<text y="16">M</text>')) != _drawn(sheet.format(""))
+        for font in FONTS:
+            if _pixels(sheet.format(letter), font) != _pixels(sheet.format(""), font):
+                return font
     except ImportError:
         raise UserError("a .png needs resvg-py: pip install 'vcli[png]', or write .svg") from None
-    if not has_font:
-        raise UserError("a .png needs a font, and this machine has none: install fonts-dejavu-core, or write .svg")
+    raise UserError(f"a .png needs one of the fonts {', '.join(FONTS)}: install fonts-dejavu-core, or write .svg")
 
 
-def _drawn(svg: str, zoom: int = 1) -> bytes:
+def _pixels(svg: str, font: str, zoom: int = 1) -> bytes:
     from resvg_py import svg_to_bytes
 
-    return bytes(svg_to_bytes(svg_string=svg, zoom=zoom, font_family="DejaVu Sans", sans_serif_family="DejaVu Sans"))
+    return bytes(svg_to_bytes(svg_string=svg, zoom=zoom, font_family=font, sans_serif_family=font))
 
 
 def shorten(value: float) -> str:
@@ -335,6 +339,16 @@ def _svg(title: str, content: str, width: float, height: float) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" aria-label="{escape(title)}" '
         f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}">{content}</svg>'
     )
+
+
+def _fit(words: str, width: float) -> str:
+    """As many of the words as there is room for."""
+    most = int(width / LETTER)
+    return words if len(words) <= most else words[: most - 1] + "…"
+
+
+def _title(words: str) -> str:
+    return _text(_fit(words, WIDTH - 2 * MARGIN), MARGIN, 18, "start", "title")
 
 
 def _text(words: str, x: float, y: float, anchor: str, kind: str = "") -> str:

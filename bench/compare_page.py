@@ -101,7 +101,7 @@ def _sections(result: BenchResult) -> list[Section]:
         _bars("Memory, MB, less is better", engines, _memory_bar),
     ]
     sections: list[Section] = [("Side by side", words, [chart for chart in bars if chart.bars])]
-    if curves := {engine["name"]: engine["samples"] for engine in engines if engine.get("samples")}:
+    if curves := [(engine["name"], engine["samples"]) for engine in engines if engine.get("samples")]:
         words = "Of each engine's median round: how many percent of the requests (of the gaps between tokens, for ITL) "
         sections.append(("Latency", words + "took so long or less.", distributions(curves)))
         sections.append(("Over time", "Of the same rounds, in seconds from their start.", over_time(curves)))

@@ -49,7 +49,7 @@ def _sections(result: BenchResult) -> list[Section]:
     if not sampled:
         return sections
     drawn = spread(sampled, MAX_CURVES)
-    curves = {_load(run) if len(drawn) > 1 else "": run.samples or {} for run in drawn}
+    curves = [(_load(run) if len(drawn) > 1 else "", run.samples or {}) for run in drawn]
     left_out = f" {len(drawn)} of {len(sampled)} runs are drawn." if len(drawn) < len(sampled) else ""
     words = "How many percent of the requests (of the gaps between tokens, for ITL) took so long or less."
     figures = drawn[0].metrics if len(drawn) == 1 else None

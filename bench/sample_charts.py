@@ -4,7 +4,7 @@ Curves are drawn from what the figures were made from: each request, each gap be
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from bench.charts import BarChart, Chart, Point, Series
 from bench.report import LATENCIES, format_figure
 
 Samples = dict[str, Any]
-Curves = Mapping[str, Samples]  # by what stands in the legend
+Curves = Sequence[tuple[str, Samples]]  # with what stands in the legend
 MAX_POINTS = 240  # of a curve: more could not be told apart
 NUM_BINS = 60  # of the time of a run at most
 TOKENS_PER_BIN = 20  # at least, on average
@@ -22,12 +22,10 @@ WIDE_RATIO = 20.0  # a scale is logarithmic if its largest value is so many time
 
 def distributions(curves: Curves, figures: dict[str, Any] | None = None) -> list[Chart | BarChart]:
     """Each latency's distribution; of one run alone also its usual and its late `figures`, as upright lines."""
-    measured = {name: latencies_ms(samples) for name, samples in curves.items()}
+    measured = [(name, latencies_ms(samples)) for name, samples in curves]
     drawn: list[Chart | BarChart] = []
     for label, latency in LATENCIES:
-        series = [
-            Series(name, shares_below(ms[latency]), is_stepped=True) for name, ms in measured.items() if ms[latency]
-        ]
+        series = [Series(name, shares_below(ms[latency]), is_stepped=True) for name, ms in measured if ms[latency]]
         keys = {p: f"{p}_{latency}_ms" for p in ("p50", "p99")}
         marks = [
             (f"{p} {format_figure(figures[k])} ms", figures[k]) for p, k in keys.items() if figures and figures.get(k)
@@ -40,8 +38,7 @@ def distributions(curves: Curves, figures: dict[str, Any] | None = None) -> list
 
 def over_time(curves: Curves) -> list[Chart | BarChart]:
     """What came out, what was under way, and what the server said of itself; the window of one run alone is shaded."""
-    alone = next(iter(curves.values())) if len(curves) == 1 else None
-    window = alone.get("window") if alone else None
+    window = curves[0][1].get("window") if len(curves) == 1 else None
     wanted: list[tuple[str, Callable[[Samples], list[Point]]]] = [
         ("Output tokens per second", tokens_over_time),
         ("Requests under way", under_way_over_time),
@@ -50,7 +47,7 @@ def over_time(curves: Curves) -> list[Chart | BarChart]:
     ]
     drawn: list[Chart | BarChart] = []
     for title, values in wanted:
-        lines = [(name, values(samples)) for name, samples in curves.items()]
+        lines = [(name, values(samples)) for name, samples in curves]
         series = [Series(name, points, is_stepped=True) for name, points in lines if points]
         if series:
             drawn.append(Chart(title, "s", series, shade=tuple(window) if window else None))

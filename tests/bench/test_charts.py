@@ -62,7 +62,11 @@ def test_whatever_the_values_are_the_words_stay_inside_and_apart(
 ):
     points = sorted(points)
     labels = [str(2**i) for i in range(len(points))]
-    series = [Series("a name of some length", points, labels), Series("another", points), Series("a third one", points)]
+    series = [
+        Series("a name of some length", points, labels),
+        Series("another", points),
+        Series("a third one" * 9, points),
+    ]
 
     boxes = []
     for text in texts(Chart("c", "s", series, log_x=log_x, log_y=log_y).svg()):
@@ -96,6 +100,17 @@ def test_bars_are_as_long_as_their_values_with_their_intervals_upon_them():
     assert float(second.get("width", 0)) == pytest.approx(longest / 2, abs=0.1)
     assert float(whiskers[0].get("x2", 0)) - float(whiskers[0].get("x1", 0)) == pytest.approx(0.3 * longest, abs=0.2)
     assert [text.text for text in texts(svg)] == ["tok/s", "a", "100", "b", "50 · 1.00x", "c", "not installed"]
+
+
+def test_a_name_without_room_is_cut_before_its_value():
+    words = [
+        text.text or "" for text in texts(BarChart("c" * 99, [Bar("https://" + 99 * "a", 1234.0, note="2.00x")]).svg())
+    ]
+
+    assert words[0].endswith("c…")
+    assert words[1].endswith("a…")
+    assert words[2] == "1,234 · 2.00x"
+    assert len(words[1] + words[2]) * 6.5 < charts.WIDTH
 
 
 def test_a_picture_has_its_colours_in_it_and_becomes_pixels():
