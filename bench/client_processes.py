@@ -6,6 +6,7 @@ times are of one clock, which processes of a machine have in common.
 
 import asyncio
 import contextlib
+import ctypes
 import itertools
 import math
 import multiprocessing
@@ -63,27 +64,36 @@ class _Task:
 class SharedTurnstile:
     """Hands out the numbers of requests (a conversation has one), in order, to all processes."""
 
-    num_sent: "Synchronized[int]" = field(default_factory=lambda: _spawn.Value("q", 0))
-    deadline: "Synchronized[float]" = field(default_factory=lambda: _spawn.Value("d", math.inf))
     limit: float = math.inf
+    _next: "Synchronized[int]" = field(default_factory=lambda: _spawn.Value("q", 0))
+    _deadline: "ctypes.c_double" = field(default_factory=lambda: _spawn.Value("d", math.inf, lock=False))
 
     def take(self) -> int | None:
-        with self.num_sent.get_lock():
-            index = self.num_sent.value
-            if index >= self.limit or time.perf_counter() >= self.deadline.value:
+        with self._next.get_lock():
+            index = self.num_taken
+            if index >= self.limit or self.is_closed:
                 return None
-            self.num_sent.value = index + 1
+            self._next.value = index + 1
             return index
 
     @property
+    def num_taken(self) -> int:
+        """Read past the lock, which a process that was killed or stopped may hold."""
+        return self._next.get_obj().value
+
+    @property
     def is_closed(self) -> bool:
-        return time.perf_counter() >= self.deadline.value
+        return time.perf_counter() >= self._deadline.value
+
+    def close_at(self, moment: float) -> None:
+        self._deadline.value = moment
 
 
 def num_processes(load: Load, requests: Sequence[BenchRequest]) -> int:
     """How many client processes a load needs, with most of the machine left to a server on it."""
     if load.concurrency is not None:
-        share = min(load.concurrency, len(requests)) / STREAMS_PER_PROCESS
+        most = len(requests) if load.duration_s is None else load.concurrency
+        share = min(load.concurrency, most) / STREAMS_PER_PROCESS
     elif load.request_rate is None or math.isinf(load.request_rate):
         share = len(requests) / STREAMS_PER_PROCESS
     else:
@@ -99,11 +109,8 @@ class ClientProcesses:
     def __init__(self, client: dict[str, Any], requests: list[BenchRequest], load: Load) -> None:
         limit = math.inf if load.duration_s is not None else len(requests)
         self.turnstile = SharedTurnstile(limit=limit)
-        self._tasks = [
-            _Task(rank, count, client, requests, load)
-            for count in [num_processes(load, requests)]
-            for rank in range(count)
-        ]
+        count = num_processes(load, requests)
+        self._tasks = [_Task(rank, count, client, requests, load) for rank in range(count)]
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
 

@@ -195,18 +195,17 @@ class _Ramp:
     def add(self, record: RequestRecord) -> None:
         self.run.add(record)
         if self.run.is_hopeless:
-            self.turnstile.deadline.value = 0.0
+            self.turnstile.close_at(0.0)
         self.check()
 
     def check(self) -> None:
         if self.duration_s is None or self.run.window or self.run.is_hopeless:
             return
         now = time.perf_counter()
-        num_sent = self.turnstile.num_sent.value
         num_ended = sum(record.ends_conversation for record in self.run.records)
-        if is_ramped_up(num_sent, num_ended) or now - self.start > self.duration_s:
+        if is_ramped_up(self.turnstile.num_taken, num_ended) or now - self.start > self.duration_s:
             self.run.window = Window(now, now + self.duration_s)
-            self.turnstile.deadline.value = self.run.window.end
+            self.turnstile.close_at(self.run.window.end)
 
     @property
     def stage(self) -> str:

@@ -54,6 +54,7 @@ def test_a_list_that_is_gone_through_again_knows_how_often():
         (Load(concurrency=64), 16, 1),
         (Load(concurrency=65), 16, 2),
         (Load(concurrency=2000), 16, 2),  # no more than there are requests
+        (Load(concurrency=200, duration_s=9.0), 16, 4),  # which are sent again and again
         (Load(request_rate=10.0), 16, 1),
         (Load(request_rate=600.0), 16, 3),  # 60,000 tokens a second
         (Load(request_rate=1e6), 16, 4),
