@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.trace import Kernel, idle_share, read_kernels, where_the_time_goes, whole_steps
+from bench.trace import Kernel, add_stages, idle_share, read_kernels, read_trace, where_the_time_goes, whole_steps
 
 NORM, QKV, ROTATE, ATTENTION = "add_rms_norm", "nvjet_tst_64x8", "rotate_and_store", "decode"
 GATE, ARGMAX = "gated_silu", "argmax"
@@ -96,4 +99,33 @@ def test_kernels_come_out_of_a_chrome_trace_in_their_order(tmp_path: Path):
     path = tmp_path / "trace.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
 
-    assert read_kernels(path) == [Kernel("splitKreduce_kernel", 10.0, 12.5), Kernel("argmax", 30.0, 35.0)]
+    kernels = [Kernel("splitKreduce_kernel", 10.0, 12.5), Kernel("argmax", 30.0, 35.0)]
+    assert read_kernels(path) == kernels
+    assert read_kernels(path, with_copies=True) == [Kernel("copy", 0.0, 1.0), *kernels]
+
+
+def test_copies_are_a_part_of_their_own_and_part_nobody():
+    kernels = one_after_the_other("copy", NORM, "gemm", "copy", ROTATE, ATTENTION, "copy", "gemm", NORM)
+
+    launches = {share.part: share.launches for share in where_the_time_goes(kernels, 1)}
+
+    assert launches == {"copy": 3, "norm": 2, "qkv": 1, "rotary and KV write": 1, "attention": 1, "o": 1, "idle": 0}
+
+
+def test_stages_lie_on_the_time_line_of_torchs_own_trace(tmp_path: Path):
+    path = tmp_path / "trace.json.gz"
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        start = time.monotonic()
+        time.sleep(0.02)
+        with record_function("inside"):
+            torch.ones(10).sum()
+        time.sleep(0.02)
+        end = time.monotonic()
+    profiler.export_chrome_trace(str(path))
+
+    add_stages([("forward", start, end)], path)
+
+    spans = {event.get("name"): event for event in read_trace(path)["traceEvents"] if "dur" in event}
+    inside, stage = spans["inside"], spans["forward"]
+    assert stage["dur"] == pytest.approx((end - start) * 1e6)
+    assert stage["ts"] < inside["ts"] < inside["ts"] + inside["dur"] < stage["ts"] + stage["dur"]
