@@ -62,9 +62,10 @@ def in_words(found: list[Advice], checked: Advice | None = None, check: Check | 
 
 
 def advise(profile: Profile) -> list[Advice]:
-    """All that is worth saying, the most promising first."""
-    found = [advice for rule in RULES for advice in rule(profile)]
-    return sorted(found, key=lambda advice: -advice.gain)
+    """All that is worth saying, the most promising first; each remedy once."""
+    found = sorted((advice for rule in RULES for advice in rule(profile)), key=lambda advice: -advice.gain)
+    remedies = [advice.remedy for advice in found]
+    return [advice for i, advice in enumerate(found) if not advice.remedy or advice.remedy not in remedies[:i]]
 
 
 def _preemptions(p: Profile) -> Iterator[Advice]:
@@ -161,7 +162,7 @@ def _products(p: Profile) -> Iterator[Advice]:
     if _can_be_fp8(p):
         what = "twice the rate" if binding.bound == "flops" else "half the bytes"
         yield Advice(bottleneck, evidence, gain, f"--quantization fp8: {what} ({PRICE})", {"quantization": "fp8"})
-    elif binding.bound == "bytes" and concurrency <= p.max_num_seqs:
+    elif binding.bound == "bytes" and concurrency <= p.max_num_seqs and not any(s.num_waiting for s in p.run.steps):
         remedy = f"more requests at once, say {concurrency}: a step reads the weights once, however many share it"
         yield Advice(bottleneck, evidence, gain, remedy, load={"concurrency": concurrency})
     else:

@@ -78,6 +78,15 @@ def test_preemptions_want_more_cache():
     assert "99% full" in cpu.evidence
 
 
+def test_a_full_cache_is_told_once_and_no_more_requests_are_asked_for():
+    steps = [replace(STEP, num_waiting=32, num_preemptions=n, kv_usage=0.99) for n in range(9)]
+
+    found = advise(make_profile(part("gate_up", 0.7), device="cpu", steps=steps, options=ProfileConfig(concurrency=8)))
+
+    assert [advice.changes for advice in found] == [{"kv_cache_memory": 2 << 30}, {}]
+    assert not any(advice.load for advice in found)
+
+
 def test_a_queue_before_a_full_batch_wants_more_rows():
     steps = [replace(STEP, num_running=16, num_waiting=48)] * 4
 
