@@ -29,7 +29,7 @@ KERNELS = (
     ("sampling", r"argmax|take_best|sample|gumbel|logprobs"),
     (PRODUCT, r"few_rows|many_rows|nvjet|gemm|gemv|cutlass|splitK|linear$|^logits"),
 )
-COPY = "copy"
+COPY, OTHER = "copy", "other"  # between any two of the model's own
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _added_us(kernels: list[Kernel]) -> Iterator[float]:
 def _parts(kernels: list[Kernel]) -> list[str]:
     """The part of the model that each kernel belongs to."""
     parts = [_kind(kernel.name) for kernel in kernels]
-    others = [index for index, part in enumerate(parts) if part not in (PRODUCT, COPY)]
+    others = [index for index, part in enumerate(parts) if part not in (PRODUCT, COPY, OTHER)]
     for before, after in pairwise([-1, *others, len(parts)]):
         neighbours = parts[before] if before >= 0 else "", parts[after] if after < len(parts) else ""
         products = [index for index in range(before + 1, after) if parts[index] == PRODUCT]
@@ -201,7 +201,7 @@ def _parts(kernels: list[Kernel]) -> list[str]:
 def _kind(name: str) -> str:
     if name == COPY:
         return COPY
-    return next((kind for kind, pattern in KERNELS if re.search(pattern, name)), "other")
+    return next((kind for kind, pattern in KERNELS if re.search(pattern, name)), OTHER)
 
 
 def _products(before: str, after: str, num: int) -> list[str]:
