@@ -2,23 +2,32 @@
 // x [rows, in], bias [out], y [rows, out] of the same type, or of float. Or gated (forms.cuh).
 //
 // Work: a block takes tiles of kTiles times 16 outputs (gated: gates and ups in turns), all inputs of each. Its eight warps take
-// turns at chunks of 64 inputs; their sums are added in shared memory, always in the same order. Copies go to a ring in shared
-// memory, far ahead and over the ends of tiles; each warp multiplies what it copied itself, so warps meet only where a tile
-// ends. To the tensor cores the weight is operand A (16 outputs), eight rows of x are B. They multiply integers, which are
-// exact in 16 bits; the scale of a group is a factor of its sums.
-// Bound by bytes: the weight, once. As no kernel of a step writes it, its copies start before x is waited for.
+// turns at steps of some chunks of 64 inputs; their sums are added in shared memory, always in the same order. Copies go
+// to a ring in shared memory, far ahead and over the ends of tiles; each warp multiplies what it copied itself, so warps meet
+// only where a tile ends. To the tensor cores the weight is operand A (16 outputs), eight rows of x are B. They multiply
+// integers as they come out of their words, with an offset and their zero; what these add up to is the sum of x, from one more
+// product for all outputs, times both. The scale of a group is a factor of its sums.
+// Bound by what it takes to widen the numbers, a little above the bytes of the weight. As no kernel of a step writes it, its
+// copies start before x is waited for.
 //
-// Built with SCALAR (bf16 or f16), BITS (4 or 8), GROUPS (in a chunk: 1 or 2), ROWS (8 or 16: the most it takes) and
+// Built with SCALAR (bf16 or f16), BITS (4 or 8), GROUPS (in two chunks: 1, 2 or 4), ROWS (1, 8 or 16: the most it takes) and
 // RING_BYTES (of shared memory).
 #include "grouped.cuh"
 #include "forms.cuh"
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kHalves = ROWS / 8;        // eights of rows
-constexpr int kGroups = GROUPS;
-constexpr int kTilesAtOnce = 4;          // whose sums shared memory holds
-constexpr int kProducts = kChunk / 16;   // of a chunk
+constexpr int kHalves = ROWS > 8 ? 2 : 1;  // eights of rows
+constexpr int kRowsOfHalf = ROWS > 8 ? 8 : ROWS;
+constexpr int kTilesAtOnce = 2;            // whose sums shared memory holds
+// Of all warps: a chunk of a tile and of x, where groups are smallest.
+template <int kTiles> constexpr int kBytesOfChunk = kWarps * (kTiles * (kPiecesOfChunk * 512 + 128) + ROWS * 128);
+// Of a step: as many as leave room for two steps in the ring.
+template <int kTiles>
+constexpr int kChunks = 8 * kBytesOfChunk<kTiles> <= RING_BYTES ? 4 : 4 * kBytesOfChunk<kTiles> <= RING_BYTES ? 2 : 1;
+template <int kTiles> constexpr int kGroups = GROUPS * kChunks<kTiles> < 2 ? 1 : GROUPS * kChunks<kTiles> / 2;
+template <int kTiles> constexpr int kProducts = kChunks<kTiles> * kChunk / 16;
+template <int kTiles> constexpr int kPieces = kChunks<kTiles> * kPiecesOfChunk;
 
 struct Problem {
   void* y;
@@ -26,102 +35,130 @@ struct Problem {
   const uint4 *weight, *grid;
   Form form;
   int rows, in, out;      // out: columns of y
-  int num_groups, chunks_of_group;
+  int num_groups;
+  u32 inverse;  // for group_of
   __device__ int num_sixteens() const { return ceil_div(is_gated(form) ? 2 * out : out, 16); }  // of outputs of the weight
 };
 
-// What a warp copies at a time: a chunk of a tile.
+// What a warp copies at a time, for a step.
 template <int kTiles> struct Stage {
-  uint4 weight[kTiles][kPiecesOfChunk][32];
-  uint4 x[kHalves][8][kChunk / kVec<Scalar>];  // piece p of row r lies at p ^ r
-  uint4 grid[kTiles][kGroups][4];
+  uint4 weight[kTiles][kPieces<kTiles>][32];
+  uint4 x[kChunks<kTiles>][kHalves][kRowsOfHalf][8];  // piece p of row r lies at p ^ r
+  uint4 grid[kTiles][kGroups<kTiles>][4];
 };
 template <int kTiles> constexpr int kStagesThatFit = RING_BYTES / (kWarps * static_cast<int>(sizeof(Stage<kTiles>)));
 // Where not even one fits, the kernel is not launched, but compiled.
 template <int kTiles> constexpr int kStages = kStagesThatFit<kTiles> > 0 ? kStagesThatFit<kTiles> : 1;
 
-// What a warp copies next.
+// What a warp copies next. Places are counted in pieces of 16 bytes.
 template <int kTiles> struct Copies {
   const Problem& problem;
-  int num_steps, num_chunks, num_sixteens, num_tiles;
-  int tile, step;
+  int num_chunks, num_sixteens, num_tiles;
+  int tile, chunk;                  // the step's first
+  int weight_at;                    // of the tile's first sixteen, this lane's
+  int pair_stride, second_stride;   // of sixteens: from one pair to the next, from the first of a pair to the second
 
-  __device__ explicit Copies(const Problem& problem) : problem(problem), tile(blockIdx.x), step(0) {
+  __device__ explicit Copies(const Problem& problem) : problem(problem) {
     num_chunks = ceil_div(problem.in, kChunk);
-    num_steps = ceil_div(num_chunks, kWarps);
     num_sixteens = problem.num_sixteens();
     num_tiles = ceil_div(num_sixteens, kTiles);
+    pair_stride = is_gated(problem.form) ? 1 : 2;
+    second_stride = is_gated(problem.form) ? num_sixteens / 2 : 1;
+    begin();
+  }
+  __device__ void begin() {
+    tile = blockIdx.x;
+    begin_tile();
   }
   __device__ void copy_weight(Stage<kTiles>& stage) const {
     if (tile >= num_tiles) return;
-    const int lane = threadIdx.x % 32;
-    const bool exists = chunk() < num_chunks;
+    const int lane = threadIdx.x % 32, row_length = num_chunks * (kPiecesOfChunk * 32);
+    const int at = weight_at + chunk * (kPiecesOfChunk * 32);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const uint4* source = problem.weight + (static_cast<i64>(sixteen(i)) * num_chunks + chunk()) * (kPiecesOfChunk * 32);
+      const uint4* source = problem.weight + static_cast<u32>(at + (i / 2 * pair_stride + i % 2 * second_stride) * row_length);
+      const bool exists = sixteen_of(i) < num_sixteens;
 #pragma unroll
-      for (int piece = 0; piece < kPiecesOfChunk; ++piece)
-        cp_async_16(&stage.weight[i][piece][lane], source + piece * 32 + lane, exists && sixteen(i) < num_sixteens);
+      for (int piece = 0; piece < kPieces<kTiles>; ++piece)
+        cp_async_16(&stage.weight[i][piece][lane], source + piece * 32, exists && chunk + piece / kPiecesOfChunk < num_chunks);
     }
-    const int group = kGroups == 1 ? chunk() / problem.chunks_of_group : chunk() * kGroups;
 #pragma unroll
-    for (int at = lane; at < kTiles * kGroups * 4; at += 32) {
-      const int i = at / (kGroups * 4);
-      const uint4* source = problem.grid + (static_cast<i64>(sixteen(i)) * problem.num_groups + group) * 4;
-      cp_async_16(&stage.grid[i][0][0] + at % (kGroups * 4), source + at % (kGroups * 4), exists && sixteen(i) < num_sixteens);
+    for (int first = 0; first < kTiles * kGroups<kTiles> * 4; first += 32) {
+      const int piece = first + lane, i = piece / (kGroups<kTiles> * 4), group = piece / 4 % kGroups<kTiles>;
+      const int place = sixteen_of(i) * problem.num_groups + number_of(group);
+      if (piece < kTiles * kGroups<kTiles> * 4)
+        cp_async_16(&stage.grid[i][group][piece % 4], problem.grid + static_cast<u32>(place * 4 + piece % 4),
+                    sixteen_of(i) < num_sixteens && chunk + group * kChunks<kTiles> / kGroups<kTiles> < num_chunks);
     }
   }
   __device__ void copy_x(Stage<kTiles>& stage) const {
     if (tile >= num_tiles) return;
-    const int lane = threadIdx.x % 32, piece = lane % 8, column = chunk() * kChunk + piece * kVec<Scalar>;
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = i * 4 + lane / 8;
-        const bool exists = half * 8 + row < problem.rows && column < problem.in;
-        cp_async_16(&stage.x[half][row][piece ^ row], problem.x + static_cast<i64>(half * 8 + row) * problem.in + column, exists);
-      }
+    for (int first = 0; first < kChunks<kTiles> * kHalves * kRowsOfHalf * 8; first += 32) {
+      const int at = first + threadIdx.x % 32, piece = at % 8, row = at / 8 % kRowsOfHalf;
+      const int half = at / (8 * kRowsOfHalf) % kHalves, c = at / (8 * kRowsOfHalf * kHalves);
+      const int column = (chunk + c) * kChunk + piece * kVec<Scalar>;
+      const bool exists = half * 8 + row < problem.rows && column < problem.in;
+      if (c < kChunks<kTiles>)
+        cp_async_16(&stage.x[c][half][row][piece ^ row], problem.x + static_cast<u32>((half * 8 + row) * problem.in + column), exists);
+    }
   }
   __device__ void advance() {
-    if (++step == num_steps) step = 0, tile += gridDim.x;
+    chunk += kWarps * kChunks<kTiles>;
+    if (chunk - threadIdx.x / 32 * kChunks<kTiles> >= num_chunks) {
+      tile += gridDim.x;
+      begin_tile();
+    }
   }
-  // Which sixteen outputs of the weight are number i of the tile.
-  __device__ static int sixteen_of(const Problem& problem, int tile, int i) {
-    if (!is_gated(problem.form)) return tile * kTiles + i;
-    return tile * (kTiles / 2) + i / 2 + (i % 2) * (problem.num_sixteens() / 2);
+  // Which sixteen outputs of the weight are number i of a tile.
+  __device__ int sixteen_of(int tile, int i) const {
+    return tile * (is_gated(problem.form) ? kTiles / 2 : kTiles) + i / 2 * pair_stride + i % 2 * second_stride;
   }
 
  private:
-  __device__ int chunk() const { return step * kWarps + threadIdx.x / 32; }
-  __device__ int sixteen(int i) const { return sixteen_of(problem, tile, i); }
+  __device__ int sixteen_of(int i) const { return sixteen_of(tile, i); }
+  __device__ int number_of(int group) const {
+    if constexpr (kGroups<kTiles> == 2 * kChunks<kTiles>) return chunk * 2 + group;
+    else return group_of(chunk + group * (kChunks<kTiles> / kGroups<kTiles>), problem.inverse);
+  }
+  __device__ void begin_tile() {
+    chunk = threadIdx.x / 32 * kChunks<kTiles>;
+    weight_at = sixteen_of(0) * num_chunks * (kPiecesOfChunk * 32) + threadIdx.x % 32;
+  }
 };
 
-// A warp's products of a chunk, added to its sums: outputs lane / 4 (first two) and that + 8 of each sixteen, rows
+// A warp's products of a step, added to its sums: outputs lane / 4 (first two) and that + 8 of each sixteen, rows
 // 2 (lane % 4) and the next of each half.
 template <int kTiles> using Sums = float[kTiles][kHalves][4];
 
-template <int kTiles> __device__ inline void multiply_chunk(Sums<kTiles>& sums, const Stage<kTiles>& stage, const Masks& masks) {
-  const int lane = threadIdx.x % 32;
-  u32 x[kHalves][kProducts / 2][4];
+template <int kTiles> __device__ inline void multiply_step(Sums<kTiles>& sums, const Stage<kTiles>& stage, const Masks& masks) {
+  constexpr int kProductsOfGroup = kProducts<kTiles> / kGroups<kTiles>;
+  const int lane = threadIdx.x % 32, row = lane % kRowsOfHalf;  // rows that are not there are like others, and not written
+  u32 x[kHalves][kProducts<kTiles> / 2][4];
+  float x_sums[kGroups<kTiles>][kHalves][4] = {};  // of rows 2 (lane % 4) and the next
 #pragma unroll
   for (int half = 0; half < kHalves; ++half)
 #pragma unroll
-    for (int i = 0; i < kProducts / 2; ++i) ldmatrix(x[half][i], &stage.x[half][lane % 8][(i * 4 + lane / 8) ^ lane % 8]);
+    for (int i = 0; i < kProducts<kTiles> / 2; ++i) {
+      ldmatrix(x[half][i], &stage.x[i / 2][half][row][(i % 2 * 4 + lane / 8) ^ row]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        mma_16x8x16<Scalar>(x_sums[(i * 2 + j) / kProductsOfGroup][half], {kOne, kOne, kOne, kOne}, x[half][i][j * 2], x[half][i][j * 2 + 1]);
+    }
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    uint4 pieces[kPiecesOfChunk];
+    uint4 pieces[kPieces<kTiles>];
 #pragma unroll
-    for (int i = 0; i < kPiecesOfChunk; ++i) pieces[i] = stage.weight[tile][i][lane];
+    for (int i = 0; i < kPieces<kTiles>; ++i) pieces[i] = stage.weight[tile][i][lane];
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < kGroups<kTiles>; ++group) {
       const u32* words = reinterpret_cast<const u32*>(stage.grid[tile][group]);
-      const Group low(words[lane / 4], masks), high(words[lane / 4 + 8], masks);
+      const u32 low = words[lane / 4], high = words[lane / 4 + 8];
       float products[kHalves][4] = {};
 #pragma unroll
-      for (int i = group * (kProducts / kGroups); i < (group + 1) * (kProducts / kGroups); ++i) {
+      for (int i = group * kProductsOfGroup; i < (group + 1) * kProductsOfGroup; ++i) {
         u32 a[4];
-        widen_integers(a, pieces[i / kProductsOfPiece], i % kProductsOfPiece, low, high, masks);
+        widen_integers(a, pieces[i / kProductsOfPiece], i % kProductsOfPiece, masks);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
           mma_16x8x16<Scalar>(products[half], a, x[half][i / 2][i % 2 * 2], x[half][i / 2][i % 2 * 2 + 1]);
@@ -129,14 +166,18 @@ template <int kTiles> __device__ inline void multiply_chunk(Sums<kTiles>& sums, 
 #pragma unroll
       for (int half = 0; half < kHalves; ++half)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[tile][half][i] += (i < 2 ? low : high).scale * products[half][i];
+        for (int i = 0; i < 4; ++i) {
+          const u32 word = i < 2 ? low : high;
+          sums[tile][half][i] += scale_of(word) * (products[half][i] + minus_zero(word) * x_sums[group][half][i % 2]);
+        }
     }
   }
 }
 
 // Add the warps' sums of a tile and write them.
-template <int kTiles> __device__ inline void write_tile(const Sums<kTiles>& sums, const Problem& problem, int tile) {
-  __shared__ float4 parts[kWarps][kTilesAtOnce * kHalves][32];
+template <int kTiles>
+__device__ inline void write_tile(const Sums<kTiles>& sums, const Problem& problem, const Copies<kTiles>& copies, int tile) {
+  __shared__ float4 parts[kWarps][(kTiles < kTilesAtOnce ? kTiles : kTilesAtOnce) * kHalves][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, out = problem.out;
   const bool gates = is_gated(problem.form);
 #pragma unroll
@@ -165,7 +206,7 @@ template <int kTiles> __device__ inline void write_tile(const Sums<kTiles>& sums
     const int step = gates ? 2 : 1;
     for (int at = warp; at < (last - first) / step * kHalves; at += kWarps) {  // the same for a warp
       const int i = first + at / kHalves * step, half = at % kHalves, slot = (i - first) * kHalves + half;
-      const int sixteen = Copies<kTiles>::sixteen_of(problem, tile, i), column = sixteen * 16 + lane / 4;
+      const int sixteen = copies.sixteen_of(tile, i), column = sixteen * 16 + lane / 4;
       float4 sum = total(slot, column, 0);
       if (gates) {
         const float4 up = total(slot + kHalves, column, out);
@@ -204,7 +245,7 @@ template <int kTiles> __device__ inline void multiply(const Problem& problem) {
   for (int stage = 0; stage < kEarly; ++stage, copies.advance()) copies.copy_weight(stages[stage]);
   start_dependents();
   wait_for_inputs();
-  copies.tile = blockIdx.x, copies.step = 0;
+  copies.begin();
 #pragma unroll 1
   for (int stage = 0; stage < kEarly; ++stage, copies.advance()) copies.copy_x(stages[stage]);
 #pragma unroll
@@ -220,10 +261,11 @@ template <int kTiles> __device__ inline void multiply(const Problem& problem) {
   int stage = 0;
   for (int tile = blockIdx.x; tile < copies.num_tiles; tile += gridDim.x) {
     Sums<kTiles> sums = {};
-    for (int step = 0; step < copies.num_steps; ++step) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < copies.num_chunks; chunk += kWarps * kChunks<kTiles>) {
       cp_async_wait<kStages<kTiles> - 1>();
       __syncwarp();
-      multiply_chunk<kTiles>(sums, stages[stage], masks);
+      multiply_step<kTiles>(sums, stages[stage], masks);
       __syncwarp();
       copies.copy_weight(stages[stage]);
       copies.copy_x(stages[stage]);
@@ -231,38 +273,39 @@ template <int kTiles> __device__ inline void multiply(const Problem& problem) {
       copies.advance();
       stage = stage + 1 < kStages<kTiles> ? stage + 1 : 0;
     }
-    write_tile<kTiles>(sums, problem, tile);
+    write_tile<kTiles>(sums, problem, copies, tile);
   }
 }
 
-// out: columns of y. chunks_of_group: where groups have whole chunks.
+// out: columns of y. inverse: for group_of, where groups have whole chunks.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_grouped_1(void* y, const Scalar* x, const uint4* weight, const uint4* grid, const Scalar* bias, int form, int rows,
-                   int in, int out, int num_groups, int chunks_of_group) {
-  multiply<1>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, chunks_of_group});
+                   int in, int out, int num_groups, int inverse) {
+  multiply<1>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, static_cast<u32>(inverse)});
 }
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_grouped_2(void* y, const Scalar* x, const uint4* weight, const uint4* grid, const Scalar* bias, int form, int rows,
-                   int in, int out, int num_groups, int chunks_of_group) {
-  multiply<2>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, chunks_of_group});
+                   int in, int out, int num_groups, int inverse) {
+  multiply<2>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, static_cast<u32>(inverse)});
 }
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_grouped_3(void* y, const Scalar* x, const uint4* weight, const uint4* grid, const Scalar* bias, int form, int rows,
-                   int in, int out, int num_groups, int chunks_of_group) {
-  multiply<3>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, chunks_of_group});
+                   int in, int out, int num_groups, int inverse) {
+  multiply<3>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, static_cast<u32>(inverse)});
 }
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_grouped_4(void* y, const Scalar* x, const uint4* weight, const uint4* grid, const Scalar* bias, int form, int rows,
-                   int in, int out, int num_groups, int chunks_of_group) {
-  multiply<4>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, chunks_of_group});
+                   int in, int out, int num_groups, int inverse) {
+  multiply<4>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, static_cast<u32>(inverse)});
 }
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-few_rows_grouped_6(void* y, const Scalar* x, const uint4* weight, const uint4* grid, const Scalar* bias, int form, int rows,
-                   int in, int out, int num_groups, int chunks_of_group) {
-  multiply<6>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, chunks_of_group});
+few_rows_grouped_14(void* y, const Scalar* x, const uint4* weight, const uint4* grid, const Scalar* bias, int form, int rows,
+                   int in, int out, int num_groups, int inverse) {
+  if constexpr (ROWS <= 8)  // the sums of more do not fit the registers
+    multiply<14>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, static_cast<u32>(inverse)});
 }
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 few_rows_grouped_8(void* y, const Scalar* x, const uint4* weight, const uint4* grid, const Scalar* bias, int form, int rows,
-                   int in, int out, int num_groups, int chunks_of_group) {
-  multiply<8>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, chunks_of_group});
+                   int in, int out, int num_groups, int inverse) {
+  multiply<8>({y, x, bias, weight, grid, static_cast<Form>(form), rows, in, out, num_groups, static_cast<u32>(inverse)});
 }

@@ -16,18 +16,29 @@ constexpr int kChunk = 64;                // inputs
 constexpr int kPiecesOfChunk = kBits / 4; // of a lane
 constexpr int kProductsOfPiece = 16 / kBits;
 
-// Pairs of numbers of Scalar. The unit is 2^7 or 2^10, the numbers from which on the last bit counts 1: integers that are put
-// there are added.
+// In which group a chunk lies, where groups hold whole chunks: division by how many, of which `inverse` is 2^30 / that, upwards.
+__device__ inline int group_of(int chunk, u32 inverse) { return __umulhi(4 * chunk + 2, inverse); }
+
+// Pairs of numbers of Scalar. From kUnit on, 2^7 or 2^10, the last bit counts 1: integers that are put there are added. 4-bit
+// numbers are put kPlace bits further up, into kOver: kOffset is added.
 template <class T> struct Pairs;
-template <> struct Pairs<bf16> { static constexpr u32 kUnit = 0x43004300, kOne = 0x3f803f80; };
-template <> struct Pairs<f16> { static constexpr u32 kUnit = 0x64006400, kOne = 0x3c003c00; };
-constexpr u32 kUnit = Pairs<Scalar>::kUnit, kOne = Pairs<Scalar>::kOne, kSigns = 0x80008000;
+template <> struct Pairs<bf16> {
+  static constexpr u32 kOne = 0x3f803f80, kUnit = 0x43004300, kOver = 0x43004300;
+  static constexpr int kPlace = 0, kOffset = 128;
+};
+template <> struct Pairs<f16> {  // sums of such numbers stay exact longer, the less is added
+  static constexpr u32 kOne = 0x3c003c00, kUnit = 0x64006400, kOver = 0x54005400;
+  static constexpr int kPlace = 4, kOffset = 64;
+};
+constexpr u32 kOne = Pairs<Scalar>::kOne, kUnit = Pairs<Scalar>::kUnit, kOver = Pairs<Scalar>::kOver, kSigns = 0x80008000;
+constexpr int kPlace = Pairs<Scalar>::kPlace;
+constexpr int kOffset = kBits == 4 ? Pairs<Scalar>::kOffset : 0;  // what numbers come with
 
 // What takes integers out of a word. Constants, which the compiler would make anew for each of them if it knew: `in`, which is
 // not negative, hides them.
 struct Masks {
-  u32 low, high;  // 4 bits: digits 0 and 4; 8 bits: of bytes 0 and 2, all but the highest bit, and that
-  __device__ explicit Masks(int in) : low(in >> 31 | (kBits == 4 ? 0x000f000f : 0x007f007f)), high(in >> 31 | 0x00800080) {}
+  u32 low, high;  // 4 bits: digits 0 and 4, at their place; 8 bits: of bytes 0 and 2, all but the highest bit, and that
+  __device__ explicit Masks(int in) : low(in >> 31 | (kBits == 4 ? 0x000f000f << kPlace : 0x007f007f)), high(in >> 31 | 0x00800080) {}
 };
 
 // Two bytes of a word, 0 and 2, as signed numbers: what their low bits are, less 128 where the highest is set.
@@ -35,27 +46,25 @@ __device__ inline u32 widen_bytes(u32 word, const Masks& masks) {
   return fma_pair<Scalar>((word & masks.high) | kUnit, kOne | kSigns, (word & masks.low) | kUnit);
 }
 
-// Scale and zero of an output's group.
-struct Group {
-  float scale;
-  u32 minus_zero;  // as a pair; of 4-bit numbers less the unit that they come with
-  __device__ Group(u32 word, const Masks& masks) : scale(__uint_as_float(word & ~0xffu)) {
-    const u32 pair = (word & 0xff) * 0x10001u;
-    if constexpr (kBits == 4) minus_zero = pair | kUnit | kSigns;
-    else minus_zero = widen_bytes(pair, masks) ^ kSigns;
-  }
-};
-
-// q - zero, exact, of a lane's share of operand A: product `which` of a piece's. `low` is of output lane / 4, `high` of the
-// one 8 further.
-__device__ inline void widen_integers(u32 (&a)[4], uint4 piece, int which, const Group& low, const Group& high,
-                                      const Masks& masks) {
+// q + kOffset, exact, of a lane's share of operand A: product `which` of a piece's.
+__device__ inline void widen_integers(u32 (&a)[4], uint4 piece, int which, const Masks& masks) {
   const u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    u32 wide;
-    if constexpr (kBits == 4) wide = (words[which] >> 4 * i & masks.low) | kUnit;
-    else wide = widen_bytes(words[2 * which + i / 2] >> 8 * (i % 2), masks);
-    a[i] = fma_pair<Scalar>(wide, kOne, (i % 2 ? high : low).minus_zero);
+    if constexpr (kBits == 4) {
+      const int shift = 4 * i - kPlace;
+      a[i] = ((shift < 0 ? words[which] << -shift : words[which] >> shift) & masks.low) | kOver;
+    } else a[i] = widen_bytes(words[2 * which + i / 2] >> 8 * (i % 2), masks);
   }
+}
+
+// Of a word of the grid: the scale, and -(zero + kOffset) as a float and as a pair.
+__device__ inline float scale_of(u32 word) { return __uint_as_float(word & ~0xffu); }
+__device__ inline float minus_zero(u32 word) {
+  constexpr u32 kSign = kBits == 4 ? 0 : 0x80, kMillions = 0x4b000000;  // 2^23, where the last bit counts 1
+  return 8388608.0f + kSign - kOffset - __uint_as_float((word & 0xff ^ kSign) | kMillions);
+}
+__device__ inline u32 minus_zeros(u32 word, const Masks& masks) {
+  const u32 zeros = (word & 0xff) * 0x10001u;
+  return kBits == 4 ? zeros << kPlace | kOver | kSigns : widen_bytes(zeros, masks) ^ kSigns;
 }

@@ -28,28 +28,33 @@ struct Problem {
   Form form;
   int rows, in, out;    // out: columns of y
   int height;           // outputs of a part of a tile, sixteens, at most 64 a warpgroup
-  int chunks_of_group;  // where groups have whole ones
+  int num_output_tiles;
+  u32 inverse;          // for group_of
 };
 
-// kGroups warpgroups that compute, each with kParts times 64 outputs. Gated: part 0 holds gates, part 1 the ups for them.
-// A stage holds two chunks of each output: of two parts, or two of one.
+// A tile has kParts times kGroups times 64 outputs. Gated: part 0 holds gates, part 1 the ups for them. A stage holds kPanels
+// chunks of each output, and each of its kWarpgroups pieces is one warpgroup's.
 template <int kGroups, int kParts> struct Multiplication {
-  static constexpr int kPanels = 2 / kParts;  // of 64 inputs, 128 bytes of x
+  static constexpr int kPanels = 4 / (kGroups * kParts);  // of 64 inputs, 128 bytes of x
+  static constexpr int kWarpgroups = kGroups * kParts * kPanels;
+  static constexpr int kTakers = kParts * kPanels;  // that write the outputs of a group
   static constexpr int kSixteens = 4 * kGroups;
+  static constexpr int kStagedOctets = kOctets < 4 ? kOctets : 4;
 
   struct alignas(1024) Stage {
     Scalar x[kPanels][kRows][64];
-    uint4 weight[2][kPiecesOfChunk][kSixteens][32];  // of chunks: [kParts][kPanels]
-    u32 grid[2][kSixteens * kGroupsOfChunk * 16];
+    uint4 weight[kParts * kPanels][kPiecesOfChunk][kSixteens][32];
+    u32 grid[kParts * kPanels][kSixteens * kGroupsOfChunk * 16];
   };
-  // Of the sums of a block that works with others: [kGroups][kParts][kOctets][threads of a group]
-  static constexpr int kPartialBytes = kGroups * kParts * kOctets * 128 * static_cast<int>(sizeof(float4));
-  static constexpr int kStages = (BLOCK_BYTES - 2048) / static_cast<int>(sizeof(Stage));
+  using Partial = float4[kWarpgroups][kStagedOctets][128];
+  static constexpr int kStages = (BLOCK_BYTES - 2048 - static_cast<int>(sizeof(Partial))) / static_cast<int>(sizeof(Stage));
   struct Shared {
     Stage stages[kStages];
+    Partial partial;  // sums of a block alone
     Barrier came[kStages], left[kStages];
   };
-  static_assert(sizeof(Shared) + 1024 <= BLOCK_BYTES && kPartialBytes <= static_cast<int>(sizeof(Shared::stages)));
+  static_assert(sizeof(Shared) + 1024 <= BLOCK_BYTES);
+  static_assert(kWarpgroups * kOctets * 128 * sizeof(float4) <= sizeof(Shared::stages));
 
   struct Place {  // which stage is next, and the parity of its phase
     int stage = 0;
@@ -61,25 +66,27 @@ template <int kGroups, int kParts> struct Multiplication {
     }
   };
 
-  // The tiles of this block, and its share of the inputs in each. Blocks of a cluster have one tile.
+  // The tiles of this block, and its share of the inputs in each. Blocks of a cluster have one tile. Divisions would take
+  // longer than the first copies.
   struct Walk {
     int num_row_tiles, num_tiles, first_step, end_step;
     int tile, row, output_tile;  // row: the tile's first
     __device__ explicit Walk(const Problem& problem) {
-      const int outputs = problem.height * (is_gated(problem.form) ? 1 : kParts);
-      const int num_steps = ceil_div(problem.in, kChunk * kPanels);
+      const int num_steps = ceil_div(problem.in, kChunk * kPanels), split = __ffs(cluster_size()) - 1;
       num_row_tiles = ceil_div(problem.rows, kRows);
-      num_tiles = num_row_tiles * ceil_div(problem.out, outputs);
-      first_step = num_steps * cluster_rank() / cluster_size();
-      end_step = num_steps * (cluster_rank() + 1) / cluster_size();
-      go_to(blockIdx.x / cluster_size());
+      num_tiles = num_row_tiles * problem.num_output_tiles;
+      first_step = num_steps * cluster_rank() >> split;
+      end_step = num_steps * (cluster_rank() + 1) >> split;
+      go_to(blockIdx.x >> split);
     }
     __device__ bool is_over() const { return tile >= num_tiles; }
-    __device__ void advance() { go_to(tile + gridDim.x / cluster_size()); }
+    __device__ void advance() { go_to(cluster_size() > 1 ? num_tiles : tile + gridDim.x); }
 
    private:
     __device__ void go_to(int next) {
-      tile = next;
+      tile = output_tile = next;
+      row = 0;
+      if (num_row_tiles == 1) return;
       const int num_output_tiles = num_tiles / num_row_tiles;
       const int first_row_tile = tile / (kRowTilesAtOnce * num_output_tiles) * kRowTilesAtOnce;
       const int row_tiles_here = min(kRowTilesAtOnce, num_row_tiles - first_row_tile);
@@ -97,34 +104,32 @@ template <int kGroups, int kParts> struct Multiplication {
     return first_column(problem, output_tile, part) + (is_gated(problem.form) ? part * problem.out : 0);
   }
 
-  // Brings the operands.
+  // Brings the operands: as many lanes as a stage has pieces of the weight, each a piece of its own, and panels of x.
+  static constexpr int kProducers = kParts * kPanels;
   struct Producer {
     Shared& shared;
     const Problem& problem;
     Walk walk;
-    int step;
+    int step, piece;
 
     __device__ Producer(Shared& shared, const Problem& problem)
-        : shared(shared), problem(problem), walk(problem), step(walk.first_step) {}
+        : shared(shared), problem(problem), walk(problem), step(walk.first_step), piece(threadIdx.x) {}
     __device__ void copy_weight(int stage) {
       constexpr int kBytes = kPiecesOfChunk * 512 + kGroupsOfChunk * 64;  // of a chunk of 16 outputs
       Stage& target = shared.stages[stage];
       Barrier& came = shared.came[stage];
-      barrier_arrive_expecting(came, 2 * (problem.height / 16) * kBytes + static_cast<int>(sizeof(target.x)));
+      if (piece == 0)
+        barrier_arrive_expecting(came, kProducers * (problem.height / 16) * kBytes + static_cast<int>(sizeof(target.x)));
+      const int chunk = step * kPanels + piece % kPanels, sixteen = first_output(problem, walk.output_tile, piece / kPanels) / 16;
+      const int group = kGroupsOfChunk == 1 ? group_of(chunk, problem.inverse) : chunk * kGroupsOfChunk;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int chunk = step * kPanels + i % kPanels, sixteen = first_output(problem, walk.output_tile, i / kPanels) / 16;
-        const int group = kGroupsOfChunk == 1 ? chunk / problem.chunks_of_group : chunk * kGroupsOfChunk;
-#pragma unroll
-        for (int piece = 0; piece < kPiecesOfChunk; ++piece)  // columns: of 16 bits
-          copy_box(target.weight[i][piece], problem.weight_map, sixteen, (chunk * kPiecesOfChunk + piece) * 256, came);
-        copy_box(target.grid[i], problem.grid_map, sixteen, group * 32, came);
-      }
+      for (int i = 0; i < kPiecesOfChunk; ++i)  // columns: of 16 bits
+        copy_box(target.weight[piece][i], problem.weight_map, sixteen, (chunk * kPiecesOfChunk + i) * 256, came);
+      copy_box(target.grid[piece], problem.grid_map, sixteen, group * 32, came);
     }
     __device__ void copy_x(int stage) {
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel)
-        copy_box(shared.stages[stage].x[panel], problem.x_map, walk.row, (step * kPanels + panel) * 64, shared.came[stage]);
+      if (piece < kPanels)
+        copy_box(shared.stages[stage].x[piece], problem.x_map, walk.row, (step * kPanels + piece) * 64, shared.came[stage]);
     }
     __device__ void advance() {
       if (++step < walk.end_step) return;
@@ -148,165 +153,167 @@ template <int kGroups, int kParts> struct Multiplication {
     }
   }
 
-  using Sums = float[kParts][kRows / 2];
+  // A product waits for the last that adds to the same numbers: of few rows, longer than it takes.
+  static constexpr int kChains = kRows < 64 ? 4 : kRows < 128 ? 2 : 1;
+  using Sums = float[kChains][kRows / 2];
   using Operand = u32[kProducts][4];
 
-  // This lane's share of a chunk of the weight as numbers, scaled.
-  __device__ static void widen(Operand& a, const Stage& stage, int chunk, int group, const Masks& masks) {
-    const int lane = threadIdx.x % 32, sixteen = group * 4 + threadIdx.x / 32 % 4;
+  // This lane's share of a chunk of the weight, packed.
+  struct Packed {
     uint4 pieces[kPiecesOfChunk];
+    u32 grid[kGroupsOfChunk][2];  // of outputs lane / 4 and lane / 4 + 8
+    __device__ Packed(const Stage& stage, int chunk, int group) {
+      const int lane = threadIdx.x % 32, sixteen = group * 4 + threadIdx.x / 32 % 4;
 #pragma unroll
-    for (int i = 0; i < kPiecesOfChunk; ++i) pieces[i] = stage.weight[chunk][i][sixteen][lane];
+      for (int i = 0; i < kPiecesOfChunk; ++i) pieces[i] = stage.weight[chunk][i][sixteen][lane];
 #pragma unroll
-    for (int i = 0; i < kGroupsOfChunk; ++i) {
-      const u32* words = &stage.grid[chunk][(sixteen * kGroupsOfChunk + i) * 16 + lane / 4];
-      const Group low(words[0], masks), high(words[8], masks);
-      const u32 scales[2] = {pack<Scalar>(low.scale, low.scale), pack<Scalar>(high.scale, high.scale)};
+      for (int i = 0; i < kGroupsOfChunk; ++i)
 #pragma unroll
-      for (int k = i * (kProducts / kGroupsOfChunk); k < (i + 1) * (kProducts / kGroupsOfChunk); ++k) {
-        widen_integers(a[k], pieces[k / kProductsOfPiece], k % kProductsOfPiece, low, high, masks);
+        for (int half = 0; half < 2; ++half)
+          grid[i][half] = stage.grid[chunk][(sixteen * kGroupsOfChunk + i) * 16 + half * 8 + lane / 4];
+    }
+    // The same as numbers, scaled.
+    __device__ void widen(Operand& a, const Masks& masks) const {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) a[k][j] = fma_pair<Scalar>(a[k][j], scales[j % 2], kSigns);
+      for (int i = 0; i < kGroupsOfChunk; ++i) {
+        u32 zeros[2], scales[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float scale = scale_of(grid[i][half]);
+          zeros[half] = minus_zeros(grid[i][half], masks), scales[half] = pack<Scalar>(scale, scale);
+        }
+#pragma unroll
+        for (int k = i * (kProducts / kGroupsOfChunk); k < (i + 1) * (kProducts / kGroupsOfChunk); ++k) {
+          widen_integers(a[k], pieces[k / kProductsOfPiece], k % kProductsOfPiece, masks);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) a[k][j] = fma_pair<Scalar>(fma_pair<Scalar>(a[k][j], kOne, zeros[j % 2]), scales[j % 2], kSigns);
+        }
       }
     }
-  }
+  };
 
-  // This warpgroup's sums of a tile. Products read one of two operands in registers while the other is made.
-  __device__ static void multiply(Sums& sums, Shared& shared, const Walk& walk, int in, Place& place, int group) {
-    const auto leave = [&](int stage) {  // a warp has read it
-      if (threadIdx.x % 32 == 0) barrier_arrive(shared.left[stage]);
-    };
+  // This warpgroup's sums of a tile.
+  __device__ static void multiply(Sums& sums, Shared& shared, const Walk& walk, int in, Place& place, int warpgroup) {
+    const int group = warpgroup % kGroups, chunk = warpgroup / kGroups % kParts * kPanels + warpgroup / (kGroups * kParts);
     const Masks masks(in);
     int last = 0;
-    Operand operands[2];
+    const auto leave = [&] {  // a warp has read the last stage
+      if (threadIdx.x % 32 == 0) barrier_arrive(shared.left[last]);
+    };
+    Operand operand;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part)
+    for (int chain = 0; chain < kChains; ++chain)
 #pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) sums[part][i] = 0.0f;
+      for (int i = 0; i < kRows / 2; ++i) sums[chain][i] = 0.0f;
     for (int step = walk.first_step; step < walk.end_step; ++step, place.advance()) {
       const Stage& stage = shared.stages[place.stage];
       barrier_wait(shared.came[place.stage], place.parity);
-      const u64 x = panel_descriptor(&stage.x, 16);
+      const Packed packed(stage, chunk, group);
+      warpgroup_wait<0>();
 #pragma unroll
-      for (int chunk = 0; chunk < 2; ++chunk) {
-        warpgroup_wait<1>();  // the products before the last ones are over: those that read this operand
+      for (int k = 0; k < kProducts; ++k) pin(operand[k]);
+      if (step > walk.first_step) leave();
+      packed.widen(operand, masks);
+      const u64 x = panel_descriptor(&stage.x[chunk % kPanels], 16);
+      warpgroup_begin();
 #pragma unroll
-        for (int k = 0; k < kProducts; ++k) pin(operands[chunk][k]);
-        if (chunk == 1 && step > walk.first_step) leave(last);
-        widen(operands[chunk], stage, chunk, group, masks);
-        warpgroup_begin();
-#pragma unroll
-        for (int k = 0; k < kProducts; ++k)
-          multiply_rows<Scalar, kRows>(sums[chunk / kPanels], operands[chunk][k], further(x, chunk % kPanels * kRows * 128 + k * 32));
-        warpgroup_commit();
-      }
+      for (int k = 0; k < kProducts; ++k) multiply_rows<Scalar, kRows>(sums[k % kChains], operand[k], further(x, k * 32));
+      warpgroup_commit();
       last = place.stage;
     }
     warpgroup_wait<0>();
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) pin(sums[part]);
-    if (walk.first_step < walk.end_step) leave(last);
+    for (int chain = 0; chain < kChains; ++chain) pin(sums[chain]);
+#pragma unroll
+    for (int chain = 1; chain < kChains; ++chain)
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) sums[0][i] += sums[chain][i];
+    if (walk.first_step < walk.end_step) leave();
   }
 
-  // Add up the sums of the cluster's blocks. Each gets its share of the octets of rows, as the first ones of `sums`.
-  // Returns their number, and in `first` which is the first.
-  __device__ static int add_up(Sums& sums, Shared& shared, int group, int& first) {
-    float4* partial = reinterpret_cast<float4*>(shared.stages) + group * kParts * kOctets * 128 + threadIdx.x % 128;
-    const auto place = [](int part, int octet) { return (part * kOctets + octet) * 128; };
-    meet_threads(1, kGroups * 128);  // tensor cores have read all stages
-#pragma unroll
-    for (int part = 0; part < kParts; ++part)
+  // Add up the sums of a tile and write them. Warpgroups, and those of all blocks of a cluster, share out the octets of rows.
+  // Of an octet a lane holds, as for mma_16x8x16, outputs lane / 4 and lane / 4 + 8 of its warp's 16, and rows 2 (lane % 4) and
+  // the next.
+  __device__ static void write(const Sums& sums, Shared& shared, const Problem& problem, const Walk& walk, int warpgroup) {
+    const bool is_alone = cluster_size() == 1;
+    const int at_once = is_alone ? kStagedOctets : kOctets, num_octets = min(kOctets, ceil_div(problem.rows - walk.row, 8));
+    float4* partial = (is_alone ? &shared.partial[0][0][0] : reinterpret_cast<float4*>(shared.stages)) + threadIdx.x % 128;
+    if (!is_alone) meet_threads(1, kWarpgroups * 128);  // tensor cores have read all stages
+#pragma unroll 1
+    for (int first = 0; first < num_octets; first += at_once) {
 #pragma unroll
       for (int octet = 0; octet < kOctets; ++octet) {
-        const float* own = &sums[part][octet * 4];
-        partial[place(part, octet)] = make_float4(own[0], own[1], own[2], own[3]);
+        const float* own = &sums[0][octet * 4];
+        if (first <= octet && octet < first + at_once)
+          partial[(warpgroup * at_once + octet - first) * 128] = make_float4(own[0], own[1], own[2], own[3]);
       }
-    meet_cluster();
-    const int share = ceil_div(kOctets, cluster_size());
-    first = min(cluster_rank() * share, kOctets);
-    const int count = min(share, kOctets - first);
-#pragma unroll
-    for (int part = 0; part < kParts; ++part)
-#pragma unroll
-      for (int i = 0; i < kOctets; ++i) {
-        if (i >= count) break;
+      if (is_alone) meet_threads(1, kWarpgroups * 128);
+      else meet_cluster();
+
+      const int group = kGroups == 1 ? 0 : warpgroup % kGroups, octets_here = min(at_once, num_octets - first);
+      const auto total = [&](int part, int octet) {
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (int rank = 0; rank < cluster_size(); ++rank) {
-          const float4 other = *in_block(&partial[place(part, first + i)], rank);
-          sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
-        }
-        float* own = &sums[part][i * 4];
-        own[0] = sum.x, own[1] = sum.y, own[2] = sum.z, own[3] = sum.w;
-      }
-    return count;
-  }
-
-  // Write `num_octets` octets of rows of a tile to y, from octet `first` on. Of an octet a lane holds, as for mma_16x8x16,
-  // outputs lane / 4 and lane / 4 + 8 of its warp's 16, and rows 2 (lane % 4) and the next.
-  template <Form kForm>
-  __device__ static void write(const Sums& sums, const Problem& problem, const Walk& walk, int group, int first, int num_octets) {
-    constexpr bool kIsGated = is_gated(kForm);
-    const int lane = threadIdx.x % 32, out = problem.out;
-#pragma unroll
-    for (int part = 0; part < (kIsGated ? 1 : kParts); ++part) {
-      const int begin = first_column(problem, walk.output_tile, part), end = min(out, begin + problem.height);
-      const int warp_column = begin + group * 64 + threadIdx.x / 32 % 4 * 16, column = warp_column + lane / 4;
-      const auto bias_of = [&](int offset) {
-        const Scalar* bias = problem.bias + offset + column;
-        return make_float2(problem.bias && column < end ? to_float(bias[0]) : 0.0f,
-                           problem.bias && column + 8 < end ? to_float(bias[8]) : 0.0f);
+        for (int rank = 0; rank < cluster_size(); ++rank)
+#pragma unroll 1
+          for (int panel = 0; panel < kPanels; ++panel) {
+            const float4* place = &partial[(((panel * kParts + part) * kGroups + group) * at_once + octet) * 128];
+            const float4 other = *in_block(place, rank);
+            sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+          }
+        return sum;
       };
-      const float2 bias = bias_of(0), up_bias = kIsGated ? bias_of(out) : make_float2(0.0f, 0.0f);
-      const auto sums_of = [&](int part, int octet, float2 bias) {
-        const float* numbers = &sums[part][octet * 4];
-        return make_float4(numbers[0] + bias.x, numbers[1] + bias.x, numbers[2] + bias.y, numbers[3] + bias.y);
-      };
-#pragma unroll
-      for (int octet = 0; octet < kOctets; ++octet) {
-        const int first_row = walk.row + (first + octet) * 8;
-        if (octet >= num_octets || first_row >= problem.rows) break;
-        float4 y = sums_of(part, octet, bias);
-        if constexpr (kIsGated) {
-          const float4 up = sums_of(kParts - 1, octet, up_bias);
-          y = make_float4(gated(kForm, y.x, up.x), gated(kForm, y.y, up.y), gated(kForm, y.z, up.z), gated(kForm, y.w, up.w));
-        }
-        if constexpr (kForm == kFloat) {
-          const int row = first_row + lane % 4 * 2;
-          float* target = static_cast<float*>(problem.y) + static_cast<i64>(row) * out + column;
-          if (row < problem.rows && column < end) target[0] = y.x;
-          if (row < problem.rows && column + 8 < end) target[8] = y.z;
-          if (row + 1 < problem.rows && column < end) target[out] = y.y;
-          if (row + 1 < problem.rows && column + 8 < end) target[out + 8] = y.w;
-        } else {  // a lane gets two neighbouring outputs of one row
-          const u32 words[2] = {transpose(pack<Scalar>(y.x, y.y)), transpose(pack<Scalar>(y.z, y.w))};
-          const int row = first_row + lane / 4, own_column = warp_column + lane % 4 * 2;
-          Scalar* target = static_cast<Scalar*>(problem.y) + static_cast<i64>(row) * out + own_column;
-#pragma unroll
-          for (int eight = 0; eight < 2; ++eight)
-            if (row < problem.rows && own_column + eight * 8 < end) *reinterpret_cast<u32*>(target + eight * 8) = words[eight];
-        }
+      const int num_items = octets_here * (is_gated(problem.form) ? 1 : kParts);
+#pragma unroll 1
+      for (int item = cluster_rank() * kTakers + warpgroup / kGroups; item < num_items; item += kTakers * cluster_size()) {
+        const int part = kParts == 1 || item < octets_here ? 0 : 1, octet = item - part * octets_here;
+        write_octet(problem, walk, group, part, walk.row + (first + octet) * 8, total(part, octet),
+                    is_gated(problem.form) ? total(kParts - 1, octet) : make_float4(0.0f, 0.0f, 0.0f, 0.0f));
       }
+      if (is_alone) meet_threads(1, kWarpgroups * 128);  // before the next sums
     }
   }
 
-  __device__ static void write(const Sums& sums, const Problem& problem, const Walk& walk, int group, int first, int num_octets) {
-    if (problem.form == kPlain) write<kPlain>(sums, problem, walk, group, first, num_octets);
-    if (problem.form == kFloat) write<kFloat>(sums, problem, walk, group, first, num_octets);
-    if constexpr (kParts == 2) {
-      if (problem.form == kSilu) write<kSilu>(sums, problem, walk, group, first, num_octets);
-      if (problem.form == kGeluTanh) write<kGeluTanh>(sums, problem, walk, group, first, num_octets);
+  __device__ static void write_octet(const Problem& problem, const Walk& walk, int group, int part, int first_row, float4 y,
+                                     float4 up) {
+    const int lane = threadIdx.x % 32, out = problem.out, begin = first_column(problem, walk.output_tile, part);
+    const int end = min(out, begin + problem.height);
+    const int warp_column = begin + group * 64 + threadIdx.x / 32 % 4 * 16, column = warp_column + lane / 4;
+    const auto add_bias = [&](float4& sum, int offset) {
+      const Scalar* bias = problem.bias + offset + column;
+      const float low = problem.bias && column < end ? to_float(bias[0]) : 0.0f;
+      const float high = problem.bias && column + 8 < end ? to_float(bias[8]) : 0.0f;
+      sum.x += low, sum.y += low, sum.z += high, sum.w += high;
+    };
+    add_bias(y, 0);
+    if (is_gated(problem.form)) {
+      add_bias(up, out);
+      y = make_float4(gated(problem.form, y.x, up.x), gated(problem.form, y.y, up.y), gated(problem.form, y.z, up.z),
+                      gated(problem.form, y.w, up.w));
+    }
+    if (problem.form == kFloat) {
+      const int row = first_row + lane % 4 * 2;
+      float* target = static_cast<float*>(problem.y) + static_cast<i64>(row) * out + column;
+      if (row < problem.rows && column < end) target[0] = y.x;
+      if (row < problem.rows && column + 8 < end) target[8] = y.z;
+      if (row + 1 < problem.rows && column < end) target[out] = y.y;
+      if (row + 1 < problem.rows && column + 8 < end) target[out + 8] = y.w;
+    } else {  // a lane gets two neighbouring outputs of one row
+      const u32 words[2] = {transpose(pack<Scalar>(y.x, y.y)), transpose(pack<Scalar>(y.z, y.w))};
+      const int row = first_row + lane / 4, own_column = warp_column + lane % 4 * 2;
+      Scalar* target = static_cast<Scalar*>(problem.y) + static_cast<i64>(row) * out + own_column;
+#pragma unroll
+      for (int eight = 0; eight < 2; ++eight)
+        if (row < problem.rows && own_column + eight * 8 < end) *reinterpret_cast<u32*>(target + eight * 8) = words[eight];
     }
   }
 
-  __device__ static void consume(Shared& shared, const Problem& problem, int group) {
+  __device__ static void consume(Shared& shared, const Problem& problem, int warpgroup) {
     wait_for_inputs();  // the last kernel may still read what y replaces
     Place place;
     Sums sums;
     for (Walk walk(problem); !walk.is_over(); walk.advance()) {
-      int first = 0, num_octets = kOctets;
-      multiply(sums, shared, walk, problem.in, place, group);
-      if (cluster_size() > 1) num_octets = add_up(sums, shared, group, first);
-      write(sums, problem, walk, group, first, num_octets);
+      multiply(sums, shared, walk, problem.in, place, warpgroup);
+      write(sums, shared, problem, walk, warpgroup);
     }
   }
 
@@ -317,7 +324,7 @@ template <int kGroups, int kParts> struct Multiplication {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(shared.came[stage], 1);
-        barrier_init(shared.left[stage], 4 * kGroups);  // one for each warp that reads it
+        barrier_init(shared.left[stage], 4 * kWarpgroups);  // one for each warp that reads it
       }
       barrier_init_fence();
     }
@@ -327,13 +334,13 @@ template <int kGroups, int kParts> struct Multiplication {
     // Together no more registers than the block had at its launch: who asks for more waits for ever.
     const int role = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
     if (role == 0) {
-      if constexpr (kGroups == 2) shrink_registers<40>();
-      if (threadIdx.x == 0) produce(shared, problem);
+      shrink_registers<32>();
+      if (threadIdx.x < kProducers) produce(shared, problem);
       else wait_for_inputs();
       __syncwarp();
-      if (cluster_size() > 1) meet_cluster();  // as in add_up
+      if (cluster_size() > 1) meet_cluster();  // as in write
     } else {
-      if constexpr (kGroups == 2) grow_registers<232>();
+      grow_registers<112>();
       consume(shared, problem, role - 1);
       __syncwarp();
     }
@@ -342,31 +349,31 @@ template <int kGroups, int kParts> struct Multiplication {
 };
 
 // Grid: the blocks of a cluster side by side, one cluster for each tile; blocks alone take the tiles in turns.
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(640, 1)
 many_rows_grouped_1x1(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap grid_map,
                       const __grid_constant__ TensorMap x_map, void* y, const Scalar* bias, int form, int rows, int in, int out,
-                      int height, int chunks_of_group) {
+                      int height, int num_output_tiles, int inverse) {
   Multiplication<1, 1>::run({weight_map, grid_map, x_map, y, bias, static_cast<Form>(form), rows, in, out, height,
-                             chunks_of_group});
+                             num_output_tiles, static_cast<u32>(inverse)});
 }
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(640, 1)
 many_rows_grouped_1x2(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap grid_map,
                       const __grid_constant__ TensorMap x_map, void* y, const Scalar* bias, int form, int rows, int in, int out,
-                      int height, int chunks_of_group) {
+                      int height, int num_output_tiles, int inverse) {
   Multiplication<1, 2>::run({weight_map, grid_map, x_map, y, bias, static_cast<Form>(form), rows, in, out, height,
-                             chunks_of_group});
+                             num_output_tiles, static_cast<u32>(inverse)});
 }
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(640, 1)
 many_rows_grouped_2x1(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap grid_map,
                       const __grid_constant__ TensorMap x_map, void* y, const Scalar* bias, int form, int rows, int in, int out,
-                      int height, int chunks_of_group) {
+                      int height, int num_output_tiles, int inverse) {
   Multiplication<2, 1>::run({weight_map, grid_map, x_map, y, bias, static_cast<Form>(form), rows, in, out, height,
-                             chunks_of_group});
+                             num_output_tiles, static_cast<u32>(inverse)});
 }
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(640, 1)
 many_rows_grouped_2x2(const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap grid_map,
                       const __grid_constant__ TensorMap x_map, void* y, const Scalar* bias, int form, int rows, int in, int out,
-                      int height, int chunks_of_group) {
+                      int height, int num_output_tiles, int inverse) {
   Multiplication<2, 2>::run({weight_map, grid_map, x_map, y, bias, static_cast<Form>(form), rows, in, out, height,
-                             chunks_of_group});
+                             num_output_tiles, static_cast<u32>(inverse)});
 }

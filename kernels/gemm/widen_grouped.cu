@@ -11,7 +11,7 @@ constexpr int kProducts = kChunk / 16;
 
 // Grid: x = eights of chunks, y = sixteens of outputs.
 extern "C" __global__ void __launch_bounds__(kThreads)
-widen_grouped(Scalar* y, const uint4* weight, const u32* grid, int out, int in, int num_groups, int chunks_of_group) {
+widen_grouped(Scalar* y, const uint4* weight, const u32* grid, int out, int in, int num_groups, int inverse) {
   __shared__ uint4 staging[kWarps][16][8];  // piece p of row r lies at p ^ (r % 8)
   start_dependents();
   wait_for_inputs();  // the last kernel may still read what y replaces
@@ -25,17 +25,17 @@ widen_grouped(Scalar* y, const uint4* weight, const u32* grid, int out, int in, 
   for (int i = 0; i < kPiecesOfChunk; ++i) pieces[i] = source[i * 32];
 #pragma unroll
   for (int i = 0; i < GROUPS; ++i) {
-    const int group = GROUPS == 1 ? chunk / chunks_of_group : chunk * GROUPS + i;
+    const int group = GROUPS == 1 ? group_of(chunk, inverse) : chunk * GROUPS + i;
     const u32* words = grid + (static_cast<i64>(sixteen) * num_groups + group) * 16 + lane / 4;
-    const Group low(words[0], masks), high(words[8], masks);
+    const u32 zeros[2] = {minus_zeros(words[0], masks), minus_zeros(words[8], masks)};
 #pragma unroll
     for (int k = i * (kProducts / GROUPS); k < (i + 1) * (kProducts / GROUPS); ++k) {
       u32 a[4];
-      widen_integers(a, pieces[k / kProductsOfPiece], k % kProductsOfPiece, low, high, masks);
+      widen_integers(a, pieces[k / kProductsOfPiece], k % kProductsOfPiece, masks);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float scale = (j % 2 ? high : low).scale;
-        const float2 pair = unpack<Scalar>(a[j]);
+        const float scale = scale_of(words[j % 2 * 8]);
+        const float2 pair = unpack<Scalar>(fma_pair<Scalar>(a[j], kOne, zeros[j % 2]));
         const int row = lane / 4 + j % 2 * 8, piece = k * 2 + j / 2;
         reinterpret_cast<u32*>(&staging[warp][row][piece ^ row % 8])[lane % 4] = pack<Scalar>(pair.x * scale, pair.y * scale);
       }

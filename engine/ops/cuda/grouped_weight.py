@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.ops.grouped import GroupedWeight
 
 OUTPUTS, CHUNK = 16, 64  # of a piece of a packed weight; inputs
+SMALL_GROUP = 32  # inputs: a chunk holds two such groups, or a part of one group
 _ROWS_AT_ONCE = 4096  # of a weight that is packed
 
 
@@ -32,7 +33,7 @@ class PackedWeight(GroupedWeight):
 
 def knows_groups(inputs: int, group_size: int) -> bool:
     """Whether the kernels know these groups."""
-    return inputs % 8 == 0 and (group_size in (32, inputs) or group_size % CHUNK == 0)
+    return inputs % 8 == 0 and (group_size in (SMALL_GROUP, inputs) or group_size % CHUNK == 0)
 
 
 def empty(
@@ -41,7 +42,7 @@ def empty(
     """The memory of a weight, by `take(*shape, dtype=)`."""
     assert knows_groups(inputs, group_size), (inputs, group_size)
     sixteens, chunks = -(-out // OUTPUTS), -(-inputs // CHUNK)
-    groups = 2 * chunks if group_size < CHUNK else -(-inputs // group_size)
+    groups = 2 * chunks if group_size == SMALL_GROUP else -(-inputs // group_size)
     packed = take(sixteens, chunks, bits // 4, 32, 4, dtype=torch.int32)
     grid = take(sixteens, groups, OUTPUTS, dtype=torch.int32)
     return PackedWeight(out, bits, group_size, packed, grid, None, inputs, dtype)

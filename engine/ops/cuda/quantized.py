@@ -9,7 +9,7 @@ from engine.ops import reference
 from engine.ops.activations import Activations
 from engine.ops.compiler import Build
 from engine.ops.cuda import grouped_gemm, grouped_weight, rounded_gemm
-from engine.ops.cuda.grouped_weight import CHUNK, PackedWeight
+from engine.ops.cuda.grouped_weight import PackedWeight
 from engine.ops.grouped import GroupedWeight
 from engine.quantization.weight import ALL, Scheme
 
@@ -22,7 +22,7 @@ def builds(arch: str, dtype: torch.dtype, schemes: Iterable[Scheme]) -> Iterator
         return
     for scheme in schemes:
         if scheme.kind == "int" and not scheme.rounds_inputs:
-            yield from grouped_gemm.builds(arch, dtype, scheme.bits, scheme.block[1] or CHUNK)
+            yield from grouped_gemm.builds(arch, dtype, scheme.bits, scheme.block[1])
         elif scheme.rounds_inputs and scheme.block[1] == ALL:
             yield from rounded_gemm.builds(arch, dtype, torch.int8 if scheme.kind == "int" else torch.float8_e4m3fn)
         elif scheme.rounds_inputs and scheme.block == SQUARES:

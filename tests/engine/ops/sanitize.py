@@ -17,6 +17,7 @@ import torch
 
 from engine.ops import cuda
 from engine.ops.compiler import Build, signatures
+from engine.ops.cuda import grouped_gemm as grouped
 from engine.ops.cuda import rounded_gemm as rounded
 from engine.ops.launcher import Kernel
 from engine.ops.sources import kernels_folder
@@ -61,6 +62,19 @@ def rounded_gemm() -> None:
     cases.check_blockwise_linear("cuda", many_rows, BF16, "plain", 130, 592, 1104, True)
 
 
+def grouped_gemm() -> None:
+    for bits in (4, 8):
+        weight, plain = cases.grouped_weight("cuda", BF16, 584, 1104, bits, 128, is_symmetric=False)
+        assert torch.equal(grouped.widen(weight), plain.to(BF16))
+        for tiles in grouped.FEW_ROWS_TILES:
+            for num_rows in (1, 5, 16) if tiles < 14 else (1, 5):
+                cases.check_grouped_linear(partial(grouped.few_rows, tiles), weight, plain, "plain", num_rows, True)
+        for groups, parts, split in ((1, 1, 2), (1, 2, 1), (2, 1, 1), (2, 2, 2)):
+            tiling = grouped.GroupedTiling(64, groups, parts, 64 * groups, split)
+            product = partial(grouped.many_rows, tiling)
+            cases.check_grouped_linear(product, weight, plain, "plain", 130, True, is_rounded=True)
+
+
 def attention() -> None:
     for kv_dtype in (BF16, E4M3):
         for head_dim in (64, 128):
@@ -86,7 +100,9 @@ def sampling() -> None:
     cases.check_logprobs("cuda", 3, 1001, 5)
 
 
-CHECKS = {check.__name__: check for check in (rows, gemm, rounded_gemm, attention, newest_attention, sampling)}
+CHECKS = {
+    check.__name__: check for check in (rows, gemm, rounded_gemm, grouped_gemm, attention, newest_attention, sampling)
+}
 
 
 def main(names: list[str]) -> int:

@@ -126,9 +126,11 @@ def test_linear_of_many_rows_on_hopper(monkeypatch, dtype, tiling, form, rows, i
     [
         (BF16, 4, 128, False, 1, "plain", 1, 1024, 72),  # the last sixteen is not full
         (F16, 4, 128, True, 3, "float", 5, 584, 400),  # nor is the last group, and blocks take several tiles
-        (BF16, 4, 64, False, 6, "plain", 16, 328, 376),
-        (BF16, 4, 32, False, 2, "silu", 9, 1608, 320),  # an odd number of groups
+        (BF16, 4, 64, False, 4, "plain", 16, 328, 376),
+        (BF16, 4, 32, False, 14, "silu", 7, 1608, 320),  # an odd number of groups
         (F16, 4, 32, True, 8, "plain", 8, 8, 256),  # most of the first chunk is past the inputs
+        (BF16, 4, 0, False, 2, "float", 7, 40, 200),  # as is part of the one group
+        (BF16, 4, 192, True, 3, "plain", 4, 1160, 200),  # groups of three chunks
         (BF16, 4, 0, False, 4, "gelu_tanh", 16, 4104, 544),  # the ring goes round often
         (BF16, 8, 128, False, 2, "plain", 3, 776, 200),
         (F16, 8, 0, True, 3, "plain", 16, 576, 96),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.ops import cuda
-from engine.ops.cuda import gemm, rounded_gemm
+from engine.ops.cuda import gemm, grouped_gemm, rounded_gemm
 from tests.engine.ops import cuda_cases as cases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -115,6 +115,39 @@ def test_random_tilings_of_eight_bits():
         many_rows = partial(rounded_gemm.many_rows, tiling)
         cases.check_rounded_linear("cuda", many_rows, stored, dtype, form, *shape, has_bias)
         cases.check_blockwise_linear("cuda", many_rows, dtype, form, *shape, has_bias)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 128), (4, 64), (4, 32), (4, 0), (8, 128), (8, 0)])
+def test_products_of_grouped_integers(dtype, bits, group_size):
+    is_symmetric = group_size == 64
+    for inputs, out, form in (
+        (4096, 6144, "plain"),
+        (14_336, 4096, "float"),
+        (1024, 6144, "silu"),
+        (576, 960, "plain"),
+    ):
+        weight, plain = cases.grouped_weight("cuda", dtype, inputs, out, bits, group_size, is_symmetric)
+        for rows in (1, 2, 8, 9, 16, 17, 33, 64, 100, 128, 200, 256, 600):
+            has_bias = rows % 2 == 0
+            cases.check_grouped_linear(grouped_gemm.product, weight, plain, form, rows, has_bias, is_rounded=True)
+
+
+@ON_HOPPER
+def test_random_tilings_of_grouped_integers():
+    draw = random.Random()
+    for _ in range(150):
+        groups, parts, rows = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice(gemm.MANY_ROWS)
+        height, split = 16 * draw.randint(1, 4 * groups), draw.choice([1, 1, 2, 4])
+        tiling = grouped_gemm.GroupedTiling(rows, groups, parts, height, split)
+        form = draw.choice(gemm.FORMS if parts == 2 else gemm.FORMS[:2])
+        kind = draw.choice([BF16, F16]), 8 * draw.randint(1, 700), 32 * draw.randint(8, 200)
+        quantized = draw.choice([4, 4, 8]), draw.choice([0, 32, 64, 128, 192]), draw.random() < 0.5
+        num_rows = draw.randint(1, 4 * rows)
+        print(tiling, form, kind, quantized, num_rows)  # shown if it fails
+        weight, plain = cases.grouped_weight("cuda", *kind, *quantized)
+        product = partial(grouped_gemm.many_rows, tiling)
+        cases.check_grouped_linear(product, weight, plain, form, num_rows, has_bias=quantized[2], is_rounded=True)
 
 
 @ON_HOPPER
