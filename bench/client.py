@@ -60,7 +60,7 @@ class LoadClient:
     url: str
     model: str
     api_key: str = ""
-    extensions: dict[str, Any] = field(default_factory=dict)  # request fields that not every server knows
+    extensions: dict[str, Any] = field(default_factory=dict)  # request fields of this server; None: one it must not get
     timeout_s: float = 600.0  # longest silence of a server
     keeps_uncounted: bool = False  # somebody has the tokenizer and counts what the server does not
     clock: Callable[[], float] = time.perf_counter
@@ -117,6 +117,7 @@ class LoadClient:
         }
         if request.repeat and "cache_salt" in body:
             body["cache_salt"] += f"-{request.repeat}"
+        body = {name: value for name, value in body.items() if value is not None}
         if request.messages is not None:
             return "/v1/chat/completions", {**body, "messages": request.messages}
         return "/v1/completions", {**body, "prompt": request.prompt}
@@ -166,8 +167,10 @@ async def _read_stream(
         now = clock()
         *lines, rest = (rest + data).split(b"\n")
         payloads = [line[5:].strip() for line in lines if line.startswith(b"data:")]
-        is_done |= b"[DONE]" in payloads
-        yield now, [_decode(payload) for payload in payloads if payload != b"[DONE]"]
+        chunks = [_decode(payload) for payload in payloads if payload != b"[DONE]"]
+        # transformers' server ends a stream with its usage.
+        is_done |= b"[DONE]" in payloads or any(chunk.usage for chunk in chunks)
+        yield now, chunks
     if not is_done:
         raise RefusedError("the stream broke off before [DONE]")
 

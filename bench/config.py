@@ -233,3 +233,46 @@ class ProfileConfig:
             path = getattr(self, name)
             if path is not None and not path.name.endswith(endings):
                 raise ValueError(f"{name} must end in {' or '.join(endings)}, got {path}")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which engines are compared, and on what load. Raises ValueError."""
+
+    engines: Annotated[
+        tuple[str, ...],
+        "vcli, vllm, sglang, lmdeploy, tensorrt-llm, transformers (its server), transformers-generate, or the URL of a "
+        "server; ratios are to the first",
+    ] = ("vcli", "vllm", "sglang", "lmdeploy", "tensorrt-llm", "transformers")
+    env: Annotated[
+        tuple[str, ...], "ENGINE=PATH: the virtual environment that an engine is installed in; may be repeated"
+    ] = ()
+    starts: Annotated[int, "how often each engine is started; every other time in the opposite order"] = 2
+    trials: Annotated[int, "runs of the load after each start"] = 3
+    concurrency: Annotated[int, "requests under way at any time"] = 16
+    num_prompts: Annotated[int | None, "requests of a trial; default: 4 for each concurrent one, at least 16"] = None
+    dataset: Annotated[str, "as in `vcli bench`: `random` token ids, or a FILE of prompts"] = "random"
+    input_len: Annotated[int, "tokens in a random prompt"] = 128
+    output_len: Annotated[int, "tokens to generate, where a dataset does not say"] = 64
+    api_key: Annotated[str, "bearer token for servers given by URL; better given as VCLI_API_KEY"] = field(
+        default="", repr=False
+    )
+    output: Annotated[tuple[str, ...], "write the result to FILE: .json, .csv, .md or .html; may be repeated"] = ()
+    json: Annotated[bool, "print the result as JSON instead of a table"] = False
+
+    def __post_init__(self) -> None:
+        for name in ("starts", "trials", "concurrency", "num_prompts", "input_len", "output_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.engines:
+            raise ValueError("engines must name at least one")
+        for pair in self.env:
+            name, _, folder = pair.partition("=")
+            if not Path(folder).expanduser().joinpath("bin", "python").exists():
+                raise ValueError(f"env must be ENGINE=PATH of a virtual environment with bin/python, got {pair!r}")
+            if name not in self.engines:
+                raise ValueError(f"env {name}: --engines names no such engine")
+
+    def environments(self) -> dict[str, Path]:
+        return {name: Path(folder).expanduser() for name, _, folder in (pair.partition("=") for pair in self.env)}

@@ -1,11 +1,13 @@
-"""Whoever can be measured by trials: this checkout, another revision of it, a server that runs somewhere, a recording.
+"""Whoever can be measured by trials: this code, another revision, engines of other projects, a URL, a recording.
 
-An Engine is a name and a way to start it; once started it is a function from requests to figures, and every engine gets
+An Engine is a name and a way to start it; once started it is a function from requests to a trial, and every engine gets
 the same requests from the same client (bench/serving.py). It is stopped when its `with` block ends.
 """
 
 import contextlib
 import io
+import os
+import shlex
 import subprocess
 import tarfile
 import tempfile
@@ -13,19 +15,32 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from bench import serving
+from bench.adapters import ADAPTERS, python_of
 from bench.baseline import running_baseline
-from bench.environment import ROOT, git_revision
+from bench.environment import ROOT, git_revision, gpus
+from bench.gguf_folder import folder_of, make_folder
 from bench.load import Load
 from bench.run import baseline_model, baseline_task, run_async
-from bench.server import OnProgress, running_server
+from bench.server import HOST, OnProgress, answers, free_port, running_process, running_server
 from bench.workloads import BenchRequest
 from engine.config import EngineConfig
 from engine.errors import UserError
+from engine.hub import resolve_model
 
-RunTrial = Callable[[list[BenchRequest], Load], dict[str, Any]]  # figures under the keys of bench/metrics.py
+
+@dataclass(frozen=True)
+class Trial:
+    """What one run of the requests showed."""
+
+    metrics: dict[str, Any]  # figures under the keys of bench/metrics.py
+    samples: dict[str, Any] | None = None  # what they were made from (ServingRun.samples)
+
+
+RunTrial = Callable[[list[BenchRequest], Load], Trial]
 
 
 @dataclass(frozen=True)
@@ -34,18 +49,34 @@ class Engine:
 
     name: str
     start: Callable[[OnProgress], AbstractContextManager[RunTrial]]
+    version: str | None = None
+    command: str = ""  # that starts its server
+    takes_token_ids: bool = True  # else prompts must be text
+    note: str = ""  # what is not as with the others
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.version})" if self.version else self.name
+
+
+DEFAULT_PORT = 8000  # in a command that is shown
+
+
+class NotInstalledError(UserError):
+    """There is no such engine on this machine."""
 
 
 class RecordingEndedError(Exception):
     """A recording holds no further trial."""
 
 
-def this_checkout(arguments: list[str]) -> Engine:
+def this_checkout(arguments: list[str], name: str = "this code") -> Engine:
     """`vcli serve` with these arguments, of the code that runs now."""
     revision = git_revision()
-    commit = (revision["git_revision"] or "")[:9]
-    dirty = " with changes" if revision["git_dirty"] else ""
-    return Engine(f"this code ({commit}{dirty})" if commit else "this code", lambda show: _served(arguments, show))
+    commit = (revision["git_revision"] or "unknown revision")[:9]
+    version = commit + (" with changes" if revision["git_dirty"] else "")
+    command = shlex.join(["vcli", "serve", *arguments])
+    return Engine(name, lambda show: _served(arguments, show), version=version, command=command)
 
 
 def other_revision(revision: str, arguments: list[str]) -> Engine:
@@ -61,8 +92,53 @@ def other_revision(revision: str, arguments: list[str]) -> Engine:
             with _served(arguments, on_progress, {"PYTHONPATH": folder}) as run_trial:
                 yield run_trial
 
-    name = commit[:9] if commit.startswith(revision) else f"{revision} ({commit[:9]})"
-    return Engine(name, start)
+    return Engine(revision, start, version=commit[:9])
+
+
+def peer(name: str, engine: EngineConfig, environment: Path | None) -> Engine:
+    """The server of another project (bench/adapters.py), of its own virtual environment or of this one.
+
+    Raises UserError, when it is started, where it is not installed or does not come up.
+    """
+    adapter, python = ADAPTERS[name], python_of(environment)
+    has_gpu = engine.device != "cpu" and gpus()["gpu"] is not None
+    path = resolve_model(engine.model, engine.revision).resolve()
+    model = str(folder_of(path) if path.suffix == ".gguf" else path)
+    installed = adapter.version(python)
+    if installed is not None and path.suffix == ".gguf":
+        make_folder(path)  # now: it is no part of the engine's start
+
+    def argv(port: int) -> list[str]:
+        return adapter.argv(engine, python, model, port, has_gpu)
+
+    @contextlib.contextmanager
+    def start(on_progress: OnProgress) -> Iterator[RunTrial]:
+        if installed is None:
+            where = f"in {environment}" if environment else "beside vcli"
+            raise NotInstalledError(f"{adapter.package} is not installed {where}: --env {name}=PATH says where it is")
+        on_progress(name, 0.0)
+        port = free_port()
+        url = f"{HOST}:{port}"
+        with running_process(argv(port), {**os.environ, "PYTHONSAFEPATH": "1"}, lambda: answers(url + adapter.ready)):
+            yield _trials_at(url, model=served_name(url, model), fields=adapter.fields)
+
+    unsaid = adapter.unsaid(engine)
+    return Engine(
+        name,
+        start,
+        version=installed,
+        command=shlex.join(argv(DEFAULT_PORT)),
+        takes_token_ids=adapter.takes_token_ids,
+        note=f"has no flag for {', '.join(unsaid)}" if unsaid else "",
+    )
+
+
+def served_name(url: str, model: str) -> str:
+    """What the server calls the model; a server that lists none goes by what it was started with."""
+    try:
+        return str(run_async(serving.served_model(url))["id"])
+    except UserError:
+        return model
 
 
 def transformers_generate(engine: EngineConfig) -> Engine:
@@ -73,12 +149,13 @@ def transformers_generate(engine: EngineConfig) -> Engine:
         on_progress("transformers", 0.0)
         with running_baseline(baseline_model(engine)) as run:
 
-            def run_trial(requests: list[BenchRequest], load: Load) -> dict[str, Any]:
-                return run(baseline_task(requests, engine, load.concurrency or len(requests)))
+            def run_trial(requests: list[BenchRequest], load: Load) -> Trial:
+                figures = run(baseline_task(requests, engine, load.concurrency or len(requests)))
+                return Trial({**figures, "completed": len(requests), "failed": 0})
 
             yield run_trial
 
-    return Engine(f"transformers {version('transformers')} generate", start)
+    return Engine("transformers' generate", start, version=version("transformers"))
 
 
 def at_url(url: str, api_key: str = "") -> Engine:
@@ -90,13 +167,13 @@ def recording(name: str, trials: list[dict[str, Any]]) -> Engine:
     """Trials measured earlier, each given once, however often it is started."""
     rest = iter(trials)
 
-    def run_trial(requests: list[BenchRequest], load: Load) -> dict[str, Any]:
+    def run_trial(requests: list[BenchRequest], load: Load) -> Trial:
         figures = next(rest, None)
         if figures is None:
             raise RecordingEndedError(
                 f"all {len(trials)} recorded trials are used; --against REV measures as many as it takes"
             )
-        return figures
+        return Trial(figures)
 
     return Engine(name, lambda show: contextlib.nullcontext(run_trial))
 
@@ -121,10 +198,11 @@ def _served(
         yield _trials_at(url)
 
 
-def _trials_at(url: str, api_key: str = "") -> RunTrial:
-    name = str(run_async(serving.served_model(url, api_key))["id"])
+def _trials_at(url: str, api_key: str = "", model: str = "", fields: dict[str, Any] | None = None) -> RunTrial:
+    name = model or str(run_async(serving.served_model(url, api_key))["id"])
 
-    def run_trial(requests: list[BenchRequest], load: Load) -> dict[str, Any]:
-        return dict(run_async(serving.measure(url, name, requests, load, api_key=api_key)).metrics())
+    def run_trial(requests: list[BenchRequest], load: Load) -> Trial:
+        run = run_async(serving.measure(url, name, requests, load, api_key=api_key, extensions=fields))
+        return Trial(run.metrics(), run.samples())
 
     return run_trial

@@ -58,6 +58,12 @@ def gpus() -> dict[str, Any]:
     return {"gpu": name, "num_gpus": len(lines), "driver": driver, "gpu_clocks": dict(zip(CLOCKS, clocks, strict=True))}
 
 
+def gpu_memory_used() -> int | None:
+    """Bytes in use on all GPUs; None without one."""
+    lines = _output(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]).split()
+    return sum(map(int, lines)) << 20 if lines else None
+
+
 def cpu_name() -> str:
     try:
         models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -98,7 +98,7 @@ class Gate:
                     requests, is_after_first = requests_of(len(self.pairs) + self.num_invalid), self.coin.random() < 0.5
                     trials = [("before", run_before), ("after", run_after)][:: -1 if is_after_first else 1]
                     try:
-                        figures = {side: run_trial(requests, load) for side, run_trial in trials}
+                        figures = {side: run_trial(requests, load).metrics for side, run_trial in trials}
                     except RecordingEndedError as error:
                         self.reason = str(error)
                         break
@@ -182,8 +182,8 @@ def run_gate(
         metrics={
             "verdict": gate.verdict.value,
             "reason": gate.reason,
-            "before": gate.before.name,
-            "after": gate.after.name,
+            "before": gate.before.title,
+            "after": gate.after.title,
             "num_pairs": len(gate.pairs),
             "num_starts": 1 + max((pair.start for pair in gate.pairs), default=0),
             "num_invalid": gate.num_invalid,

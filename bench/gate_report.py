@@ -1,15 +1,14 @@
 """A gate's result as rows for a table, and as files: for people, for CI (JUnit), for the next gate (JSON)."""
 
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from bench import output
 from bench.limits import Verdict
 from bench.report import Table, describe, markdown_table
 from bench.result import BenchResult
-from engine.errors import UserError
-
-EXTENSIONS = (".json", ".xml", ".md")
 
 
 def title(result: BenchResult) -> str:
@@ -38,25 +37,6 @@ def conclusion(result: BenchResult) -> str:
     return f"{figures['verdict']}{reason} ({figures['num_pairs']} pairs of trials, {starts} of both{left_out})"
 
 
-def check_extensions(paths: Sequence[str]) -> None:
-    """Raise UserError before a long gate rather than after it."""
-    for path in paths:
-        if Path(path).suffix not in EXTENSIONS:
-            raise UserError(f"--output {path}: the extension must be one of {', '.join(EXTENSIONS)}")
-
-
-def write(result: BenchResult, path: Path) -> None:
-    """Write a gate's result in the format that the file's extension names."""
-    text = {".json": result.to_json, ".xml": lambda: to_junit(result), ".md": lambda: to_markdown(result)}[
-        path.suffix
-    ]()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
-
-
 def to_markdown(result: BenchResult) -> str:
     parts = [f"### {title(result)}", markdown_table(*limit_table(result)), f"**{conclusion(result)}**"]
     parts += [f"`{result.environment.get('command')}`"]
@@ -79,6 +59,14 @@ def to_junit(result: BenchResult) -> str:
             problem.text = f"{title(result)}\n{conclusion(result)}"
     ET.indent(suite)
     return ET.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+FORMATS: dict[str, Callable[[BenchResult], str]] = {".json": BenchResult.to_json, ".xml": to_junit, ".md": to_markdown}
+
+
+def write(result: BenchResult, path: Path) -> None:
+    """Write a gate's result in the format that the file's name says. Raises UserError."""
+    output.write(path, {ending: partial(content, result) for ending, content in FORMATS.items()})
 
 
 def _percent(change: float | None) -> str:

@@ -5,6 +5,7 @@ Invariant: when the `with` block ends, by its end, an error, Ctrl-C or SIGTERM, 
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from typing import IO, Any
 from engine.child import die_with_parent, module_command, module_environment
 from engine.errors import UserError
 
+HOST = "http://127.0.0.1"
 READY_POLL_S = 0.02
 STOP_TIMEOUT_S = 20.0
 LOG_LINES = 15
@@ -39,25 +41,40 @@ def running_server(
     `environment` is put over this process's own. What the server prints goes to log_path, if somebody is to read it.
     Raises UserError with the end of its log when it does not come up, or has died by the end of the block.
     """
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}"
-    arguments = [*arguments, "--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s"]
+    port = free_port()
+    url = f"{HOST}:{port}"
+    command = module_command("vcli", "serve", *arguments, *own_address(port))
+    environment = {**module_environment(), **(environment or {})}
+    with running_process(command, environment, lambda: _is_ready(url, on_progress), log_path):
+        yield url
+
+
+def own_address(port: int) -> list[str]:
+    """What a server that we start is told beside its model and settings."""
+    return ["--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s"]
+
+
+@contextlib.contextmanager
+def running_process(
+    command: list[str], environment: dict[str, str], is_ready: Callable[[], bool], log_path: Path | None = None
+) -> Iterator[None]:
+    """Any server: started, waited for until it is ready, and stopped with all its children."""
     with _open_log(log_path) as log, _sigterm_as_exit():
         # Its own session: Ctrl-C reaches us alone, and we stop the server in order.
         process = subprocess.Popen(
-            module_command("vcli", "serve", *arguments),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**module_environment(), **(environment or {})},
+            env=environment,
             start_new_session=True,
             preexec_fn=die_with_parent,  # the last resort, should this process end without coming to its `finally`
         )
         try:
-            while not _is_ready(url, on_progress):
+            while not is_ready():
                 _check_alive(process, log)
                 time.sleep(READY_POLL_S)
-            yield url
+            yield
             _check_alive(process, log)
         finally:
             _stop(process)
@@ -81,6 +98,15 @@ def _is_ready(url: str, on_progress: OnProgress) -> bool:
     return False
 
 
+def answers(url: str) -> bool:
+    """Does somebody answer there with a success?"""
+    try:
+        with urllib.request.urlopen(url, timeout=10):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
 def _stage(body: bytes) -> tuple[str, float]:
     try:
         status: dict[str, Any] = json.loads(body)
@@ -100,7 +126,7 @@ def _check_alive(process: subprocess.Popen[bytes], log: IO[str]) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL for one that does not go."""
+    """SIGTERM, SIGKILL for one that does not go, and for whatever it leaves behind in its session."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -108,6 +134,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
@@ -124,7 +152,8 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -153,16 +153,18 @@ async def measure(
     *,
     api_key: str = "",
     count_tokens: Callable[[str], int] | None = None,
+    extensions: dict[str, Any] | None = None,
     on_progress: Callable[[RunProgress], None] = lambda progress: None,
 ) -> ServingRun:
     """Drive the server at `url`. Raises UserError when it refuses the workload's first request.
 
-    `count_tokens` is for a server that does not report how many it took in and gave out.
+    `count_tokens` is for a server that does not report how many it took in and gave out. `extensions` are the fields
+    that this server's requests need (None: one that it refuses); without them ours are tried.
     """
     run, url = ServingRun(), url.rstrip("/")
     task: dict[str, Any] = {"url": url, "model": model, "api_key": api_key, "keeps_uncounted": count_tokens is not None}
-    async with LoadClient(**task) as client:
-        await _warm_up(client, requests, load, on_progress)
+    async with LoadClient(**task, extensions=extensions or {}) as client:
+        await _warm_up(client, requests, load, on_progress, is_known=extensions is not None)
         task["extensions"] = client.extensions
         async with ClientProcesses(task, requests, load) as processes:
             ramp = _Ramp(run, load, processes)
@@ -226,14 +228,19 @@ async def served_model(url: str, api_key: str = "") -> dict[str, Any]:
 
 
 async def _warm_up(
-    client: LoadClient, requests: list[BenchRequest], load: Load, on_progress: Callable[[RunProgress], None]
+    client: LoadClient,
+    requests: list[BenchRequest],
+    load: Load,
+    on_progress: Callable[[RunProgress], None],
+    is_known: bool,
 ) -> None:
     num_requests = min(load.concurrency or WARM_UP_REQUESTS, WARM_UP_REQUESTS, len(requests))
     first, *others = warm_up_requests(requests, num_requests, output_len=WARM_UP_TOKENS)
     on_progress(RunProgress("warm-up", 0, 0, num_requests, 0, 0.0))
-    client.extensions = {**OPTIONAL_FIELDS, "cache_salt": uuid.uuid4().hex}
+    if not is_known:
+        client.extensions = {**OPTIONAL_FIELDS, "cache_salt": uuid.uuid4().hex}
     record = await client.send(first)
-    if record.error.startswith("HTTP 4"):
+    if record.error.startswith("HTTP 4") and not is_known:
         client.extensions = {}
         record = await client.send(first)
     if record.error:

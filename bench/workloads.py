@@ -10,13 +10,17 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.errors import UserError
 
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
 CHARS_PER_TOKEN = 4  # of English text; turns a recorded reply into a number of tokens where no tokenizer is at hand
+MAX_ROUND_TRIPS = 20  # between text and tokens
 MAX_REPLY_TOKENS = 1024
 TRACE_BLOCK_SIZE = 512  # tokens that a hash id of a Mooncake trace stands for
 
@@ -147,6 +151,26 @@ def _in_order_of_arrival(requests: list[BenchRequest], path: Path) -> list[Bench
         raise UserError(f"--dataset {path}: some lines have a timestamp and some have none")
     arrivals = [replace(r, arrival=m - min(moments)) for r, m in zip(requests, moments, strict=True)]
     return sorted(arrivals, key=lambda request: request.arrival or 0.0)
+
+
+def as_text(requests: list[BenchRequest], tokenizer: "Tokenizer") -> list[BenchRequest]:
+    """Requests whose prompts are text, for servers that take no token ids.
+
+    Random token ids seldom come back from their text as they were, so the text is trimmed and lengthened until it makes
+    as many tokens as were asked for. A prompt that is text stays as it is.
+    """
+
+    def text_of(token_ids: list[int]) -> str:
+        kept, rest = token_ids, iter(token_ids)
+        for _ in range(MAX_ROUND_TRIPS):
+            text = tokenizer.decode(kept)
+            found = tokenizer.encode(text)
+            if len(found) == len(token_ids):
+                break
+            kept = found[: len(token_ids)] + list(itertools.islice(rest, max(0, len(token_ids) - len(found))))
+        return text
+
+    return [replace(r, prompt=text_of(r.prompt)) if isinstance(r.prompt, list) else r for r in requests]
 
 
 def warm_up_requests(requests: list[BenchRequest], num_prompts: int, *, output_len: int) -> list[BenchRequest]:

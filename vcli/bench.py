@@ -50,7 +50,7 @@ def bench(engine: EngineConfig, options: BenchConfig, quality: QualityConfig) ->
         with Status() as status:
             status.show("running the transformers baseline")
             result = with_baseline(result, engine, options)
-    _print(result, as_json=options.json)
+    show_result(result, as_json=options.json)
     if options.output:
         report.write(result, options.output)
     if not result.is_valid:
@@ -132,7 +132,7 @@ def _offline(engine: EngineConfig, options: BenchConfig) -> "BenchResult":
         return run_offline(engine, options, partial(_show_start, status), show_run)
 
 
-def _print(result: "BenchResult", as_json: bool) -> None:
+def show_result(result: "BenchResult", as_json: bool) -> None:
     """The result on stdout; what makes it worthless on stderr."""
     from bench import report
     from vcli.console import console, out, print_table

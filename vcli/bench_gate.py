@@ -25,12 +25,13 @@ def gate(engine: EngineConfig, options: GateConfig) -> None:
 
     `vcli bench gate --against main --metric "throughput>=-3%" --metric "p99_itl<=+5%"`
     """
-    from bench import gate_report
+    from bench import gate_report, output
     from bench.gate import EXIT_CODES, run_gate
     from bench.limits import Verdict
     from vcli.console import Status, out, print_table
 
-    gate_report.check_extensions(options.output)
+    for path in options.output:
+        output.check(Path(path), gate_report.FORMATS)
     with Status() as status:
 
         def show_start(stage: str, share: float) -> None:

@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 from engine.errors import UserError
 from vcli.bench import bench
+from vcli.bench_compare import compare
 from vcli.bench_gate import gate
 from vcli.flags import Command, FlagError
 from vcli.profile import profile
@@ -16,7 +17,7 @@ from vcli.serve import serve
 
 
 class Commands(TyperGroup):
-    """Commands of one word or two: `vcli bench MODEL` beside `vcli bench gate`. (A folder called gate is ./gate.)"""
+    """Commands of one word or two: `vcli bench MODEL` beside `vcli bench gate`. (A folder of that name is ./gate.)"""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = " ".join(args[:2])
@@ -66,6 +67,7 @@ def _vcli(
 
 app.command(cls=Command)(serve)
 app.command(cls=Command, short_help="Measure latency and throughput of a model.")(bench)
+app.command("bench compare", cls=Command, short_help="Measure engines side by side.")(compare)
 app.command("bench gate", cls=Command, short_help="Has this code become slower than another?")(gate)
 app.command(cls=Command, short_help="Tell where a step's time goes, and what to do about it.")(profile)
 app.command(cls=Command, short_help="Make a quantized checkpoint of a model.")(quantize)

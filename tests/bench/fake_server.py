@@ -20,6 +20,7 @@ class FakeServer:
     tokens_per_chunk: int = 1
     knows_token_ids: bool = True  # False: it refuses the fields that OpenAI does not have
     sends_usage: bool = True
+    sends_done: bool = True
     fail: str = ""  # "http": status 500; "break": the stream ends early; "error": an error event inside the stream
     fail_every: int = 1  # only each n-th measured request
     fail_from: int = 0  # and none before so many
@@ -88,7 +89,8 @@ class FakeServer:
         num_prompt = len(body["prompt"]) if not is_chat else 7
         if self.sends_usage:
             await send({"choices": [], "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_tokens}})
-        await send("[DONE]")
+        if self.sends_done:
+            await send("[DONE]")
         return response
 
 

@@ -65,6 +65,22 @@ def test_the_role_of_a_chat_is_no_token(fake_server):
     assert record.num_output_tokens == 3
 
 
+def test_a_stream_that_ends_with_its_usage_is_whole(fake_server):
+    fake_server.sends_done = False
+
+    (record,) = send(fake_server, completion(3))
+
+    assert (record.error, record.num_output_tokens) == ("", 3)
+
+
+def test_a_field_that_a_server_refuses_is_left_out_and_one_that_it_needs_is_sent(fake_server):
+    (record,) = send(fake_server, completion(2), ignore_eos=None, generation_config="{}")
+
+    assert record.num_output_tokens == 2
+    assert "ignore_eos" not in fake_server.bodies[0]
+    assert fake_server.bodies[0]["generation_config"] == "{}"
+
+
 def test_a_server_without_usage_is_a_failure_and_not_a_guess(fake_server):
     fake_server.sends_usage = False
 

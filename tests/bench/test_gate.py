@@ -12,7 +12,7 @@ import pytest
 
 from bench import gate_report
 from bench.config import GateConfig
-from bench.engines import Engine, RecordingEndedError, at_url, recording
+from bench.engines import Engine, RecordingEndedError, Trial, at_url, recording
 from bench.environment import environment
 from bench.gate import Gate, run_gate
 from bench.limits import Limit, Verdict, read_limits
@@ -34,10 +34,12 @@ def gate_on_tape(tape: list[dict[str, float]], slowdown: float, seed: int) -> Ga
     slots = iter(tape)
 
     def play(factor: float) -> Engine:
-        def run_trial(requests: Any, load: Any) -> dict[str, float]:
+        def run_trial(requests: Any, load: Any) -> Trial:
             if (slot := next(slots, None)) is None:
                 raise RecordingEndedError("the tape is at its end")
-            return {name: value / factor if "throughput" in name else value * factor for name, value in slot.items()}
+            return Trial(
+                {name: value / factor if "throughput" in name else value * factor for name, value in slot.items()}
+            )
 
         return Engine("tape", lambda show: contextlib.nullcontext(run_trial))
 
@@ -77,7 +79,7 @@ def slowed(server, gap_s: float) -> Engine:
     def start(show: Any) -> Any:
         with at_url(server.url).start(show) as run_trial:
 
-            def run_slowly(requests: Any, load: Load) -> dict[str, Any]:
+            def run_slowly(requests: Any, load: Load) -> Trial:
                 server.gap_s = gap_s
                 return run_trial(requests, load)
 
@@ -103,8 +105,8 @@ def test_a_regression_that_fresh_engines_do_not_show_is_none():
     starts = iter([40.0, 20.0])
 
     def unlucky_once(show: Any) -> Any:
-        figures = {"p50_itl_ms": next(starts)}
-        return contextlib.nullcontext(lambda requests, load: figures)
+        trial = Trial({"p50_itl_ms": next(starts)})
+        return contextlib.nullcontext(lambda requests, load: trial)
 
     steady = recording("steady", [{"p50_itl_ms": 20.0}] * 50)
     gate = Gate(steady, Engine("unlucky", unlucky_once), read_limits(["p50_itl<=+30%"]), 100)

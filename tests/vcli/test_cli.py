@@ -22,6 +22,7 @@ def vcli(*arguments: str) -> subprocess.CompletedProcess[str]:
         ["serve", "--help"],
         ["bench", "--help"],
         ["bench", "gate", "--help"],
+        ["bench", "compare", "--help"],
         ["quantize", "--help"],
         ["--version"],
     ],
