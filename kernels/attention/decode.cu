@@ -585,7 +585,7 @@ __device__ inline void finish_piece(const Shared& shared, Scalar* out, const Par
 
 __device__ inline void compute_blocks(Shared& shared, Scalar* out, const Scalar* q, const Batch& batch, const Parts& parts,
                                       const Scale& scale) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   Share share = {batch};
   Ring ring = {warp};
   int ahead = warp;  // blocks from the piece's first to the next one of this warp
@@ -605,8 +605,7 @@ __device__ inline void compute_blocks(Shared& shared, Scalar* out, const Scalar*
     for (; ahead < num_blocks; ahead += kWarps, ring.advance(kWarps)) {
       barrier_wait(shared.came[ring.stage], ring.parity);
       add_block(state, shared.stages[ring.stage], query, (first_block + ahead) * kBlockSize, begin, end, scale);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(shared.left[ring.stage]);
+      barrier_arrive(shared.left[ring.stage]);
     }
     ahead -= num_blocks;
 
@@ -632,7 +631,7 @@ decode(Scalar* out, float* part_outs, float* part_weights, const Scalar* q, cons
   start_dependents();
   for (int i = threadIdx.x; i < kStages; i += kThreads) {
     barrier_init(shared.came[i], kCopyArrivals);
-    barrier_init(shared.left[i], 1);
+    barrier_init(shared.left[i], 32);
   }
   if (threadIdx.x == 0) {
     barrier_init(shared.outs_came, kWarps * 32);
