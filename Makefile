@@ -3,7 +3,7 @@
 # make test     the same set-up, then every test
 # make setup    the set-up alone
 # make lint     ruff and mypy
-# make gate     is the default model still faster than transformers by what it was? (vcli bench gate; two minutes at most)
+# make gate     does the default model still make twice the tokens that transformers makes? (vcli bench gate)
 # make interop  checkpoints to and from other libraries, and latencies beside aiperf's, each in an environment of its own
 #               below .interop
 #               make interop LIBRARIES="gptqmodel llm-compressor" does it with some of them; AutoGPTQ needs Python 3.11
@@ -27,7 +27,7 @@ lint: setup
 
 # Undecided, which is exit code 4, is a noisy machine and no regression.
 gate: setup
-	$(BIN)/vcli bench gate --against transformers --metric "throughput>=+60%" --budget 80s --device cpu \
+	$(BIN)/vcli bench gate --against transformers --metric "throughput>=+100%" --budget 80s --device cpu \
 	  --concurrency 4 --num-prompts 4 --input-len 32 --output-len 32 $(ARGS) || test $$? -eq 4
 
 interop: setup $(LIBRARIES:%=.interop/%/.installed)

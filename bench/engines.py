@@ -92,7 +92,7 @@ def other_revision(revision: str, arguments: list[str]) -> Engine:
             with _served(arguments, on_progress, {"PYTHONPATH": folder}) as run_trial:
                 yield run_trial
 
-    return Engine(revision, start, version=commit[:9])
+    return Engine("revision" if commit.startswith(revision) else revision, start, version=commit[:9])
 
 
 def peer(name: str, engine: EngineConfig, environment: Path | None) -> Engine:
