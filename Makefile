@@ -27,7 +27,7 @@ lint: setup
 
 # Undecided, which is exit code 4, is a noisy machine and no regression.
 gate: setup
-	$(BIN)/vcli bench gate --against transformers --metric "throughput>=+100%" --budget 80s --device cpu \
+	$(BIN)/vcli bench gate --against transformers --metric "throughput>=+100%" --budget 150s --device cpu \
 	  --concurrency 4 --num-prompts 4 --input-len 32 --output-len 32 $(ARGS) || test $$? -eq 4
 
 interop: setup $(LIBRARIES:%=.interop/%/.installed)
