@@ -41,6 +41,8 @@ def rows() -> None:
 def gemm() -> None:
     for num_rows, out in ((5, 1096), (16, 4224), (9, 6336), (1, 8448), (130, 1096)):  # tiles of all sizes
         cases.check_linear("cuda", BF16, num_rows, 584, out, has_bias=True)
+    for out in (1096, 4096):  # few rows of long ones
+        cases.check_linear("cuda", BF16, 30, 2056, out, has_bias=True)
     for groups, parts, form in ((1, 1, "float"), (1, 2, "silu"), (2, 1, "plain"), (2, 2, "gelu_tanh")):
         tiling = cuda.gemm.Tiling(64, groups, parts, 64 * groups, cluster=groups)
         cases.check_many_rows("cuda", BF16, tiling, form, 130, 584, 1104, has_bias=True)

@@ -48,7 +48,7 @@ def test_gated_activation(dtype, kind, dim):
     [(4096, 6144), (14336, 4096), (1024, 151_936), (3072, 1024), (576, 960), (40, 8), (8, 24), (896, 4864), (104, 3)],
 )
 def test_linear(dtype, inputs, out):
-    for rows in (1, 2, 7, 8, 9, 16, 17, 100, 300):
+    for rows in (1, 2, 7, 8, 9, 16, 17, 32, 100, 300):
         cases.check_linear("cuda", dtype, rows, inputs, out, has_bias=rows % 2 == 0)
 
 
