@@ -322,7 +322,9 @@ def test_a_trace_is_sent_when_it_says(fake_server):
     samples = asyncio.run(measure(fake_server.url, "fake", requests, Load())).samples()
 
     late = [sent - 0.15 * i for i, sent in enumerate(samples["requests"]["sent"])]
-    assert min(late) > -0.001  # it waits for the moment, and then as long as the machine lets it
+    assert (
+        min(late) > -0.005
+    )  # it waits for the moment, by a timer of milliseconds, and then as long as the machine lets it
 
 
 def test_what_a_server_does_not_count_is_counted_by_the_tokenizer(fake_server):
