@@ -2,7 +2,10 @@
 
 The engine runs in a process of its own. Its messages are decoded and turned into text on the link's thread, a whole
 step at a time, and reach the event loop with one call, so that the loop never waits for either. What is known about a
-request lives here, from `submit` until its last token, an abort or the engine's death.
+request lives here, from `submit` until its last token or an abort: when the engine dies another one is started, and
+gets every unfinished request with the tokens that it has given. What always holds: a stream loses no token, and none
+comes twice. The tokens that follow are those that would have come, as far as a result does not depend on what else is
+in a batch: sampling is a function of seed and position.
 """
 
 import asyncio
@@ -28,18 +31,28 @@ from engine.sampling_params import SamplingParams
 from engine.timeline import Timeline
 from engine.tokenizer import Tokenizer
 
+RESTART_WINDOW_S = 60.0  # in which an engine may die only so many times
+
 
 class EngineDeadError(Exception):
-    """The engine process is gone, and with it every request that it had; the message says why."""
+    """The engine process is gone for good, and with it every request that it had; the message says why."""
 
 
 class AsyncEngine:
     """Owns the engine process and the requests in flight. All methods belong to the event loop's thread."""
 
     def __init__(
-        self, config: EngineConfig, *, link: EngineLink | None = None, timeline: Timeline | None = None
+        self,
+        config: EngineConfig,
+        *,
+        link: EngineLink | None = None,
+        timeline: Timeline | None = None,
+        max_restarts: int = 3,
     ) -> None:
-        """link, timeline: of an engine process that was started already, and of what has happened so far."""
+        """link, timeline: of an engine process that was started already, and of what has happened so far.
+
+        max_restarts: how often an engine that dies is replaced within a minute; then it is given up.
+        """
         self.config = config
         self.progress: tuple[str, float] = ("starting", 0.0)
         self.timeline = timeline or Timeline()
@@ -50,11 +63,17 @@ class AsyncEngine:
         self.detokenize_s = 0.0  # the time it has taken to make text and deltas of tokens, on the link's thread
         self.on_step: list[Callable[[messages.EngineStats], None]] = []  # called after each step, on the link's thread
         self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
+        self.on_restart: list[Callable[[str], None]] = []  # called on the loop, with why the engine died
+        self.num_restarts = 0
         self._link = link
         self._engine_ready: messages.Ready | None = None  # the engine's part of being ready
         self._is_loaded = False  # this process's part
         self._failure: str | None = None  # the cause of an end that is about to be seen
         self._settled = asyncio.Event()  # ready or dead
+        self._is_closing = False
+        self._max_restarts = max_restarts
+        self._recent_restarts: list[float] = []  # by time.monotonic()
+        self._start: messages.Start | None = None  # what the first engine was told
         self._seeds = random.Random(config.seed)
         self._sequences: dict[str, tuple[RequestStream, int]] = {}  # by the engine's request id; index among its n
 
@@ -72,6 +91,16 @@ class AsyncEngine:
         await self._settled.wait()
         if self.error is not None:
             raise UserError(self.error)
+
+    @property
+    def is_restarting(self) -> bool:
+        """Requests can be submitted, and wait for an engine that is loading again."""
+        return self.ready is not None and self._engine_ready is None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that wait for tokens."""
+        return len(self._sequences)
 
     @property
     def returncode(self) -> int | None:
@@ -115,6 +144,7 @@ class AsyncEngine:
         """End the engine; streams still open end with EngineDeadError."""
         if self._link is None:
             return
+        self._is_closing = True
         self._failure = self._failure or "the engine was shut down"
         wait_s = 5.0 if self.ready else 0.0  # an engine that loads its model hears nothing
         await asyncio.to_thread(self._link.close, wait_s)
@@ -149,7 +179,8 @@ class AsyncEngine:
         """Find the model (once, here: the engine gets a path) and, while the engine loads it, load the tokenizer."""
         try:
             path = str(resolve_model(self.config.model, self.config.revision))
-            link.send(messages.Start(dataclasses.asdict(dataclasses.replace(self.config, model=path))))
+            self._start = messages.Start(dataclasses.asdict(dataclasses.replace(self.config, model=path)))
+            link.send(self._start)
             tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.tokenizer or path)
         except UserError as error:
             self._call_on_loop(self._fail, str(error))
@@ -205,7 +236,7 @@ class AsyncEngine:
             self._link.send(messages.Abort(stopped))
 
     def _on_exit(self, returncode: int) -> None:
-        self._call_on_loop(self._die, returncode)
+        self._call_on_loop(self._end, returncode)
 
     # On the loop.
 
@@ -215,7 +246,8 @@ class AsyncEngine:
         for message in controls:
             if isinstance(message, messages.Progress):
                 self.progress = (message.stage, message.fraction)
-                self.timeline.begin("engine", message.stage, message.time)
+                if self.ready is None:
+                    self.timeline.begin("engine", message.stage, message.time)
             elif isinstance(message, messages.Ready):
                 self._engine_ready = message
                 if not self._is_loaded:
@@ -241,8 +273,33 @@ class AsyncEngine:
         if self._link is not None:
             self._link.kill()
 
-    def _die(self, returncode: int) -> None:
-        self.error = self._failure or describe_exit(returncode)
+    def _end(self, returncode: int) -> None:
+        reason, self._failure = self._failure or describe_exit(returncode), None
+        now = time.monotonic()
+        self._recent_restarts = [moment for moment in self._recent_restarts if now - moment < RESTART_WINDOW_S]
+        if self.ready is None or self._is_closing or len(self._recent_restarts) >= self._max_restarts:
+            self._die(reason)
+        else:
+            self._recent_restarts.append(now)
+            self._restart(reason)
+
+    def _restart(self, reason: str) -> None:
+        """Start another engine, and have it go on with every unfinished request."""
+        assert self._link is not None
+        assert self._start is not None
+        self.num_restarts += 1
+        self.progress = ("starting again", 0.0)
+        self.stats, self._engine_ready = messages.EngineStats(), None
+        self._link = EngineLink(self._link.command)
+        self._link.open(self._on_messages, self._on_exit)
+        self._link.send(self._start)
+        for stream, index in self._sequences.values():
+            self._link.send(stream.state.sequences[index].unfinished_request())
+        for callback in self.on_restart:
+            callback(reason)
+
+    def _die(self, reason: str) -> None:
+        self.error = reason
         self._settled.set()
         open_streams = dict.fromkeys(stream for stream, _ in self._sequences.values())
         self._sequences.clear()

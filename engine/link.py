@@ -30,6 +30,7 @@ class EngineLink:
 
     def __init__(self, command: list[str] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="vcli-", dir=_short_temporary_directory())  # mode 0700
+        self.command = command or module_command("engine.process")
         address = f"ipc://{self._directory.name}/engine.sock"
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
@@ -42,9 +43,7 @@ class EngineLink:
         self._wake_out.setblocking(False)
         # Started on the caller's thread: the engine ends when the thread that started it does. Its own session keeps
         # the terminal's Ctrl-C away from it.
-        self.process = subprocess.Popen(
-            [*(command or module_command("engine.process")), address], env=module_environment(), start_new_session=True
-        )
+        self.process = subprocess.Popen([*self.command, address], env=module_environment(), start_new_session=True)
         self._thread: threading.Thread | None = None
 
     def open(self, on_messages: Callable[[list[messages.FromEngine]], None], on_exit: Callable[[int], None]) -> None:

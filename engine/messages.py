@@ -30,6 +30,7 @@ class AddRequest(Message):
     cache_salt: str = ""  # prefix blocks are shared only between requests of the same salt
     leader_id: str = ""  # the first of the n sequences of one prompt: they share its blocks in any case
     arrival_time: float = 0.0  # time.monotonic()
+    output_token_ids: list[int] = []  # what it has given already, to an engine that is gone: it goes on behind them
 
 
 class Abort(Message):

@@ -6,6 +6,8 @@ to know about a request in flight (prompt, parameters, what it has given so far)
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine.detokenizer import Detokenizer
 from engine.messages import AddRequest, TokenLogprob, TokenOutput
 from engine.sampling_params import SamplingParams
@@ -107,6 +109,10 @@ class SequenceState:
             stop_reason=self.stop_reason,
             prompt_logprobs=output.prompt_logprobs,
         )
+
+    def unfinished_request(self) -> AddRequest:
+        """What makes another engine go on where this sequence is."""
+        return msgspec.structs.replace(self.request, output_token_ids=self.token_ids)
 
     def result(self) -> CompletionOutput:
         has_logprobs = self.request.params.logprobs is not None

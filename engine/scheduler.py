@@ -71,7 +71,7 @@ class Scheduler:
         )
         request = Request(
             request_id=message.request_id,
-            token_ids=array("i", message.prompt_token_ids),
+            token_ids=array("i", message.prompt_token_ids + message.output_token_ids),
             prefix=PrefixHashes(salt, self.block_size),
             num_prompt_tokens=num_prompt_tokens,
             params=message.params,

@@ -49,7 +49,7 @@ def serve(socket: zmq.Socket) -> None:
                 break
             if isinstance(message, messages.AddRequest):
                 running[message.request_id] = message
-                given[message.request_id] = 0
+                given[message.request_id] = len(message.output_token_ids)
         time.sleep(0.005)
         outputs = [step(socket, request, given) for request in running.values()]
         for output in outputs:

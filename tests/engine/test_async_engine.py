@@ -284,6 +284,24 @@ def test_the_engines_death_reaches_every_open_stream(folder: Path, command: int,
     run(story())
 
 
+def test_streams_go_on_in_the_next_engine(folder: Path):
+    async def story() -> None:
+        async with running(folder) as engine:
+            prompts = [[2 + i, 3 + i] for i in range(20)]
+            streams = [asyncio.create_task(collect(engine.submit(each, params(max_tokens=60)))) for each in prompts]
+            for number in (1, 2, 3):
+                await asyncio.sleep(0.1)
+                assert engine._link is not None
+                engine._link.kill()
+                await until(lambda number=number: engine.num_restarts == number and not engine.is_restarting)
+            for prompt, deltas in zip(prompts, await asyncio.gather(*streams), strict=True):
+                assert [token for delta in deltas for token in delta.token_ids] == prompt * 30
+                assert [delta.num_cached_tokens for delta in deltas] == [5] * len(deltas)
+            assert engine.error is None
+
+    run(story())
+
+
 @pytest.mark.parametrize(("mode", "words"), [("dies loading", "exit code 3"), ("fails loading", "no such model: /")])
 def test_an_engine_that_dies_while_loading_says_why(folder: Path, mode: str, words: str):
     async def story() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -220,3 +221,35 @@ def test_an_fp8_cache_holds_twice_the_tokens_and_changes_little(tiny_checkpoint)
 def test_batch_invariance_is_refused_where_there_is_none(tiny_checkpoint):
     with pytest.raises(UserError, match=r"--batch-invariant needs a Hopper GPU"):
         make_core(tiny_checkpoint("llama"), batch_invariant=True)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 5, "top_p": 0.9},
+        {"temperature": 0.8, "seed": 6, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"temperature": 1.0, "seed": 7, "min_tokens": 15, "stop_token_ids": list(range(64)), "logprobs": 2},
+    ],
+    ids=["greedy", "seeded", "penalties", "stops"],
+)
+@pytest.mark.parametrize("num_given", [1, 15, 16, 18])
+def test_a_request_goes_on_where_another_engine_left_it(tiny_checkpoint, params: dict, num_given: int):
+    folder = tiny_checkpoint("llama")
+    sampling = SamplingParams(**{"max_tokens": NUM_TOKENS, "ignore_eos": True} | params)
+    request = AddRequest("a", list(range(5, 25)), sampling)
+
+    def outputs(given: list[int]) -> list[TokenOutput]:
+        core = make_core(folder)
+        core.add(msgspec.structs.replace(request, output_token_ids=given))
+        return list(run(core))
+
+    whole = outputs([])
+    tokens = [token for output in whole for token in output.token_ids]
+    num_given = min(num_given, len(tokens) - 1)
+    rest = outputs(tokens[:num_given])
+
+    assert [token for output in rest for token in output.token_ids] == tokens[num_given:]
+    assert rest[-1].finish_reason == whole[-1].finish_reason
+    for before, after in zip(whole[num_given:], rest, strict=True):
+        assert [each.token_id for each in before.logprobs or []] == [each.token_id for each in after.logprobs or []]

@@ -54,7 +54,7 @@ def main(address: str) -> None:
                     socket.close(linger=1000)
                     sys.exit(1)
                 requests[message.request_id] = message
-                done[message.request_id] = 0
+                done[message.request_id] = len(message.output_token_ids)
         if requests:
             time.sleep(float(os.environ.get("FAKE_STEP_S", "0.001")))
             running = list(requests.values())[: config["max_num_seqs"]]

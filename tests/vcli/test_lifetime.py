@@ -10,6 +10,8 @@ import httpx
 import psutil
 import pytest
 
+from tests.vcli.conftest import Server
+
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "a b c", "max_tokens": 100, "ignore_eos": True}
 
@@ -106,10 +108,36 @@ def test_dead_engine_ends_open_requests_and_the_process_with_its_cause(start_ser
     assert cause in server.log.strip().splitlines()[-1]
 
 
-def test_killed_engine_is_noticed_without_any_request(start_server):
-    server = start_server().wait_ready()
+def kill_engine(server: Server) -> None:
     [engine] = psutil.Process(server.process.pid).children()
     engine.kill()
+
+
+def test_an_engine_that_dies_is_replaced_and_streams_go_on(start_server):
+    server = start_server(FAKE_STEP_S="0.02", FAKE_LOAD_S="0.5").wait_ready()
+    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        kill_engine(server)
+        server.wait_until(lambda: server.get("/ready").json()["status"] == "restarting")
+        assert server.get("/health").status_code == 200
+        late = server.post(COMPLETIONS, json=LONG | {"max_tokens": 5})  # it waits for the new engine
+        events = [line for line in lines if line]
+    text = "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-1])
+    whole = server.post(COMPLETIONS, json=LONG).json()["choices"][0]["text"]
+    assert whole.endswith(text), "nothing lost, nothing twice"
+    assert len(text.split()) == len(whole.split()) - 1, "all but the first token, which came before"
+    assert late.status_code == 200
+    assert server.metric("vcli:engine_restarts_total") == 1
+    assert "ended by SIGKILL (often the system's answer to too little memory); the engine starts again: 1" in server.log
+
+
+def test_an_engine_that_keeps_dying_ends_the_server(start_server):
+    server = start_server("--max-restarts", "1").wait_ready()
+    kill_engine(server)
+    server.wait_until(lambda: server.metric("vcli:engine_restarts_total") == 1)
+    server.wait_ready()
+    kill_engine(server)
     assert server.process.wait(20) == 1
     assert "SIGKILL" in server.log.strip().splitlines()[-1]
 

@@ -100,6 +100,9 @@ class Endpoints:
         if engine.ready is None:
             stage, fraction = engine.progress
             return _json({"status": "loading", "stage": stage, "percent": round(100 * fraction, 1)}, 503)
+        if engine.is_restarting:
+            stage, fraction = engine.progress
+            return _json({"status": "restarting", "stage": stage, "percent": round(100 * fraction, 1)}, 503)
         return _json({"status": "ready"})
 
     async def version(self, request: Request) -> Response:

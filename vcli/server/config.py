@@ -17,6 +17,9 @@ class ServerConfig:
     )
     chat_template: Annotated[Path | None, "file with a chat template to use instead of the model's"] = None
     max_queue: Annotated[int, "requests that may wait beyond those that run; more are told to come back later"] = 1024
+    max_restarts: Annotated[
+        int, "how often an engine that dies is started again within a minute, its streams kept; then the server ends"
+    ] = 3
     drain_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
     explain_startup: Annotated[bool, "when ready, print how long each part of the start took"] = False
     uvicorn_log_level: Annotated[
@@ -29,3 +32,5 @@ class ServerConfig:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue must not be negative, got {self.max_queue}")
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts must not be negative, got {self.max_restarts}")

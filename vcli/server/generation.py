@@ -168,9 +168,10 @@ class GenerationEndpoint(ABC):
         meter = self.service.metrics.meter()
         await streaming.start_events(send, reply.id)
         try:
-            async for prompt_index, deltas in streaming.interleave(streams):
-                meter.on_deltas(prompt_index, deltas)
-                await streaming.send_events(send, b"".join([reply.event(prompt_index, delta) for delta in deltas]))
+            async with streaming.kept_alive(send):
+                async for prompt_index, deltas in streaming.interleave(streams):
+                    meter.on_deltas(prompt_index, deltas)
+                    await streaming.send_events(send, b"".join([reply.event(prompt_index, delta) for delta in deltas]))
             wants_usage = request.stream_options is not None and request.stream_options.include_usage
             tail = reply.usage_event() + DONE if wants_usage else DONE
         except EngineDeadError as error:

@@ -1,8 +1,8 @@
 """The API process from its first moment to its exit code.
 
 HTTP answers at once, the engine loads beside it. SIGTERM or SIGINT lets open requests finish and ends with 0, a second
-signal ends at once; when the engine dies its cause is the last thing said, and the exit code is 1. What always holds:
-this process owns the engine's, and never ends before it.
+signal ends at once; when the engine keeps dying its cause is the last thing said, and the exit code is 1. What always
+holds: this process owns the engine's, and never ends before it.
 """
 
 import asyncio
@@ -66,11 +66,14 @@ class Lifetime:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.engine = AsyncEngine(plan.engine, link=plan.link, timeline=plan.timeline)
+        self.engine = AsyncEngine(
+            plan.engine, link=plan.link, timeline=plan.timeline, max_restarts=plan.server.max_restarts
+        )
         admission = Admission(plan.server.max_queue)
         metrics = Metrics(plan.model_name, self.engine, lambda: admission.rejections)
         self.engine.on_step.append(metrics.on_step)
         self.engine.on_finish.append(metrics.on_finish)
+        self.engine.on_restart.append(self._report_restart)
         self.service = Service(
             config=plan.server,
             engine=self.engine,
@@ -144,6 +147,11 @@ class Lifetime:
         self._signalled.set()
         if len(self.signals) > 1:
             self._hurry.set()
+
+    def _report_restart(self, reason: str) -> None:
+        num_open = self.engine.num_unfinished
+        waiting = f": {num_open} sequences go on then" if num_open else ""
+        console.print(f"vcli: {reason}; the engine starts again{waiting}", markup=False)
 
     def _report(self) -> None:
         now, ready = time.time(), self.engine.ready

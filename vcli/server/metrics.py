@@ -121,6 +121,7 @@ class _StateCollector(Collector):
         yield self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_cache_queries)
         yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_cache_hits)
         yield self._counter("num_preemptions", "Sequences that gave their blocks up for others.", stats.num_preemptions)
+        yield self._counter("engine_restarts", "Engines started after one that died.", self._engine.num_restarts)
         rejections = CounterMetricFamily(
             "vcli:admission_rejections", "Requests turned away at the door.", labels=["model_name", "reason"]
         )

@@ -13,6 +13,24 @@ from starlette.types import Receive, Send
 from engine.async_engine import RequestStream
 from engine.outputs import OutputDelta
 
+KEEP_ALIVE_S = 15.0
+
+
+@contextlib.asynccontextmanager
+async def kept_alive(send: Send) -> AsyncIterator[None]:
+    """While the block runs, send a comment now and then: a silent stream is not to be taken for a dead one."""
+
+    async def comment() -> None:
+        while True:
+            await asyncio.sleep(KEEP_ALIVE_S)
+            await send_events(send, b": still here\n\n")
+
+    task = asyncio.create_task(comment())
+    try:
+        yield
+    finally:
+        task.cancel()
+
 
 @contextlib.asynccontextmanager
 async def abort_at_disconnect(receive: Receive, streams: Sequence[RequestStream]) -> AsyncIterator[None]:
