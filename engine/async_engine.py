@@ -48,10 +48,12 @@ class AsyncEngine:
         link: EngineLink | None = None,
         timeline: Timeline | None = None,
         max_restarts: int = 3,
+        step_timeout_s: float = 60.0,
     ) -> None:
         """link, timeline: of an engine process that was started already, and of what has happened so far.
 
         max_restarts: how often an engine that dies is replaced within a minute; then it is given up.
+        step_timeout_s: an engine that has work and is silent for so long is taken for dead.
         """
         self.config = config
         self.progress: tuple[str, float] = ("starting", 0.0)
@@ -73,6 +75,9 @@ class AsyncEngine:
         self._is_closing = False
         self._max_restarts = max_restarts
         self._recent_restarts: list[float] = []  # by time.monotonic()
+        self._step_timeout_s = step_timeout_s
+        self._last_sign = 0.0  # of life, or of new work, by time.monotonic()
+        self._watch: asyncio.Task[None] | None = None
         self._start: messages.Start | None = None  # what the first engine was told
         self._seeds = random.Random(config.seed)
         self._sequences: dict[str, tuple[RequestStream, int]] = {}  # by the engine's request id; index among its n
@@ -82,6 +87,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._link = self._link or EngineLink()
         self._link.open(self._on_messages, self._on_exit)
+        self._watch = self._loop.create_task(self._watch_steps())
         self.timeline.begin("api", "loading the tokenizer")
         # Not the loop's own pool of threads: a download must not keep the process from ending.
         threading.Thread(target=self._load, args=[self._link], name="loading", daemon=True).start()
@@ -133,6 +139,8 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
         )
+        if not self._sequences:
+            self._last_sign = time.monotonic()
         state = RequestState(request_id or engine_id, prompt or None, requests, self.tokenizer)
         stream = RequestStream(self, state)
         for index, request in enumerate(requests):
@@ -145,6 +153,8 @@ class AsyncEngine:
         if self._link is None:
             return
         self._is_closing = True
+        if self._watch is not None:
+            self._watch.cancel()
         self._failure = self._failure or "the engine was shut down"
         wait_s = 5.0 if self.ready else 0.0  # an engine that loads its model hears nothing
         await asyncio.to_thread(self._link.close, wait_s)
@@ -197,6 +207,7 @@ class AsyncEngine:
     # On the link's thread.
 
     def _on_messages(self, received: list[messages.FromEngine]) -> None:
+        self._last_sign = time.monotonic()
         deltas: dict[RequestStream, list[OutputDelta]] = {}
         controls: list[messages.FromEngine] = []
         for message in received:
@@ -282,6 +293,15 @@ class AsyncEngine:
         else:
             self._recent_restarts.append(now)
             self._restart(reason)
+
+    async def _watch_steps(self) -> None:
+        """End an engine that has work and makes no step; another one takes its place."""
+        while True:
+            await asyncio.sleep(self._step_timeout_s / 10)
+            silence_s = time.monotonic() - self._last_sign
+            if self._sequences and self._engine_ready is not None and silence_s > self._step_timeout_s:
+                self._fail(f"the engine made no step for {silence_s:.0f} s")
+                self._engine_ready = None
 
     def _restart(self, reason: str) -> None:
         """Start another engine, and have it go on with every unfinished request."""

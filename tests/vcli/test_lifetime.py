@@ -129,7 +129,21 @@ def test_an_engine_that_dies_is_replaced_and_streams_go_on(start_server):
     assert len(text.split()) == len(whole.split()) - 1, "all but the first token, which came before"
     assert late.status_code == 200
     assert server.metric("vcli:engine_restarts_total") == 1
-    assert "ended by SIGKILL (often the system's answer to too little memory); the engine starts again: 1" in server.log
+    assert "ended by SIGKILL (often the system's answer to too little memory); the engine starts again (1" in server.log
+
+
+def test_an_engine_that_hangs_is_replaced(start_server):
+    server = start_server("--step-timeout", "1s", FAKE_STEP_S="0.02").wait_ready()
+    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        [engine] = psutil.Process(server.process.pid).children()
+        engine.suspend()
+        events = [line for line in lines if line]
+    assert events[-1] == "data: [DONE]"
+    assert "the engine made no step for 1 s; the engine starts again (1 unfinished sequences)" in server.log
+    time.sleep(1.5)  # an engine without work is silent, and lives
+    assert server.metric("vcli:engine_restarts_total") == 1
 
 
 def test_an_engine_that_keeps_dying_ends_the_server(start_server):

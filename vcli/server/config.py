@@ -20,6 +20,9 @@ class ServerConfig:
     max_restarts: Annotated[
         int, "how often an engine that dies is started again within a minute, its streams kept; then the server ends"
     ] = 3
+    step_timeout_s: Annotated[
+        float, "an engine that has requests and makes no step for so long is taken for dead, and started again"
+    ] = 60.0
     drain_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
     explain_startup: Annotated[bool, "when ready, print how long each part of the start took"] = False
     uvicorn_log_level: Annotated[
@@ -32,5 +35,7 @@ class ServerConfig:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue must not be negative, got {self.max_queue}")
+        if not self.step_timeout_s > 0:
+            raise ValueError(f"step_timeout must be more than 0, got {self.step_timeout_s:g}")
         if self.max_restarts < 0:
             raise ValueError(f"max_restarts must not be negative, got {self.max_restarts}")

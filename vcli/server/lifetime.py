@@ -67,7 +67,11 @@ class Lifetime:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.engine = AsyncEngine(
-            plan.engine, link=plan.link, timeline=plan.timeline, max_restarts=plan.server.max_restarts
+            plan.engine,
+            link=plan.link,
+            timeline=plan.timeline,
+            max_restarts=plan.server.max_restarts,
+            step_timeout_s=plan.server.step_timeout_s,
         )
         admission = Admission(plan.server.max_queue)
         metrics = Metrics(plan.model_name, self.engine, lambda: admission.rejections)
@@ -150,8 +154,7 @@ class Lifetime:
 
     def _report_restart(self, reason: str) -> None:
         num_open = self.engine.num_unfinished
-        waiting = f": {num_open} sequences go on then" if num_open else ""
-        console.print(f"vcli: {reason}; the engine starts again{waiting}", markup=False)
+        console.print(f"vcli: {reason}; the engine starts again ({num_open} unfinished sequences)", markup=False)
 
     def _report(self) -> None:
         now, ready = time.time(), self.engine.ready
