@@ -126,7 +126,8 @@ class ModelRunner:
         for new in batch.new_rows:
             self._set_row(new)
         requests = batch.requests
-        if all(request.num_tokens == 1 and request.samples for request in requests) and not self._asks_prompts(batch):
+        are_decodes = _num_decodes(batch) == len(requests) and all(request.samples for request in requests)
+        if are_decodes and not self._asks_prompts(batch):
             logits, best = self._run_decodes(requests)
             return self._draw(requests, logits, best, {})
         sampled = [request for request in requests if request.samples]
@@ -210,13 +211,11 @@ class ModelRunner:
         self, batch: ScheduledBatch, num_wanted: int | None
     ) -> tuple[Tensor, int, int, int | None, int, int, int]:
         """The arguments of `_forward_mixed` for a batch as it is."""
-        requests, new_rows = batch.requests, {new.row for new in batch.new_rows}
+        requests = batch.requests
         counts = [request.num_tokens for request in requests]
-        # A new request may share blocks with a prompt that is computed in this very step.
-        num_decodes = sum(request.num_tokens == 1 and request.row not in new_rows for request in requests)
         inputs = self._upload(self._mixed_inputs(requests, sum(counts), len(requests)))
         longest = max(request.start + request.num_tokens for request in requests)
-        return inputs, sum(counts), len(requests), num_wanted, num_decodes, max(counts), longest
+        return inputs, sum(counts), len(requests), num_wanted, _num_decodes(batch), max(counts), longest
 
     def _mixed_inputs(self, requests: list[ScheduledRequest], num_tokens: int, num_requests: int) -> np.ndarray:
         """What `_forward_mixed` needs of each token and request, int32, filled up to num_tokens and num_requests.
@@ -362,6 +361,15 @@ class ModelRunner:
     def _upload(self, values: list[int] | np.ndarray) -> Tensor:
         host = torch.from_numpy(np.asarray(values, dtype=np.int32))
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+
+def _num_decodes(batch: ScheduledBatch) -> int:
+    """How many requests, the batch's first, have one token each and all before it cached by earlier steps.
+
+    No new one: it may share blocks with a request whose tokens there are computed in this very step.
+    """
+    new_rows = {new.row for new in batch.new_rows}
+    return sum(request.num_tokens == 1 and request.row not in new_rows for request in batch.requests)
 
 
 def _to_messages(token_ids: list[int], logprobs: Logprobs, num_top: list[int]) -> list[TokenLogprob]:

@@ -182,6 +182,21 @@ def test_the_last_token_of_a_prompt_that_the_same_step_computes_is_no_decode(tin
     assert batches[-1].num_decodes == 1
 
 
+def test_a_new_request_is_no_decode_though_every_request_of_the_step_has_one_token(tiny_checkpoint, monkeypatch):
+    """The last token of one prompt fills a block, which the next prompt finds while it is on its way."""
+    core, batches = make_core(tiny_checkpoint("llama"), max_num_batched_tokens=31), []
+    forward = core.worker.model.forward
+    monkeypatch.setattr(core.worker.model, "forward", lambda batch: batches.append(batch) or forward(batch))
+    params, prompt = SamplingParams(temperature=0.0, max_tokens=3), list(range(3, 35))
+    core.add(AddRequest("first", prompt, params))
+    core.step()
+    core.add(AddRequest("second", [*prompt, 7], params))
+    core.step()
+    assert batches[-1].query_start.diff().tolist() == [1, 1]
+    assert batches[-1].context_lens.tolist() == [32, 33]
+    assert batches[-1].num_decodes == 1
+
+
 def test_padded_batches_draw_the_same_tokens(tiny_checkpoint, monkeypatch):
     folder = tiny_checkpoint("llama")
     options = {"max_num_batched_tokens": 40, "max_prefill_chunk": 30, "kv_cache_memory": 3 << 15}
