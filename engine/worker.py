@@ -14,7 +14,7 @@ from engine.hub import resolve_model
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner, StepResult
 from engine.models import build_model
-from engine.quantization.at_load import find_format
+from engine.quantization.at_load import find_format, schemes_of_layers
 from engine.sampling_params import SamplingParams
 from engine.step_clock import StepClock
 
@@ -67,8 +67,7 @@ class Worker:
             )
             self.model.load(ckpt)
             on_progress("compiling kernels", 0.0)
-            scheme = linear_format.scheme_of("model.layers.0.mlp.down_proj") if linear_format else None
-            schemes = [] if scheme is None else [scheme]
+            schemes = schemes_of_layers(linear_format, self.model_config.num_layers) if linear_format else []
             ops.warm_up(self.device, self.dtype, self.kv_dtype, self.model_config, schemes)
             if self.device.type == "cpu":
                 loading.close()  # it has no hands free, and its memory is known when the weights are in it

@@ -18,6 +18,10 @@ SCHEMES = {  # by --quantization
     "fp8": Scheme("float", 8, (1, ALL), rounds_inputs=True),
     "int8": Scheme("int", 8, (1, ALL), rounds_inputs=True),
 }
+LINEAR_LAYERS = (  # of a layer, and several of them in one
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj")),
+)
 ROWS_AT_A_TIME = 1024  # rounding takes several times the memory of what is rounded
 
 
@@ -38,6 +42,12 @@ def scheme_of_layers(config: ModelConfig, quantization: str, path: Path) -> Sche
     """What the weights of such a model's layers are; where they differ, those of the first layer's MLP."""
     form = find_format(config, quantization, path)
     return form.scheme_of("model.layers.0.mlp.down_proj") if form else None
+
+
+def schemes_of_layers(form: LinearFormat, num_layers: int) -> list[Scheme]:
+    """All kinds of weights in a model's layers: a checkpoint may have several, and leave some layers as they are."""
+    names = (f"model.layers.{layer}.{name}" for layer in range(num_layers) for name in LINEAR_LAYERS)
+    return list(dict.fromkeys(scheme for scheme in map(form.scheme_of, names) if scheme is not None))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ def warm_up(
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     heads_per_kv = num_heads // num_kv_heads
-    builds = list(model_builds(kernels.arch(index), dtype, head_dim, heads_per_kv, masks, kv_dtype, schemes))
+    builds = list(  # once each: schemes share some
+        dict.fromkeys(model_builds(kernels.arch(index), dtype, head_dim, heads_per_kv, masks, kv_dtype, schemes))
+    )
     cubins(builds)
     for build in builds:
         launcher.load(build, index)
