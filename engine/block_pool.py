@@ -59,7 +59,8 @@ class BlockPool:
 
     def _recall(self, prefix: PrefixHashes, token_ids: array[int], most: int) -> bool:
         """Fill in the hashes of the longest known prefix, few of them worked out: its end is looked for in ever smaller
-        steps, and a known block tells the hash of the one before. False if a block before the end is not known.
+        steps, and a known block tells the hash of the one before. False if a block before the end is not known, or none
+        at all: who waits for room, and is looked for in every step, is not hashed anew in each.
         """
         words, num_blocks, hasher, last = prefix.bytes_of(token_ids), 0, prefix.hasher, prefix.seed
         step = 1 << most.bit_length()
@@ -77,7 +78,7 @@ class BlockPool:
             hashes.append(last)
             last = self._hash_before[last]
         prefix.hashes, prefix.hasher = hashes[::-1], hasher
-        return True
+        return bool(hashes)
 
     def share(self, block_ids: Iterable[int]) -> None:
         """Add an owner to blocks found in the prefix cache."""

@@ -84,6 +84,16 @@ def test_blocks_behind_a_forgotten_one_are_not_found():
     pool.check()
 
 
+def test_an_unknown_prompt_is_hashed_once_however_often_it_is_looked_for():
+    pool, tokens = BlockPool(num_blocks=8, block_size=4), list(range(32))
+    prefix = PrefixHashes("", block_size=4)
+    assert pool.find(prefix, array("i", tokens), 7) == []
+    assert prefix.hashes == hashed(tokens).hashes
+    blocks = pool.allocate(3)
+    remember(pool, blocks, tokens)  # meanwhile
+    assert pool.find(prefix, array("i", tokens), 7) == blocks
+
+
 def test_hashes_depend_on_the_whole_prefix_and_the_salt():
     assert hashed([1, 2, 3, 4, 5, 6, 7, 8]).hashes[1] != hashed([0, 2, 3, 4, 5, 6, 7, 8]).hashes[1]
     assert hashed([1, 2, 3, 4]).hashes[0] != hashed([1, 2, 3, 4], salt="tenant").hashes[0]
