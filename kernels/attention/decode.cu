@@ -6,12 +6,13 @@
 // list that is cut is joined by whoever finishes its last piece; short lists, and the ends of long ones, are not cut off.
 //
 // Inside, some warps copy the blocks' keys and values to a ring in shared memory, as far ahead as it has room, over the ends
-// of lists (one warp alone would not start copies fast enough); the other warps take blocks from it in turns, and meet where a piece of a list ends. Keys and values are the left
-// operand of the products and the up to 8 query heads that share them the right one: scores are [16 keys, 8 heads], and the
-// output [kHeadDim, 8 heads] stays in registers. Bound by bytes: the keys and values of the context, once.
+// of lists (one warp alone would not start copies fast enough); the other warps take blocks from it in turns, and meet where a
+// piece of a list ends. Keys and values are the left operand of the products and the up to 8 query heads that share them the
+// right one (twice, where there are more): scores are [16 keys, 8 heads], and the output [kHeadDim, 8 heads] stays in
+// registers. Bound by bytes: the keys and values of the context, once.
 //
-// All keys but a token's newest were written before the step began: they are copied while the kernel launched before this one
-// may still run. The blocks with the newest keys, and the queries, wait for it.
+// All keys but a token's newest were written before the step began (model_runner.py sees to it): they are copied while the
+// kernel launched before this one may still run. The blocks with the newest keys, and the queries, wait for it.
 //
 // Built with SCALAR (bf16 or f16), CACHED (the cache's type: SCALAR, or e4m3), HEAD_DIM (a multiple of 16), GROUP (query heads
 // a block of threads takes, up to 16; with more of them to a KV head, several share it), WARPS (that compute) and STAGES.

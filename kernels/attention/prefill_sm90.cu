@@ -15,8 +15,8 @@
 // grid goes on with shares of the rows of each such item, and whoever takes one waits for the last part. So parts come first,
 // then whole items, then what joins the parts.
 //
-// The result of a row of a whole item depends on its own query and context alone, bit for bit: tiles begin at multiples of kKeys
-// of the context, are taken one after the other, and what a row does not see adds exact zeros.
+// The result of a row of a whole item depends on its own query and context alone, bit for bit: tiles begin at multiples of
+// kKeys of the context, are taken one after the other, and what a row does not see adds exact zeros.
 //
 // Shared memory: tiles in panels of 64 numbers of the head, as tensor cores read them (ptx_sm90.cuh).
 // From an e4m3 cache, a warpgroup of its own brings keys and values, and widens them on their way to shared memory.
@@ -188,6 +188,8 @@ struct Plan {
   }
 };
 
+// Who joins parts waits for them, and they do come: they were taken before, by blocks that run, or are the first units of blocks
+// with a lower index, which the GPU starts first.
 __device__ inline void hand_out_items(Shared& shared, const Batch& batch, bool may_cut) {
   const int lane = threadIdx.x % 32;
   const Plan plan(batch, may_cut);

@@ -75,7 +75,8 @@ struct alignas(64) TensorMap { u64 words[16]; };
 // Bring the view itself near, before it is used.
 __device__ inline void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
-// Start the copy of one box of the matrix, whose first number is at (row, column), to a 1024-byte boundary.
+// Start the copy of one box of the matrix, whose first number is at (row, column), to a boundary of 1024 bytes, or of 128 where
+// it comes as it is.
 __device__ inline void copy_box(void* shared, const TensorMap& map, int row, int column, Barrier& barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier)) : "memory");

@@ -30,9 +30,9 @@ using Sum = SumOf<Stored>;
 constexpr int kRows = ROWS;
 constexpr int kOctets = kRows / 8;
 constexpr int kStagingRows = kRows < 64 ? kRows : 64;  // rows of y that a warpgroup writes at a time
-constexpr int kMostStages = 32;
-constexpr int kPanelRowBytes = 128;  // 64 inputs
-constexpr int kRowUnitsAtOnce = 8;            // walked for each tile of outputs: they stay in the L2 cache
+constexpr int kMostStages = 32;          // as in gemm.py
+constexpr int kPanelRowBytes = 128;      // 64 inputs
+constexpr int kRowUnitsAtOnce = 8;       // walked for each tile of outputs: they stay in the L2 cache
 
 struct Problem {
   const TensorMap &weight_map, &x_map;
@@ -51,8 +51,9 @@ struct Problem {
 
 // Two warpgroups compute: kGroups with kParts times 64 outputs each. Where that is one, they take turns at its steps: a step
 // takes longer from its beginning to its end than its products keep the tensor cores busy. The number of stages is even then,
-// and four at least: a barrier's phases are told apart by parity, so one warpgroup has to wait for all of them. Gated: part 0 holds gates, part 1
-// the ups for them. kPanels: of 64 inputs, 128 bytes, in a stage.
+// and four at least: a barrier's phases are told apart by parity, so one warpgroup has to wait for all of them.
+//
+// Gated: part 0 holds gates, part 1 the ups for them. kPanels: of 64 inputs, 128 bytes, in a stage.
 template <int kGroups, int kParts, int kPanels> struct Multiplication {
   static constexpr int kDepth = 64 * kPanels;
   static constexpr int kTurns = 2 / kGroups;

@@ -19,7 +19,6 @@ MAX_SPLITS = 128  # of one context, as in attention/decode_any.cu
 MAX_GRID = 1024  # as in attention/decode.cu and attention/prefill_sm90.cu
 COPY_WARPS = 4  # as in attention/decode.cu
 
-
 _is_batch_invariant = False
 
 

@@ -1,4 +1,5 @@
-"""Matrix products: gemm/few_rows.cu for up to 16 rows, gemm/many_rows.cu on Hopper beyond, cuBLAS for the rest."""
+"""Matrix products: gemm/few_rows.cu for up to 16 rows (on Hopper some of up to 32), gemm/many_rows.cu on Hopper beyond,
+where it is faster than cuBLAS, and cuBLAS for the rest."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

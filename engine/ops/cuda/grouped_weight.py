@@ -92,16 +92,14 @@ def _pack_numbers(numbers: Tensor, chunks: int, bits: int) -> Tensor:
     if (sixteens * OUTPUTS, chunks * CHUNK) != (out, inputs):
         numbers = torch.nn.functional.pad(numbers, (0, chunks * CHUNK - inputs, 0, sixteens * OUTPUTS - out))
     if bits == 4:
-        split = (
-            (numbers + 8).view(torch.uint8).view(sixteens, 2, 8, chunks, 4, 2, 4, 2)
-        )  # 16s, half, row, chunk, product,
-        low, high = split.unbind(1)  # eight, pair, odd
+        # 16s, half, row, chunk, product, eight, pair, odd
+        split = (numbers + 8).view(torch.uint8).view(sixteens, 2, 8, chunks, 4, 2, 4, 2)
+        low, high = split.unbind(1)
         order = (low | high << 4).permute(0, 2, 1, 5, 3, 6, 4)  # 16s, chunk, row, pair, product, odd, eight
         octets = order.reshape(sixteens, chunks, 1, 32, 16)
     else:
-        split = numbers.view(torch.uint8).view(
-            sixteens, 2, 8, chunks, 2, 2, 2, 4, 2
-        )  # ..., piece, product, eight, pair, odd
+        # 16s, half, row, chunk, piece, product, eight, pair, odd
+        split = numbers.view(torch.uint8).view(sixteens, 2, 8, chunks, 2, 2, 2, 4, 2)
         order = split.permute(0, 3, 4, 2, 7, 5, 6, 8, 1)  # 16s, chunk, piece, row, pair, product, eight, odd, half
         octets = order.reshape(sixteens, chunks, 2, 32, 16)
     return octets.contiguous().view(torch.int32)
