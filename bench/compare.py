@@ -21,7 +21,7 @@ from bench.environment import environment, gpu_memory_used
 from bench.load import Load
 from bench.metrics import DEFINITIONS as METRIC_DEFINITIONS
 from bench.result import BenchResult
-from bench.run import serving_requests, short_name, token_requests, workload
+from bench.run import model_name, serving_requests, token_requests, workload
 from bench.server import OnProgress
 from bench.workloads import BenchRequest, as_text
 from engine.config import EngineConfig
@@ -38,8 +38,8 @@ DEFINITIONS = METRIC_DEFINITIONS | {
     "median": "over all trials of an engine",
     "interval": "from the smallest to the largest trial; of nine or more, between those that hold the median with 95 %",
     "ratio": "of an engine's figure to the first engine's on the same requests, median over the trials",
-    "start": "from starting the process to its first success on the path that says it is ready, median",
-    "memory": "after the trials: of all processes of the server or, with a GPU, what is used of it",
+    "start": "from starting the process to its first success on the path that says it is ready, median; not of a URL",
+    "memory": "after the trials: of all processes of the server or, with a GPU, what is used of it; not of a URL",
 }
 
 
@@ -103,11 +103,11 @@ def run_compare(
         own_rounds = rounds[start * options.trials : (start + 1) * options.trials]
         for row in rows if start % 2 == 0 else rows[::-1]:
             if row.status == "measured":
-                _measure(row, own_rounds, load, on_progress)
+                _measure(row, own_rounds, load, engine.device, on_progress)
     first = rows[0]
     return BenchResult(
         kind="compare",
-        model=short_name(engine.model) if engine.model else path.stem,
+        model=model_name(engine),
         workload=workload(engine, trial, rounds[0][0], load),
         metrics={
             "reference": first.engine.name,
@@ -197,29 +197,35 @@ def _both_forms(
 
 
 def _measure(
-    row: Measured, rounds: list[tuple[list[BenchRequest], list[BenchRequest]]], load: Load, on_progress: OnProgress
+    row: Measured,
+    rounds: list[tuple[list[BenchRequest], list[BenchRequest]]],
+    load: Load,
+    device: str,
+    on_progress: OnProgress,
 ) -> None:
     """One start of one engine. What goes wrong is its row's to say."""
     begin, name = time.monotonic(), row.engine.name
     try:
         with row.engine.start(lambda stage, share: on_progress(f"{name} starts: {stage}", share)) as run_trial:
-            row.start_s.append(time.monotonic() - begin)
+            if not row.engine.is_running:
+                row.start_s.append(time.monotonic() - begin)
             for index, (ids, texts) in enumerate(rounds):
                 on_progress(f"{name}: trial {index + 1} of {len(rounds)}", index / len(rounds))
                 trial = run_trial(ids if row.engine.takes_token_ids else texts, load)
                 if not trial.metrics["completed"]:
                     raise UserError(", ".join(trial.metrics["errors"]))
                 row.trials.append(trial)
-            row.memory_bytes = max(row.memory_bytes or 0, _memory_used()) or None
+            if not row.engine.is_running:
+                row.memory_bytes = max(row.memory_bytes or 0, _memory_used(device)) or None
     except NotInstalledError as error:
         row.status, row.reason = "missing", str(error)
     except UserError as error:
         row.status, row.reason, row.trials = "failed", " ".join(str(error).split()), []
 
 
-def _memory_used() -> int:
+def _memory_used(device: str) -> int:
     """Bytes: of the GPU, or of the processes that this one has started, pages they share counted once."""
-    if (used := gpu_memory_used()) is not None:
+    if device != "cpu" and (used := gpu_memory_used()) is not None:
         return used
     total = 0
     for process in psutil.Process().children(recursive=True):

@@ -24,7 +24,7 @@ from bench.baseline import running_baseline
 from bench.environment import ROOT, git_revision, gpus
 from bench.gguf_folder import folder_of, make_folder
 from bench.load import Load
-from bench.run import baseline_model, baseline_task, run_async
+from bench.run import baseline_model, baseline_task, run_async, served_model
 from bench.server import HOST, OnProgress, answers, free_port, running_process, running_server
 from bench.workloads import BenchRequest
 from engine.config import EngineConfig
@@ -53,6 +53,7 @@ class Engine:
     command: str = ""  # that starts its server
     takes_token_ids: bool = True  # else prompts must be text
     note: str = ""  # what is not as with the others
+    is_running: bool = False  # already, started by somebody else
 
     @property
     def title(self) -> str:
@@ -136,7 +137,7 @@ def peer(name: str, engine: EngineConfig, environment: Path | None) -> Engine:
 def served_name(url: str, model: str) -> str:
     """What the server calls the model; a server that lists none goes by what it was started with."""
     try:
-        return str(run_async(serving.served_model(url))["id"])
+        return str(served_model(url)["id"])
     except UserError:
         return model
 
@@ -160,7 +161,7 @@ def transformers_generate(engine: EngineConfig) -> Engine:
 
 def at_url(url: str, api_key: str = "") -> Engine:
     """A server that runs already: it is not started, and not stopped."""
-    return Engine(url, lambda show: contextlib.nullcontext(_trials_at(url, api_key)))
+    return Engine(url, lambda show: contextlib.nullcontext(_trials_at(url, api_key)), is_running=True)
 
 
 def recording(name: str, trials: list[dict[str, Any]]) -> Engine:
@@ -199,7 +200,7 @@ def _served(
 
 
 def _trials_at(url: str, api_key: str = "", model: str = "", fields: dict[str, Any] | None = None) -> RunTrial:
-    name = model or str(run_async(serving.served_model(url, api_key))["id"])
+    name = model or str(served_model(url, api_key)["id"])
 
     def run_trial(requests: list[BenchRequest], load: Load) -> Trial:
         run = run_async(serving.measure(url, name, requests, load, api_key=api_key, extensions=fields))

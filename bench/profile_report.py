@@ -9,8 +9,7 @@ from bench.advice import Advice, Check, advise, in_words
 from bench.profile import GLUE, IDLE, Part, Profile
 from bench.report import Table
 from bench.result import BenchResult
-from bench.run import short_name
-from engine.hub import resolve_model
+from bench.run import model_name
 from engine.step_clock import STAGES
 
 BUSY_LOAD = 1.5  # load average for each core, of which the engine's own threads are 1
@@ -51,7 +50,7 @@ def describe(profile: Profile) -> str:
     rate = f"{profile.run.num_tokens / profile.run.seconds:,.0f} tok/s"
     drawn = f"{profile.run.output_tokens_per_s:,.0f} of them drawn"
     load = f"{shape}, {options.concurrency} at a time"
-    return f"{_model_name(profile)} · {load} · {profile.dtype} · {machine} · {rate}, {drawn}"
+    return f"{model_name(profile.engine)} · {load} · {profile.dtype} · {machine} · {rate}, {drawn}"
 
 
 def part_table(profile: Profile) -> Table:
@@ -123,7 +122,7 @@ def to_result(report: Report) -> BenchResult:
     options = profile.options
     return BenchResult(
         kind="profile",
-        model=_model_name(profile),
+        model=model_name(profile.engine),
         workload={
             "dataset": options.dataset if options.dataset == "random" else Path(options.dataset).name,
             "concurrency": options.concurrency,
@@ -187,7 +186,3 @@ def _check_values(report: Report) -> dict[str, Any] | None:
 
 def _part_values(part: Part) -> dict[str, Any]:
     return {**asdict(part), "ceiling_share": part.ceiling_share}
-
-
-def _model_name(profile: Profile) -> str:
-    return short_name(profile.engine.model or resolve_model("").stem)

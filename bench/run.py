@@ -64,7 +64,7 @@ def run_serving(
     on_progress: Callable[[serving.RunProgress], None],
 ) -> BenchResult:
     """Measure the server at `url`: the one at options.url, or one that runs `engine`."""
-    served = served_model(url, options)
+    served = served_model(url, options.api_key)
     name = engine.model if options.url and engine.model else str(served["id"])
     _check_lengths(requests, served.get("max_model_len"))
     load = make_load(options, requests, engine.seed)
@@ -112,9 +112,9 @@ def make_load(options: BenchConfig, requests: list[BenchRequest], seed: int) -> 
     return Load(options.batch_size if rate is None else None, rate, options.burstiness, options.duration_s, seed)
 
 
-def served_model(url: str, options: BenchConfig) -> dict[str, Any]:
+def served_model(url: str, api_key: str = "") -> dict[str, Any]:
     """What the server says of its model. Raises UserError when there is no server."""
-    return dict(run_async(serving.served_model(url, options.api_key)))
+    return dict(run_async(serving.served_model(url, api_key)))
 
 
 def serving_workloads(engine: EngineConfig, options: BenchConfig) -> list[list[BenchRequest]]:
@@ -131,7 +131,7 @@ def _points(engine: EngineConfig, options: BenchConfig) -> list[tuple[EngineConf
 
 def serving_requests(engine: EngineConfig, options: BenchConfig) -> list[BenchRequest]:
     if options.url:
-        root = served_model(options.url, options).get("root")
+        root = served_model(options.url, options.api_key).get("root")
         is_local = isinstance(root, str) and Path(root).exists()
         vocab_size = ModelConfig.from_path(Path(root)).vocab_size if root and is_local else SAFE_VOCAB_SIZE
         return make_requests(options, engine.seed, vocab_size)
@@ -167,7 +167,7 @@ def run_offline(
     torch.cuda.empty_cache()  # a baseline that follows in another process needs the room
     result = BenchResult(
         kind="throughput",
-        model=short_name(engine.model or path.stem),
+        model=model_name(engine),
         workload={
             **workload(engine, options, requests),
             "device": ready.device,
@@ -192,7 +192,6 @@ def run_latency(
     from bench import latency
     from engine.core import EngineCore
 
-    path = resolve_model(engine.model, engine.revision)
     core = EngineCore(replace(engine, skip_tokenizer_init=True), on_start)
     if options.input_len + options.output_len + 1 > core.ready.max_model_len:
         raise UserError(
@@ -215,7 +214,7 @@ def run_latency(
     described |= {"load_format": engine.load_format, "quantization": engine.quantization}
     return BenchResult(
         kind="latency",
-        model=short_name(engine.model or path.stem),
+        model=model_name(engine),
         workload=described,
         metrics={"rows": rows},
         environment=env,
@@ -294,6 +293,11 @@ def token_requests(requests: list[BenchRequest], path: Path, engine: EngineConfi
         return tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else request.prompt
 
     return [replace(request, prompt=token_ids(request), messages=None) for request in requests]
+
+
+def model_name(engine: EngineConfig) -> str:
+    """What a result calls the engine's model."""
+    return short_name(engine.model or resolve_model("").stem)
 
 
 def short_name(model: str) -> str:

@@ -50,26 +50,35 @@ def running_server(
 
 
 def own_address(port: int) -> list[str]:
-    """What a server that we start is told beside its model and settings."""
-    return ["--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s"]
+    """What a server that we start is told beside its model and settings.
+
+    It wants no key, also where VCLI_API_KEY holds one: that is for a server that somebody else started.
+    """
+    return ["--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s", "--api-key", ""]
 
 
 @contextlib.contextmanager
 def running_process(
     command: list[str], environment: dict[str, str], is_ready: Callable[[], bool], log_path: Path | None = None
 ) -> Iterator[None]:
-    """Any server: started, waited for until it is ready, and stopped with all its children."""
+    """Any server: started, waited for until it is ready, and stopped with all its children.
+
+    Raises UserError when it cannot be started, with the end of its log when it does not come up or dies.
+    """
     with _open_log(log_path) as log, _sigterm_as_exit():
-        # Its own session: Ctrl-C reaches us alone, and we stop the server in order.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=die_with_parent,  # the last resort, should this process end without coming to its `finally`
-        )
+        try:
+            # Its own session: Ctrl-C reaches us alone, and we stop the server in order.
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # the last resort, should this process end without its `finally`
+            )
+        except OSError as error:
+            raise UserError(f"{command[0]} cannot be started ({error.strerror})") from None
         try:
             while not is_ready():
                 _check_alive(process, log)

@@ -114,6 +114,24 @@ def test_an_engine_that_fails_or_is_missing_is_a_row_that_says_so(
     assert [row[-1].partition(":")[0] for row in report.engine_table(result)[1]] == ["failed", "", "missing"]
 
 
+def test_an_engine_whose_command_is_not_there_is_a_row_that_says_so(fake_environment: Path, tiny_checkpoint):
+    (fake_environment / "bin" / "lmdeploy").unlink()
+    engine = EngineConfig(model=str(tiny_checkpoint("llama")), device="cpu")
+
+    rows = compare_fakes(("lmdeploy", "sglang"), fake_environment, engine)
+
+    assert [row["status"] for row in rows.values()] == ["failed", "measured"]
+    assert rows["lmdeploy"]["reason"].endswith("bin/lmdeploy cannot be started (No such file or directory)")
+
+
+def test_of_a_server_that_runs_already_neither_start_nor_memory_is_told(fake_server, tiny_checkpoint):
+    options = CompareConfig(engines=(fake_server.url,), **SMALL)
+
+    [row] = run_compare(EngineConfig(model=str(tiny_checkpoint("llama"))), options, lambda config: []).engines or []
+
+    assert (row["status"], row["start_s"], row["memory_bytes"]) == ("measured", [], None)
+
+
 def test_engines_take_turns_and_are_compared_on_the_same_requests(monkeypatch: pytest.MonkeyPatch, tiny_checkpoint):
     order: list[str] = []
     asked: dict[str, list[Any]] = {"fast": [], "slow": []}
@@ -193,7 +211,7 @@ def test_the_default_model_is_compared_with_transformers_for_real(default_model,
     done = subprocess.run(
         [*command, *load, "--output", str(file), "--output", str(page)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VCLI_API_KEY": "of another server"},
         capture_output=True,
         text=True,
         timeout=280,
