@@ -26,12 +26,11 @@ from bench.environment import environment
 from bench.limits import Limit, Verdict, read_limits
 from bench.load import Load
 from bench.result import BenchResult
-from bench.run import serving_requests, short_name, workload
+from bench.run import model_name, served_model, serving_requests, short_name, workload
 from bench.server import OnProgress
 from bench.workloads import BenchRequest
 from engine.config import EngineConfig
 from engine.errors import UserError
-from engine.hub import resolve_model
 
 EXIT_CODES = {Verdict.FINE: 0, Verdict.REGRESSED: 3, Verdict.UNDECIDED: 4}
 STARTS = 2
@@ -107,6 +106,9 @@ class Gate:
                         self.reason = f"--budget {self.budget_s:g}s is spent"
             if verdict is not Verdict.REGRESSED:
                 break
+            if self.reason:  # an alarm, and no time to hear it again
+                verdict = Verdict.UNDECIDED
+                break
         self.verdict = verdict
         if verdict is not Verdict.UNDECIDED:
             self.reason = ""
@@ -173,11 +175,12 @@ def run_gate(
         return serving_requests(replace(engine, seed=engine.seed + index), options_of_trial)
 
     first = requests_of(0)  # what is wrong with them is said now
+    model = _model(engine, options, baseline)
     gate = Gate(*_engines(engine, options, baseline, serve_arguments), limits, options.budget_s)
     gate.run(requests_of, load, on_start, on_pair)
     return BenchResult(
         kind="gate",
-        model=short_name(engine.model) if engine.model else resolve_model("").stem,
+        model=model,
         workload=workload(engine, options_of_trial, first, load),
         metrics={
             "verdict": gate.verdict.value,
@@ -211,6 +214,15 @@ def _read_baseline(options: GateConfig, engine: EngineConfig) -> BenchResult:
     return result
 
 
+def _model(engine: EngineConfig, options: GateConfig, baseline: BenchResult) -> str:
+    """What is measured. Raises UserError where --baseline was of another model and nobody says that this is meant."""
+    model = short_name(str(served_model(options.url, options.api_key)["id"])) if options.url else model_name(engine)
+    is_meant = (engine.model or options.url) and options.against != "recorded"
+    if baseline.model not in ("", model) and not is_meant:
+        raise UserError(f"--baseline {options.baseline}: was of {baseline.model}, and this is {model}: give that MODEL")
+    return model
+
+
 def _trial(options: GateConfig, baseline: BenchResult) -> BenchConfig:
     """What is sent in each trial: as the flags say, then as the baseline was, then by default."""
     recorded = baseline.workload
@@ -224,6 +236,9 @@ def _trial(options: GateConfig, baseline: BenchResult) -> BenchConfig:
         input_len=options.input_len or recorded.get("input_len") or DEFAULT_INPUT_LEN,
         output_len=options.output_len or recorded.get("output_len") or DEFAULT_OUTPUT_LEN,
         range_ratio=recorded.get("range_ratio", 0.0),
+        prefix_len=recorded.get("prefix_len", 0),
+        num_prefixes=recorded.get("num_prefixes", 1),
+        turns=recorded.get("turns", 1),
         url=options.url,
         api_key=options.api_key,
     )
@@ -240,6 +255,8 @@ def _engines(
     if options.against == "recorded":
         return recording(f"{options.baseline}", _recorded_trials(options, baseline)), after
     if options.against == "transformers":
+        if baseline.workload.get("turns", 1) > 1:
+            raise UserError(f"--baseline {options.baseline}: has turns, and a batch of transformers' has no next turn")
         return transformers_generate(engine), after
     if "://" in options.against:
         return at_url(options.against, options.api_key), after

@@ -11,13 +11,13 @@ from typing import Any, Self
 from bench.metrics import DEFINITIONS
 from engine.errors import UserError
 
-KINDS = ("serving", "throughput")  # "sweep" has several of them
+KINDS = ("serving", "throughput")  # a run, with a server or without: a row of the README's table
 BLOCKS = ("workload", "baseline", "floor", "environment", "definitions", "trials", "engines")
 
 
 @dataclass
 class BenchResult:
-    kind: str = ""  # one of KINDS, or "sweep"
+    kind: str = ""  # one of KINDS, or "sweep" of several runs, "latency", "gate", "compare", "profile"
     model: str = ""
     workload: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)

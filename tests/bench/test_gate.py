@@ -1,11 +1,13 @@
 """The gate: played on recorded noise of a machine, against fake servers, and its files."""
 
 import contextlib
+import itertools
 import json
 import random
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +118,31 @@ def test_a_regression_that_fresh_engines_do_not_show_is_none():
     assert {pair.start for pair in gate.pairs} == {0, 1}
 
 
+def test_an_alarm_that_there_is_no_time_to_hear_again_starts_nothing_anew(monkeypatch: pytest.MonkeyPatch):
+    starts: list[str] = []
+
+    def slow(show: Any) -> Any:
+        starts.append("slow")
+        return contextlib.nullcontext(lambda requests, load: Trial({"output_throughput": 80.0}))
+
+    def run(budget_s: float) -> Gate:
+        clock = itertools.count()  # is looked at once in the beginning, and twice a pair
+        monkeypatch.setattr("bench.gate.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+        steady = recording("steady", [{"output_throughput": 100.0}] * 50)
+        gate = Gate(steady, Engine("slow", slow), read_limits(["throughput>=-5%"]), budget_s)
+        gate.run(lambda index: [], Load(concurrency=1))
+        return gate
+
+    num_until_alarm = sum(pair.start == 0 for pair in run(1000).pairs)
+    starts.clear()
+    gate = run(2 * num_until_alarm)
+
+    assert (gate.verdict, len(gate.pairs)) == (Verdict.UNDECIDED, num_until_alarm)
+    assert gate.reason.endswith("is spent")
+    assert gate.findings()[0]["verdict"] == "undecided"
+    assert starts == ["slow"]
+
+
 def test_failed_requests_end_the_gate(fake_server):
     fake_server.fail, fake_server.fail_every = "break", 7
 
@@ -185,6 +212,27 @@ def test_a_run_of_another_kind_is_no_baseline(tmp_path: Path):
 
     with pytest.raises(UserError, match="of kind 'throughput'; a gate repeats a run against a server"):
         run_gate(EngineConfig(), GateConfig(baseline=file), lambda config: [])
+
+
+def test_a_baseline_is_repeated_with_its_prefixes_and_turns(tmp_path: Path, fake_server):
+    fake_server.first_token_s = fake_server.gap_s = 0.01
+    file = tmp_path / "run.json"
+    load = {"concurrency": 2, "input_len": 8, "output_len": 3, "prefix_len": 16, "num_prefixes": 2, "turns": 2}
+    file.write_text(BenchResult("serving", "fake", {"dataset": "random", **load}).to_json())
+    options = GateConfig(baseline=file, url=fake_server.url, against=fake_server.url, metric=("throughput>=-90%",))
+
+    result = run_gate(EngineConfig(), options, lambda config: [])
+
+    assert {name: result.workload[name] for name in load} == load
+    assert result.model == "fake"
+
+
+def test_a_baseline_of_another_model_is_not_taken_for_one_of_this(tmp_path: Path, default_model):
+    file = tmp_path / "run.json"
+    file.write_text(BenchResult("serving", "llama-3.1-8b", {"concurrency": 2}).to_json())
+
+    with pytest.raises(UserError, match=r"was of llama-3.1-8b, and this is SmolLM2.*: give that MODEL"):
+        run_gate(EngineConfig(), GateConfig(baseline=file, against="HEAD"), lambda config: [])
 
 
 def test_limits_are_read_from_a_file_too(tmp_path: Path):
