@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.profile import GLUE, IDLE, Part, Profile
+from bench.profile import GLUE, IDLE, MODEL_STAGES, Part, Profile
 from engine.step_clock import STAGES
 
 LAYER_PRODUCTS = ("qkv", "o", "gate_up", "down")
-HOST_STAGES = tuple(stage for stage in STAGES if stage not in ("idle", "wait", "forward"))
+# On a CPU: all that is not the model's own. What of its stages is no op is GLUE.
+HOST_STAGES = tuple(stage for stage in STAGES if stage not in ("idle", "wait", *MODEL_STAGES))
 LARGE = 0.1  # share of the time that is worth a sentence
 FULL = 0.9  # of the KV cache, or of the rows of a batch
 FAR = 0.5  # of a ceiling: what reaches less is not bound by it
@@ -118,8 +119,8 @@ def _host(p: Profile) -> Iterator[Advice]:
     """The GPU waits for the host, or the CPU does other things than the model."""
     idle = p.share(IDLE)
     stages = {stage: seconds / p.run.seconds for stage, seconds in p.run.stage_seconds.items()}
-    busiest = max((stage for stage in stages if stage not in ("idle", "wait")), key=lambda stage: stages[stage])
     if p.is_gpu and idle >= LARGE:
+        busiest = max((stage for stage in stages if stage not in ("idle", "wait")), key=lambda stage: stages[stage])
         evidence = f"the GPU is idle {idle:.0%} of the time; of the host's, {stages[busiest]:.0%} goes to `{busiest}`"
         if p.engine.enforce_eager:
             remedy = "--no-enforce-eager: a step is then launched as one CUDA graph"
@@ -132,11 +133,13 @@ def _host(p: Profile) -> Iterator[Advice]:
             )
         else:
             yield Advice("the host, for which the GPU waits", evidence, idle)
-    share = sum(stages[stage] for stage in HOST_STAGES if stage in stages) + p.share(GLUE)
+    own = {stage: stages.get(stage, 0.0) for stage in HOST_STAGES}
+    share = sum(own.values()) + p.share(GLUE)
     if not p.is_gpu and share >= 2 * LARGE:
+        busiest = max(own, key=lambda stage: own[stage])
         yield Advice(
             "what is not the model's own work",
-            f"{share:.0%}: {p.share(GLUE):.0%} between the ops, and {stages[busiest]:.0%} in `{busiest}`",
+            f"{share:.0%}: {p.share(GLUE):.0%} between the ops, and {own[busiest]:.0%} in `{busiest}`",
             share / 2,
         )
 
@@ -184,7 +187,7 @@ def _attention(p: Profile) -> Iterator[Advice]:
         remedy = f"--kv-cache-dtype fp8: half the bytes ({PRICE})"
         gain = part.share * min(part.ceiling_share, 1.0) / 2
         yield Advice("reading keys and values", evidence, gain, remedy, {"kv_cache_dtype": "fp8"})
-    else:
+    elif part.ceiling_share >= FAR:  # else `_kernels` tells it
         yield Advice("attention", evidence, 0.0)
 
 

@@ -22,11 +22,19 @@ def write(path: Path, formats: Mapping[str, Content]) -> None:
     """Write the content of the format that the file's name ends in. Raises UserError."""
     check(path, formats)
     content = formats[_ending(path, formats)]()
+    make_folder("--output", path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+
+
+def make_folder(flag: str, path: Path) -> None:
+    """That a file at `path` lies in. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from None
 
 
 def _ending(path: Path, endings: Iterable[str]) -> str:

@@ -7,10 +7,9 @@ there: `vcli profile MODEL` looks into it.
 import re
 import statistics
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.advice import FULL, LARGE, Advice
@@ -73,14 +72,14 @@ class Watched:
 
 
 def watch(url: str, seconds: float, on_progress: Callable[[str, float], None]) -> Watched:
-    """Read the metrics of a server for a while. Raises UserError where there is none of ours."""
+    """Read the metrics of a server for a while, twice at least. Raises UserError where there is none of ours."""
     scrapes = [_scrape(url)]
     if not scrapes[0].stages:
         raise UserError(f"{url} tells nothing of its engine's stages: --url watches a `vcli serve` that is ready")
     end = scrapes[0].time + seconds
-    while (left := end - time.monotonic()) > 0:
-        on_progress("watching", 1 - left / seconds)
-        time.sleep(min(PERIOD_S, left))
+    while (left := end - time.monotonic()) > 0 or len(scrapes) < 2:
+        on_progress("watching", min(1.0, 1 - left / seconds))
+        time.sleep(min(PERIOD_S, max(0.0, left)))
         scrapes.append(_scrape(url))
     return Watched(url, scrapes)
 
@@ -101,7 +100,7 @@ def _scrape(url: str) -> Scrape:
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=TIMEOUT_S) as reply:
             return Scrape(time.monotonic(), *parse(reply.read().decode()))
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"no metrics come from {url} ({error}): give the address of a running `vcli serve`") from None
 
 
@@ -203,9 +202,7 @@ def to_result(watched: Watched) -> BenchResult:
                 "time": [scrape.time - start for scrape in watched.scrapes],
                 **{gauge: watched.seen(gauge) for gauge in GAUGES},
             },
-            "advice": [
-                {"bottleneck": a.bottleneck, "evidence": a.evidence, "remedy": a.remedy} for a in advise(watched)
-            ],
+            "advice": [asdict(advice) for advice in advise(watched)],
         },
         environment=environment(),
         definitions=dict(DEFINITIONS),

@@ -52,11 +52,14 @@ def _profile(engine: EngineConfig, options: ProfileConfig) -> None:
 
 
 def _measure(engine: EngineConfig, options: ProfileConfig, status: "Status") -> "Report":
+    from bench import output
     from bench.advice import Check
     from bench.profile import compare, measure_device
     from bench.profile import profile as measure
     from bench.profile_report import Report
 
+    if options.trace:
+        output.make_folder("--trace", options.trace)
     status.show("measuring what the device reaches")
     ceilings = measure_device(engine)
     report = Report.of(measure(engine, options, ceilings, status.show_share))

@@ -106,10 +106,18 @@ def test_a_kernel_far_from_every_ceiling_is_named_and_no_flag_is():
     assert not advice.remedy
 
 
-def test_time_between_the_ops_is_told():
-    found = advise(make_profile(Part(GLUE, 4000, 0.4, 0), part("gate_up", 0.05), device="cpu"))
+def test_attention_far_from_its_ceiling_is_told_once():
+    [advice] = advise(make_profile(part("attention", 0.6, bound="flops", reached=0.2), part("gate_up", 0.05)))
 
-    assert any("40% between the ops" in advice.evidence for advice in found)
+    assert "`attention`, which does not reach" in advice.bottleneck
+
+
+def test_time_between_the_ops_is_told():
+    profile = make_profile(Part(GLUE, 4000, 0.4, 0), part("gate_up", 0.05), device="cpu")
+    profile.run.stage_seconds |= {"forward": 0.8, "sample": 0.1, "schedule": 0.1, "wait": 0.0}
+
+    # Of the model's own stages, forward and sample, nothing is counted but what lies between the ops.
+    assert first(profile).evidence == "50%: 40% between the ops, and 10% in `schedule`"
 
 
 @pytest.mark.parametrize(

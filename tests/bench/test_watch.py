@@ -1,5 +1,8 @@
 """What is read out of a server's metrics, and said of it."""
 
+import itertools
+import time
+
 import pytest
 
 from bench.advice import in_words
@@ -83,6 +86,15 @@ def test_a_busy_model_is_to_be_looked_into():
 
     assert words[0].startswith("The bottleneck is the model itself: 97% of the busy time")
     assert "`vcli profile MODEL`" in words[1]
+
+
+def test_however_short_the_time_there_are_two_readings(monkeypatch: pytest.MonkeyPatch):
+    clock = itertools.count(time.monotonic() - 100)  # each reading comes later than the last one should
+    monkeypatch.setattr("bench.watch._scrape", lambda url: Scrape(next(clock), {}, {"idle": 1.0}))
+
+    seen = watch("http://here", 0.001, lambda stage, share: None)
+
+    assert (len(seen.scrapes), seen.seconds) == (2, 1.0)
 
 
 def test_an_address_where_nobody_is_is_one_sentence():

@@ -25,7 +25,7 @@ def run_profile(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_a_tiny_models_time_is_told_part_by_part_and_kept(tiny_checkpoint, tmp_path: Path):
-    output, trace = tmp_path / "profile.json", tmp_path / "trace.json"
+    output, trace = tmp_path / "profile.json", tmp_path / "traces" / "trace.json"
 
     code, out, err = run_profile(
         str(tiny_checkpoint("llama")), *SMALL, *LOAD, "--output", str(output), "--trace", str(trace)
@@ -48,6 +48,10 @@ def test_what_cannot_be_watched_is_one_sentence(tiny_checkpoint):
     code, _, err = run_profile(str(tiny_checkpoint("llama")), *SMALL, *LOAD, "--input-len", "600", "--no-check")
     assert code == 1
     assert "a request has 608 tokens (input and output), the model has room for 512" in err
+
+    code, _, err = run_profile(str(tiny_checkpoint("llama")), "--trace", "/dev/null/traces/trace.json")
+    assert code == 1
+    assert err.endswith("--trace /dev/null/traces/trace.json: cannot be written (Not a directory)\n")
 
     code, _, err = run_profile("--trace", "trace.txt")
     assert code == 2
