@@ -1,6 +1,7 @@
 """What is on the page of a comparison: engines side by side, each figure with its interval and its ratio."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from html import escape
@@ -41,7 +42,9 @@ def _alarms(result: BenchResult) -> list[str]:
         if engine["status"] == "missing":
             alarms.append(f'<p class="soft">Not measured: {escape(engine["reason"])}</p>')
         if num_failed := sum(figures.get("failed", 0) for figures in engine["rounds"]):
-            alarms.append(page.alarm(f"{num_failed:,} requests to {engine['name']} failed", []))
+            errors = sum((Counter(figures.get("errors", {})) for figures in engine["rounds"]), Counter[str]())
+            lines = [f"{count} x {error}" for error, count in errors.items()]
+            alarms.append(page.alarm(f"{num_failed:,} requests to {engine['name']} failed", lines))
     return alarms
 
 
@@ -66,8 +69,10 @@ def _summary(result: BenchResult) -> str:
             told.append(f"{ratio:.2f} times as many as {name}")
     sentences = [f"Of tokens a second, {reference} gives {' and '.join(told)}."] if told else []
     sentences += [f"Between {reference} and {name} no difference could be told." for name in even]
-    if sentences and 0 < result.metrics.get("confidence", 1.0) < MIN_CONFIDENCE:
-        sentences.append(f"{result.metrics['num_rounds']} rounds are too few to be sure of that.")
+    if sentences and result.metrics.get("confidence", 1.0) < MIN_CONFIDENCE:
+        num_rounds = result.metrics["num_rounds"]
+        rounds = "One round is" if num_rounds == 1 else f"{num_rounds} rounds are"
+        sentences.append(f"{rounds} too few to be sure of that.")
     return " ".join(sentences)
 
 

@@ -257,7 +257,9 @@ class CompareConfig:
     api_key: Annotated[str, "bearer token for servers given by URL; better given as VCLI_API_KEY"] = field(
         default="", repr=False
     )
-    output: Annotated[tuple[str, ...], "write the result to FILE: .json, .csv, .md or .html; may be repeated"] = ()
+    output: Annotated[
+        tuple[str, ...], "write the result to FILE: .json, .html, .md, .csv, .svg or .png; may be repeated"
+    ] = ()
     json: Annotated[bool, "print the result as JSON instead of a table"] = False
 
     def __post_init__(self) -> None:

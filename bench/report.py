@@ -203,6 +203,15 @@ def describe_workload(result: BenchResult) -> str:
     return f"{workload['num_prompts']} x {shape}, {how}"
 
 
+def check(path: Path, has_requests: bool) -> None:
+    """Raise UserError before a long run rather than after it. has_requests: its requests will be known one by one."""
+    output.check(path, FORMATS)
+    if path.name.endswith(REQUESTS) and not has_requests:
+        raise UserError(
+            f"--output {path}: only a run against a server has its requests one by one; .csv has the figures"
+        )
+
+
 def write(result: BenchResult, path: Path) -> None:
     """Write a result in the format that the file's name says. Raises UserError."""
     output.write(path, {ending: partial(content, result) for ending, content in FORMATS.items()})
@@ -264,10 +273,11 @@ def to_markdown(result: BenchResult) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+REQUESTS = ".requests.csv"  # of what has its requests one by one
 FORMATS: dict[str, Callable[[BenchResult], str | bytes]] = {
     ".json": lambda result: result.to_json(with_samples=True),
     ".csv": to_csv,
-    ".requests.csv": to_requests_csv,
+    REQUESTS: to_requests_csv,
     ".md": to_markdown,
     ".html": to_html,
     ".svg": to_svg,

@@ -86,7 +86,9 @@ def _cards(result: BenchResult) -> list[str]:
             best[row["test"]] = max(best.get(row["test"], row), row, key=lambda row: row["tokens_per_s"])
         return [
             page.card(
-                test, f"{format_figure(row['tokens_per_s'])} <small>tok/s</small>", f"at batch {row['batch_size']}"
+                escape(test),
+                f"{format_figure(row['tokens_per_s'])} <small>tok/s</small>",
+                f"at batch {row['batch_size']:,}",
             )
             for test, row in best.items()
         ]
@@ -138,7 +140,9 @@ def _sweep_cards(result: BenchResult) -> list[str]:
         if runs:
             run = best(runs, key=lambda run: run.metrics[name])
             cards.append(
-                page.card(label, f"{format_figure(run.metrics[name])} <small>{unit}</small>", f"at {_load(run)}")
+                page.card(
+                    label, f"{format_figure(run.metrics[name])} <small>{unit}</small>", escape(f"at {_load(run)}")
+                )
             )
     return cards
 

@@ -39,7 +39,10 @@ def bench(engine: EngineConfig, options: BenchConfig, quality: QualityConfig) ->
     from vcli.console import Status
 
     if options.output:
-        output.check(options.output, quality_report.FORMATS if options.quality else report.FORMATS)
+        if options.quality:
+            output.check(options.output, quality_report.FORMATS)
+        else:
+            report.check(options.output, has_requests=not options.offline)
     if options.quality:
         _compare(engine, options, quality)
         return

@@ -21,12 +21,12 @@ def compare(engine: EngineConfig, options: CompareConfig) -> None:
 
     `vcli bench compare MODEL --engines vcli,vllm --env vllm=~/vllm-venv --output report.html`
     """
-    from bench import output, report
+    from bench import report
     from bench.compare import run_compare
     from vcli.console import Status, print_table
 
     for path in options.output:
-        output.check(Path(path), report.FORMATS)
+        report.check(Path(path), has_requests=False)
     with Status() as status:
         result = run_compare(engine, options, serve_arguments, status.show_share)
     if not options.json:

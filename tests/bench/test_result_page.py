@@ -220,7 +220,17 @@ def test_few_rounds_are_told_to_be_few():
     comparison.metrics |= {"num_rounds": 2, "confidence": 0.5}
 
     assert "2 rounds are too few to be sure of that." in result_page.to_html(comparison)
+    comparison.metrics |= {"num_rounds": 1, "confidence": 0.0}
+    assert "One round is too few to be sure of that." in result_page.to_html(comparison)
     assert "too few" not in result_page.to_html(make_comparison())
+
+
+def test_what_failed_in_a_comparison_is_told_with_its_words():
+    rounds = [{"failed": 2, "errors": {"HTTP 500: oh": 2}}, {"failed": 1, "errors": {"HTTP 500: oh": 1}}]
+
+    html = result_page.to_html(make_comparison(make_engine("vcli", 400.0, rounds=rounds)))
+
+    assert "3 requests to vcli failed</h3><div>3 x HTTP 500: oh</div>" in html
 
 
 def test_without_the_reference_there_are_figures_and_no_ratios():

@@ -147,6 +147,8 @@ def test_a_server_that_dies_under_the_load_is_an_error_with_its_last_words(tiny_
         (["--url", "http://127.0.0.1:1", "--offline"], 2, "exclude each other"),
         (["--url", "http://127.0.0.1:1"], 1, "no OpenAI-compatible server answers at http://127.0.0.1:1"),
         (["--output", "result.xls"], 1, "the extension must be one of"),
+        (["--offline", "--output", "a.requests.csv"], 1, "only a run against a server has its requests one by one"),
+        (["compare", "--output", "a.requests.csv"], 1, "only a run against a server has its requests one by one"),
         (["--baseline", "magic"], 2, "--baseline must be none or transformers"),
     ],
 )
