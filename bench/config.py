@@ -225,8 +225,12 @@ class ProfileConfig:
         for name in ("concurrency", "input_len", "output_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.url and self.trace:
-            raise ValueError("--url and --trace exclude each other: a server's steps are not looked into from outside")
+        for name in ("concurrency", "dataset", "input_len", "output_len", "trace") if self.url else ():
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"--url and --{name.replace('_', '-')} exclude each other: a server is watched from outside, under "
+                    "the load that others give it"
+                )
         if not self.duration_s > 0:
             raise ValueError(f"duration_s must be more than 0, got {self.duration_s:g}")
         for name, endings in (("trace", (".json", ".json.gz")), ("output", (".html", ".json"))):

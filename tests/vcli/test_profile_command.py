@@ -93,8 +93,13 @@ def test_a_server_that_nobody_has_asked_yet_is_idle(start_server, tiny_checkpoin
     assert "The bottleneck is not the engine: 100% of the time no request is there." in out
 
 
-def test_a_model_and_a_server_exclude_each_other(tiny_checkpoint):
+def test_a_model_or_a_load_and_a_server_exclude_each_other(tiny_checkpoint):
     code, _, err = run_profile(str(tiny_checkpoint("llama")), "--url", "http://127.0.0.1:9")
 
     assert code == 2
     assert "MODEL and --url exclude each other" in err
+
+    code, _, err = run_profile("--url", "http://127.0.0.1:9", "--input-len", "600")
+
+    assert code == 2
+    assert "--url and --input-len exclude each other" in err
