@@ -147,6 +147,8 @@ class LoadClient:
         if usage is not None:
             record.num_prompt_tokens = usage.prompt_tokens
             record.chunks = record.chunks or spread(by_content, usage.completion_tokens)
+            if not record.chunks:
+                raise RefusedError("the server sends text, and its usage counts no token of it")
         elif self.keeps_uncounted:
             record.chunks = by_content
             record.num_prompt_tokens = len(request.prompt) if isinstance(request.prompt, list) else 0

@@ -20,6 +20,7 @@ class FakeServer:
     tokens_per_chunk: int = 1
     knows_token_ids: bool = True  # False: it refuses the fields that OpenAI does not have
     sends_usage: bool = True
+    counts_tokens: bool = True  # in its usage
     sends_done: bool = True
     fail: str = ""  # "http": status 500; "break": the stream ends early; "error": an error event inside the stream
     fail_every: int = 1  # only each n-th measured request
@@ -88,7 +89,8 @@ class FakeServer:
         await send({"choices": [{"text": "", "delta": {}, "finish_reason": "length"}]})
         num_prompt = len(body["prompt"]) if not is_chat else 7
         if self.sends_usage:
-            await send({"choices": [], "usage": {"prompt_tokens": num_prompt, "completion_tokens": num_tokens}})
+            usage = {"prompt_tokens": num_prompt, "completion_tokens": num_tokens if self.counts_tokens else 0}
+            await send({"choices": [], "usage": usage})
         if self.sends_done:
             await send("[DONE]")
         return response

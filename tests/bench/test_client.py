@@ -89,6 +89,14 @@ def test_a_server_without_usage_is_a_failure_and_not_a_guess(fake_server):
     assert "usage" in record.error
 
 
+def test_a_usage_of_no_token_is_a_failure_too(fake_server):
+    fake_server.counts_tokens = False
+
+    (record,) = send(fake_server, completion(4))
+
+    assert record.error == "the server sends text, and its usage counts no token of it"
+
+
 @pytest.mark.parametrize(
     ("fail", "message"),
     [("http", "HTTP 500: out of coffee"), ("break", "broke off"), ("error", "the engine died")],
