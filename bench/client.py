@@ -14,6 +14,7 @@ from bench.workloads import Answer, BenchRequest
 
 # Uvicorn drops idle connections after 5 s: leave them earlier, so that no request is sent into a closing one.
 KEEPALIVE_S = 2.0
+CONNECT_TIMEOUT_S = 60.0
 
 
 class _Delta(msgspec.Struct):
@@ -50,7 +51,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class RefusedError(Exception):
-    """The server answered with an error status."""
+    """The server answered with an error, or with what is no whole answer."""
 
 
 @dataclass
@@ -68,7 +69,7 @@ class LoadClient:
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=60, sock_read=self.timeout_s),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self.timeout_s),
             headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
         )
         return self
@@ -92,9 +93,11 @@ class LoadClient:
                 if response.status != 200:
                     raise RefusedError(f"HTTP {response.status}: {_error_message(await response.text())}")
                 await self._receive(response, request, record, choices)
+        except aiohttp.ConnectionTimeoutError:
+            record.error = f"no connection within {CONNECT_TIMEOUT_S:g} s"
         except TimeoutError:
             record.error = f"no data for {self.timeout_s:g} s"
-        except (aiohttp.ClientError, OSError, RefusedError, msgspec.MsgspecError) as error:
+        except (aiohttp.ClientError, OSError, RefusedError, msgspec.MsgspecError, UnicodeError) as error:
             record.error = str(error) or type(error).__name__
         record.ended = self.clock()
         token_ids = [token for choice in choices for token in choice.token_ids or []]
@@ -144,19 +147,17 @@ class LoadClient:
                 by_content.append((now, num_events))
         if not record.chunks and not by_content:
             raise RefusedError("the stream ended without a token")
-        if usage is not None:
+        if usage is not None and (record.chunks or usage.completion_tokens):
             record.num_prompt_tokens = usage.prompt_tokens
             record.chunks = record.chunks or spread(by_content, usage.completion_tokens)
-            if not record.chunks:
-                raise RefusedError("the server sends text, and its usage counts no token of it")
         elif self.keeps_uncounted:
             record.chunks = by_content
             record.num_prompt_tokens = len(request.prompt) if isinstance(request.prompt, list) else 0
             record.uncounted = request.text, "".join(choice.content for choice in all_choices)
         else:
             raise RefusedError(
-                "the server reports no usage (stream_options.include_usage): tokens cannot be counted without "
-                "--tokenizer, its model's"
+                "the server reports no usage (stream_options.include_usage), or one of no tokens: they cannot "
+                "be counted without --tokenizer, its model's"
             )
 
 

@@ -20,9 +20,10 @@ class FakeServer:
     tokens_per_chunk: int = 1
     knows_token_ids: bool = True  # False: it refuses the fields that OpenAI does not have
     sends_usage: bool = True
-    counts_tokens: bool = True  # in its usage
+    counts_tokens: bool = True  # False: its usage is of no tokens
     sends_done: bool = True
-    fail: str = ""  # "http": status 500; "break": the stream ends early; "error": an error event inside the stream
+    fail: str = ""  # "http": status 500; "break": the stream ends early; "error": an error event inside the stream;
+    # "bytes": an event that is not UTF-8
     fail_every: int = 1  # only each n-th measured request
     fail_from: int = 0  # and none before so many
     num_running: int = 0
@@ -79,6 +80,8 @@ class FakeServer:
             token_ids = {"token_ids": [1] * num_now} if body.get("return_token_ids") else {}
             await send({"choices": [{**text, **token_ids, "finish_reason": None}]})
             num_left -= num_now
+            if fail == "bytes":
+                await response.write(b'data: {"choices": [{"text": "\xff"}]}\n\n')
             if fail == "break":
                 return response
             if fail == "error":
