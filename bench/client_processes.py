@@ -236,8 +236,9 @@ async def _drive(task: _Task, turnstile: SharedTurnstile, start: float, on_recor
 
 
 def _own_moments(task: _Task, start: float) -> Iterator[tuple[int, float]]:
-    """Every n-th arrival: the number of its request, and when."""
+    """Every n-th arrival: the number of its request, and when; -inf at an infinite rate, where none is ever due."""
     is_endless = task.load.duration_s is not None and task.load.request_rate is not None
     offsets = itertools.islice(arrivals(task.load, task.requests), None if is_endless else len(task.requests))
+    start = -math.inf if task.load.request_rate == math.inf else start
     moments = ((index, start + offset) for index, offset in enumerate(offsets))
     return itertools.islice(moments, task.rank, None, task.num_processes)

@@ -79,7 +79,7 @@ async def open_loop(
             await asyncio.sleep(max(0.0, moment - client.clock()))
             if turnstile.take() is None:
                 return
-            if not math.isinf(moment):
+            if not math.isinf(moment):  # of all at once none is late
                 lag.note(client.clock() - moment)
             group.create_task(converse(client, nth_request(requests, index), turnstile, on_record))
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench.client_processes import ClientProcesses
-from bench.load import LagMeter, Load
+from bench.client_processes import ClientProcesses, SharedTurnstile, _own_moments, _Task
+from bench.load import LagMeter, Load, open_loop
 from bench.metrics import RequestRecord
 from bench.serving import RunProgress, ServingRun, measure, parse_metrics, served_model, server_metrics
-from bench.workloads import BenchRequest, random_requests
+from bench.workloads import Answer, BenchRequest, random_requests
 from engine.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +65,26 @@ def test_an_open_loop_does_not_wait_for_answers(fake_server):
     run(fake_server, Load(request_rate=float("inf")))
 
     assert fake_server.most_running == 12
+
+
+def test_the_wait_for_a_turn_among_all_at_once_is_no_lag():
+    """Sending them takes half a second, in which the loop itself is never late."""
+
+    class Client:
+        clock = staticmethod(time.perf_counter)
+
+        async def exchange(self, request: BenchRequest) -> tuple[RequestRecord, Answer]:
+            time.sleep(0.005)
+            return RequestRecord(self.clock()), Answer()
+
+    def lags(rate: float) -> list[float]:
+        lag, task = LagMeter(), _Task(0, 1, {}, REQUESTS * 8, Load(request_rate=rate))
+        moments, turnstile = _own_moments(task, Client.clock()), SharedTurnstile(limit=len(task.requests))
+        asyncio.run(open_loop(Client(), task.requests, moments, turnstile, lag, lambda record: None))
+        return lag.lags
+
+    assert lags(float("inf")) == []
+    assert max(lags(1e6)) > 0.1  # who asks for a rate is told that it was not kept
 
 
 def test_failures_are_shown_with_their_reason_and_do_not_spoil_the_rest(fake_server):
