@@ -310,6 +310,9 @@ def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
     Raised inside the loop, such an exception can be lost: a transport that is reading takes it for an error of its own.
     """
+    is_main = threading.current_thread() is threading.main_thread()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
+    handlers = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
     stopped_by: list[int] = []
 
     async def main() -> Any:
@@ -331,17 +334,13 @@ def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
             for signum in handlers:
                 loop.remove_signal_handler(signum)
 
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
-    handlers = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
     try:
-        result = _run(main())
+        return _run(main())
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    if stopped_by:
-        signal.raise_signal(stopped_by[0])
-    return result
+        if stopped_by:  # whatever else went wrong because of it
+            signal.raise_signal(stopped_by[0])
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -12,6 +12,7 @@ import math
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +117,8 @@ class ServingRun:
         """Why the figures say nothing about the server; empty when they do."""
         if all(record.error for record in self.records):
             return ["no request completed"]
+        if self.window and all(record.error for record in self.records if record.sent in self.window):
+            return ["no request that was sent in the time measured completed: --duration is too short for the load"]
         reasons = []
         if self.is_hopeless:
             reasons.append(f"given up after {MAX_FAILURES_IN_A_ROW:,} failures in a row")
@@ -137,8 +140,7 @@ class ServingRun:
 
     def errors(self) -> dict[str, int]:
         """How often each failure was seen."""
-        errors = [record.error for record in self.records if record.error]
-        return {error: errors.count(error) for error in dict.fromkeys(errors)}
+        return dict(Counter(record.error for record in self.records if record.error))
 
 
 def _rounded(seconds: float) -> float:
@@ -193,9 +195,11 @@ class _Ramp:
     def __init__(self, run: ServingRun, load: Load, processes: ClientProcesses) -> None:
         self.run, self.duration_s, self.turnstile = run, load.duration_s, processes.turnstile
         self.start = time.perf_counter()
+        self.num_ended = 0  # conversations
 
     def add(self, record: RequestRecord) -> None:
         self.run.add(record)
+        self.num_ended += record.ends_conversation
         if self.run.is_hopeless:
             self.turnstile.close_at(0.0)
         self.check()
@@ -204,8 +208,7 @@ class _Ramp:
         if self.duration_s is None or self.run.window or self.run.is_hopeless:
             return
         now = time.perf_counter()
-        num_ended = sum(record.ends_conversation for record in self.run.records)
-        if is_ramped_up(self.turnstile.num_taken, num_ended) or now - self.start > self.duration_s:
+        if is_ramped_up(self.turnstile.num_taken, self.num_ended) or now - self.start > self.duration_s:
             self.run.window = Window(now, now + self.duration_s)
             self.turnstile.close_at(self.run.window.end)
 

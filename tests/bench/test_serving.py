@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 from bench.client_processes import ClientProcesses, SharedTurnstile, _own_moments, _Task
 from bench.load import LagMeter, Load, open_loop
 from bench.metrics import RequestRecord
+from bench.run import run_async
 from bench.serving import RunProgress, ServingRun, measure, parse_metrics, served_model, server_metrics
 from bench.workloads import Answer, BenchRequest, random_requests
 from engine.errors import UserError
@@ -245,6 +247,15 @@ def test_a_run_of_a_certain_time_leaves_ramp_up_and_ramp_down_out(fake_server):
     assert list(dict.fromkeys(stages)) == ["warm-up", "ramp-up", "measuring"]
 
 
+def test_a_time_in_which_no_request_begins_and_ends_is_no_result(fake_server):
+    fake_server.first_token_s = 2.0
+
+    figures = run(fake_server, Load(concurrency=3, duration_s=0.2)).metrics()
+
+    assert figures["completed"] == 0
+    assert "--duration is too short" in figures["invalid_reasons"][0]
+
+
 def test_requests_sent_again_are_kept_from_the_prefix_cache(fake_server):
     measured = run(fake_server, Load(concurrency=4, duration_s=1.0))
 
@@ -307,6 +318,20 @@ def test_a_client_process_that_dies_is_an_error_and_leaves_none_behind(fake_serv
         asyncio.run(killed())
     thread.join()
     assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_a_signal_is_not_lost_in_an_error_that_came_of_it():
+    """A signal to the whole process group ends the client processes, too."""
+
+    async def stopped() -> None:
+        signal.raise_signal(signal.SIGINT)
+        try:
+            await asyncio.sleep(30)
+        finally:
+            raise UserError("a process of the load client ended")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_async(stopped())
 
 
 def test_a_server_that_answers_nothing_any_more_is_given_up(fake_server, monkeypatch):
