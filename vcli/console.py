@@ -39,40 +39,38 @@ def print_table(
         out.print(note, markup=False, style="dim")
 
 
-def progress_bar(unit: str = "") -> Progress:
-    """A live bar on stderr: description, bar, done of total, time; nothing at all off a terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-
-
 class Status:
     """What is going on, on stderr: a live bar on a terminal, elsewhere one line for each stage."""
 
     def __init__(self) -> None:
-        self._bar, self._stage = progress_bar(), ""
+        self._bar, self._stage = _progress_bar(), ""
+        self._num_total: int | None = None
+        self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
-        self._task = self._bar.add_task("")
         return self
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
     def show(self, stage: str, num_done: int = 0, num_total: int | None = None, detail: str = "") -> None:
-        self._bar.update(self._task, description=f"{stage}  {detail}", completed=num_done, total=num_total)
+        if num_total != self._num_total:  # Rich would keep the old one where there is none now
+            self._bar.remove_task(self._task)
+            self._task, self._num_total = self._bar.add_task("", total=num_total), num_total
+        self._bar.update(self._task, description=f"{stage}  {detail}", completed=num_done)
         if stage != self._stage and not console.is_terminal:
             console.print(stage, markup=False)
         self._stage = stage
 
     def show_share(self, stage: str, share: float) -> None:
         self.show(stage, round(share * 100), 100)
+
+
+def _progress_bar() -> Progress:
+    """A live bar on stderr: description, bar, done of total, time; nothing at all off a terminal."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 def format_seconds(seconds: float) -> str:

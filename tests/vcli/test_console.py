@@ -1,6 +1,6 @@
 """Results off a terminal: plain columns that can be pasted."""
 
-from vcli.console import format_seconds, print_table
+from vcli.console import Status, format_seconds, print_table
 
 
 def test_table_is_plain_text_off_a_terminal(capsys):
@@ -12,3 +12,12 @@ def test_table_is_plain_text_off_a_terminal(capsys):
 
 def test_quantities_read_as_people_say_them():
     assert [format_seconds(s) for s in (0.0123, 2.25, 75)] == ["12.3 ms", "2.2 s", "1 min 15 s"]
+
+
+def test_a_stage_without_an_end_does_not_keep_the_end_of_the_one_before():
+    with Status() as status:
+        status.show("warm-up [1]", 3, 16)
+        status.show("measuring [2]", 900)
+
+        (task,) = status._bar.tasks
+        assert (task.description.strip(), task.completed, task.total) == ("measuring [2]", 900, None)
