@@ -7,6 +7,7 @@ variable, which beats the default.
 
 import functools
 import inspect
+import math
 import os
 import re
 import types
@@ -44,7 +45,7 @@ class Flag:
 
     @property
     def variable(self) -> str:
-        return "VCLI_" + self.field.removesuffix("_s").upper()
+        return "VCLI_" + self.name.removeprefix("--").replace("-", "_").upper()
 
     @property
     def is_switch(self) -> bool:
@@ -188,8 +189,10 @@ def parse_list(text: str, value_type: Any) -> tuple[Any, ...]:
             continue
         value, last = (parse_value(edge, value_type) for edge in match.groups()[:2])
         factor = parse_float(match[3])
-        if not (value > 0 and factor > 1):
-            raise ValueError("numbers such as 1,16,64 or a range such as 1-64x4, whose factor is more than 1")
+        if not (value > 0 and factor > 1 and last < math.inf):
+            raise ValueError(
+                "numbers such as 1,16,64 or a range such as 1-64x4, with an end and a factor of more than 1"
+            )
         while value <= last:
             values.append(value)
             value = value_type(value * factor) if value_type(value * factor) > value else value + 1

@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from bench.config import BenchConfig
 from engine.config import EngineConfig
 from vcli.flags import FlagError, flags_of, parse_int, parse_seconds, parse_value, resolve, with_flags
 from vcli.server.config import ServerConfig
@@ -30,6 +31,7 @@ class Config:
             raise ValueError(f"size must not be negative, got {self.size}")
 
 
+BENCH_FLAGS = flags_of(BenchConfig)
 FLAGS = {flag.field: flag for flag in flags_of(Config)}
 
 
@@ -140,6 +142,7 @@ def test_times_carry_units():
 def test_every_knob_has_its_help_and_its_own_name():
     flags = flags_of(EngineConfig) + flags_of(ServerConfig)
     assert all(flag.help for flag in flags)
+    assert all(flag.variable == "VCLI_" + flag.name[2:].replace("-", "_").upper() for flag in [*flags, *BENCH_FLAGS])
     assert len({flag.name for flag in flags}) == len(flags)
 
 
@@ -153,6 +156,11 @@ def test_lists_are_numbers_and_ranges_with_a_factor(text: str, values: tuple[int
 
 def test_lists_hold_fractions_where_the_flag_does():
     assert parse_value("0.5-2x2,inf", tuple[float, ...] | None) == (0.5, 1.0, 2.0, float("inf"))
+
+
+def test_a_range_has_an_end():
+    with pytest.raises(ValueError, match="number"):
+        parse_value("1-infx2", tuple[float, ...] | None)
 
 
 @pytest.mark.parametrize("text", ["1,,2", "1-x2", "0-4x2", "1-64x1", "1-64", "many"])
