@@ -28,7 +28,9 @@ class BenchConfig:
     burstiness: Annotated[
         float, "of --request-rate: 1 is Poisson, less sends in bursts, more is more regular, inf is at constant gaps"
     ] = 1.0
-    num_prompts: Annotated[int | None, "requests to measure; default: 4 for each concurrent one, at least 16"] = None
+    num_prompts: Annotated[
+        int | None, "requests to measure; default: 4 for each concurrent one, at least 16; of a trace all"
+    ] = None
     duration_s: Annotated[
         float | None,
         "measure so long, going through the requests again and again; ramp-up and ramp-down are left out",
@@ -72,36 +74,36 @@ class BenchConfig:
     json: Annotated[bool, "print the result as JSON instead of a table"] = False
 
     def __post_init__(self) -> None:
+        for name in ("concurrency", "num_prompts", "input_len", "output_len", "num_prefixes", "turns", "batch_sizes"):
+            given = getattr(self, name)
+            for value in given if isinstance(given, tuple) else [given]:
+                if value is not None and value < 1:
+                    raise ValueError(f"{name} must be at least 1, got {value}")
+        for rate in self.request_rate or ():
+            if not rate > 0:
+                raise ValueError(f"request_rate must be more than 0, got {rate:g}")
+        if not self.burstiness > 0:
+            raise ValueError(f"burstiness must be more than 0, got {self.burstiness:g}")
+        if self.duration_s is not None and not self.duration_s > 0:
+            raise ValueError(f"duration_s must be more than 0, got {self.duration_s:g}")
+        if not 0 <= self.range_ratio < 1:
+            raise ValueError(f"range_ratio must be in [0, 1), got {self.range_ratio:g}")
         if self.prefix_len < 0:
-            raise ValueError(f"--prefix-len must be at least 0, got {self.prefix_len}")
+            raise ValueError(f"prefix_len must be at least 0, got {self.prefix_len}")
+        if unknown := set(self.slo or {}) - set(OBJECTIVES):
+            raise ValueError(f"slo knows {', '.join(OBJECTIVES)}; got {', '.join(sorted(unknown))}")
+        self._check_together()
+
+    def _check_together(self) -> None:
         if self.turns > 1 and (self.offline or self.baseline != "none"):
             other = "--offline" if self.offline else "--baseline"
             raise ValueError(f"--turns and {other} exclude each other: a batch has no next turn")
-        for name in ("num_prompts", "input_len", "output_len", "num_prefixes", "turns"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        if self.batch_sizes is not None and (not self.offline or self.baseline != "none" or self.dataset != "random"):
-            raise ValueError("--batch-size needs --offline, random prompts, and no --baseline")
-        for batch_size in self.batch_sizes or ():
-            if batch_size < 1:
-                raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-        for concurrency in self.concurrency or ():
-            if concurrency < 1:
-                raise ValueError(f"--concurrency must be at least 1, got {concurrency}")
-        for rate in self.request_rate or ():
-            if not rate > 0:
-                raise ValueError(f"--request-rate must be more than 0, got {rate:g}")
-        if not self.burstiness > 0:
-            raise ValueError(f"--burstiness must be more than 0, got {self.burstiness:g}")
+        if self.batch_sizes is not None:
+            self._check_batch_sizes()
         if self.burstiness != 1 and self.request_rate is None:
             raise ValueError("--burstiness needs --request-rate: a closed loop sends when it has an answer")
-        if self.duration_s is not None and not self.duration_s > 0:
-            raise ValueError(f"--duration must be more than 0, got {self.duration_s:g}")
         if self.duration_s is not None and math.inf in (self.request_rate or ()):
             raise ValueError("--duration and --request-rate inf exclude each other: there is no end to what is sent")
-        if unknown := set(self.slo or {}) - set(OBJECTIVES):
-            raise ValueError(f"--slo knows {', '.join(OBJECTIVES)}; got {', '.join(sorted(unknown))}")
         if self.offline and (self.duration_s is not None or self.slo):
             other = "--slo" if self.slo else "--duration"
             raise ValueError(f"--offline and {other} exclude each other: there are no requests of a client to time")
@@ -109,8 +111,6 @@ class BenchConfig:
             raise ValueError("--baseline needs one --concurrency: it is compared with one run")
         if self.offline and self.is_sweep:
             raise ValueError("--offline needs one --concurrency: all prompts are there at once")
-        if not 0 <= self.range_ratio < 1:
-            raise ValueError(f"--range-ratio must be in [0, 1), got {self.range_ratio:g}")
         if self.request_rate is not None and (self.concurrency is not None or self.offline):
             other = "--offline" if self.offline else "--concurrency"
             raise ValueError(f"--request-rate and {other} exclude each other: an open loop does not wait for answers")
@@ -123,6 +123,16 @@ class BenchConfig:
             raise ValueError(
                 f"--quality and {other} exclude each other: quality is measured by itself, in this process"
             )
+
+    def _check_batch_sizes(self) -> None:
+        if not self.offline or self.baseline != "none" or self.dataset != "random":
+            raise ValueError("--batch-size needs --offline, random prompts, and no --baseline")
+        for name in ("concurrency", "num_prompts", "range_ratio", "prefix_len"):
+            if getattr(self, name) not in (None, 0):
+                raise ValueError(
+                    f"--batch-size and --{name.replace('_', '-')} exclude each other: a batch is so many prompts of "
+                    "--input-len tokens, with nothing in common"
+                )
 
     @property
     def is_sweep(self) -> bool:

@@ -139,6 +139,12 @@ def test_a_server_that_dies_under_the_load_is_an_error_with_its_last_words(tiny_
         (["--concurrency", "1,2", "--baseline", "transformers"], 2, "--baseline needs one --concurrency"),
         (["--batch-size", "1,8"], 2, "--batch-size needs --offline"),
         (["--offline", "--batch-size", "0"], 2, "--batch-size must be at least 1, got 0"),
+        (
+            ["--offline", "--batch-size", "1", "--prefix-len", "9"],
+            2,
+            "--batch-size and --prefix-len exclude each other",
+        ),
+        (["--duration", "0"], 2, "--duration must be more than 0, got 0"),
         (["--turns", "2", "--offline"], 2, "--turns and --offline exclude each other"),
         (["--burstiness", "2"], 2, "--burstiness needs --request-rate"),
         (["--request-rate", "inf", "--duration", "5s"], 2, "exclude each other"),

@@ -108,6 +108,19 @@ def test_wrong_value_names_flag_value_and_what_is_fine(arguments, environment, m
     assert str(error) == message
 
 
+def test_what_a_benchmark_refuses_is_said_with_the_name_that_was_used():
+    @with_flags
+    def command(options: BenchConfig) -> None:
+        pass
+
+    app = typer.Typer()
+    app.command()(command)
+    refused = CliRunner().invoke(app, [], env={"VCLI_CONCURRENCY": "4,0"}).exception
+    assert str(refused) == "VCLI_CONCURRENCY must be at least 1, got 0"
+    refused = CliRunner().invoke(app, ["--offline", "--batch-size", "0"]).exception
+    assert str(refused) == "--batch-size must be at least 1, got 0"
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
