@@ -18,6 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")  # nvidia-smi's names
+KEY_FLAG = "--api-key"
 PACKAGES = ("torch", "transformers", "numpy", "aiohttp")
 
 
@@ -40,12 +41,16 @@ def environment() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """The command as it can be typed again."""
+    """The command as it can be typed again, but for a key: results are shown around."""
     program = Path(sys.argv[0])
     module = {"__main__.py": f"python -m {program.parent.name}"}.get(program.name)
     if module is None and program.suffix == ".py":
         module = f"python -m {program.parent.name}.{program.stem}"
-    return " ".join([module or program.name, *map(shlex.quote, sys.argv[1:])])
+    arguments = [re.sub(f"^({KEY_FLAG})=.*", r"\1=HIDDEN", each, flags=re.DOTALL) for each in sys.argv[1:]]
+    shown = [
+        "HIDDEN" if before == KEY_FLAG else each for before, each in zip(["", *arguments], arguments, strict=False)
+    ]
+    return " ".join([module or program.name, *map(shlex.quote, shown)])
 
 
 def gpus() -> dict[str, Any]:
