@@ -56,7 +56,7 @@ class BenchResult:
     def read(cls, path: Path) -> Self:
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a result of `vcli bench` ({error})") from None
 
 

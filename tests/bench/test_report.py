@@ -239,8 +239,9 @@ def test_a_readme_without_markers_is_left_alone(tmp_path: Path):
     assert readme.read_text() == "# Title\n"
 
 
-def test_a_broken_result_file_is_named(tmp_path: Path):
-    (tmp_path / "x.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", '{"runs": [1]}'])
+def test_a_file_that_is_no_result_is_named(tmp_path: Path, text: str):
+    (tmp_path / "x.json").write_text(text)
 
     with pytest.raises(UserError, match=r"x\.json is not a result"):
         BenchResult.read(tmp_path / "x.json")
