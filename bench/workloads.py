@@ -174,17 +174,21 @@ def as_text(requests: list[BenchRequest], tokenizer: "Tokenizer") -> list[BenchR
 
 
 def warm_up_requests(requests: list[BenchRequest], num_prompts: int, *, output_len: int) -> list[BenchRequest]:
-    """Requests like the first ones, their words shuffled: the same work, and no prefix the measured ones could find."""
+    """Requests like the first ones, their words shuffled: the same work, and no prefix the measured ones could find.
+
+    A chat stays one, so that a server which has none (its model no template) says so before it is measured.
+    """
     rng = random.Random(0)
 
     def shuffled(request: BenchRequest) -> BenchRequest:
+        length, temperature = min(output_len, request.output_len), request.temperature
         if isinstance(request.prompt, list):
-            prompt: list[int] | str = rng.sample(request.prompt, len(request.prompt))
-        else:
-            words = (request.prompt or json.dumps(request.messages)).split()
-            prompt = " ".join(["Warm", "up:", *rng.sample(words, len(words))])
-        length = min(output_len, request.output_len)
-        return BenchRequest(length, prompt, temperature=request.temperature)
+            return BenchRequest(length, rng.sample(request.prompt, len(request.prompt)), temperature=temperature)
+        words = request.text.split()
+        text = " ".join(["Warm", "up:", *rng.sample(words, len(words))])
+        if request.messages is not None:
+            return BenchRequest(length, messages=[{"role": "user", "content": text}], temperature=temperature)
+        return BenchRequest(length, text, temperature=temperature)
 
     return [shuffled(request) for request in requests[:num_prompts]]
 

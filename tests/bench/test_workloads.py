@@ -128,6 +128,18 @@ def test_warm_up_does_the_same_work_with_other_prefixes():
     assert all(a.prompt[:16] != b.prompt[:16] for a, b in zip(warm, requests, strict=False))
 
 
+def test_the_warm_up_of_a_chat_is_a_chat_and_of_a_text_a_text():
+    said = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Why is grass green?"}]
+
+    chat, text = warm_up_requests([BenchRequest(9, messages=said), BenchRequest(9, "one two")], 2, output_len=3)
+
+    (message,) = chat.messages
+    assert (message["role"], chat.prompt, chat.output_len) == ("user", "", 3)
+    assert sorted(message["content"].split()[2:]) == sorted(["Be", "brief", "Why", "is", "grass", "green?"])
+    assert text.messages is None
+    assert sorted(text.prompt.split()) == sorted(["Warm", "up:", "one", "two"])
+
+
 def test_uniform_lengths_are_the_ones_of_published_figures():
     requests = uniform_requests(256, low=100, high=1024, seed=0, temperature=0.6)
 
