@@ -138,9 +138,15 @@ class ClientProcesses:
         """Send the load to its end. Returns when it began, and how late each process was."""
         start = time.perf_counter() + HEAD_START_S
         for pipe in self._pipes:
-            pipe.send_bytes(msgspec.msgpack.encode(start))
-        lags = await asyncio.gather(*(self._follow(pipe, on_record) for pipe in self._pipes))
-        return start, list(lags)
+            with contextlib.suppress(BrokenPipeError):  # a dead one is told of when its report is waited for
+                pipe.send_bytes(msgspec.msgpack.encode(start))
+        following = [asyncio.create_task(self._follow(pipe, on_record)) for pipe in self._pipes]
+        try:
+            return start, list(await asyncio.gather(*following))
+        finally:  # none reads a pipe that is closed
+            for task in following:
+                task.cancel()
+            await asyncio.wait(following)
 
     async def _follow(self, pipe: Connection, on_record: OnRecord) -> LagMeter:
         while True:

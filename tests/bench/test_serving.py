@@ -183,10 +183,15 @@ def test_a_closed_loop_keeps_its_number_of_requests_under_way(fake_server):
     assert figures["max_concurrent_requests"] == 4
 
 
-def test_several_processes_send_what_one_would(fake_server, monkeypatch):
+def several_processes(monkeypatch) -> None:
+    """One for every two streams, three at most."""
     monkeypatch.setattr("bench.client_processes.STREAMS_PER_PROCESS", 2)
     monkeypatch.setattr("bench.client_processes.CORES_PER_PROCESS", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(3))
+
+
+def test_several_processes_send_what_one_would(fake_server, monkeypatch):
+    several_processes(monkeypatch)
     fake_server.first_token_s = 0.05
 
     figures = run(fake_server, Load(concurrency=6)).metrics()
@@ -296,8 +301,22 @@ def test_a_client_that_is_held_up_says_so_itself(fake_server):
     assert "the client was late by" in figures["invalid_reasons"][0]
 
 
-def test_a_client_process_that_dies_is_an_error_and_leaves_none_behind(fake_server):
+def test_a_client_process_that_dies_before_the_word_is_the_same_error(fake_server):
+    async def killed() -> None:
+        async with ClientProcesses({"url": fake_server.url, "model": "fake"}, REQUESTS, Load(concurrency=2)) as clients:
+            for process in clients._processes:
+                process.kill()
+                process.join()
+            await clients.run(lambda record: None)
+
+    with pytest.raises(UserError, match="a process of the load client ended"):
+        asyncio.run(killed())
+
+
+def test_a_client_process_that_dies_is_an_error_and_leaves_none_behind(fake_server, monkeypatch):
     fake_server.first_token_s = 30.0
+
+    several_processes(monkeypatch)
 
     def kill_client() -> None:
         deadline = time.monotonic() + 20
@@ -310,12 +329,14 @@ def test_a_client_process_that_dies_is_an_error_and_leaves_none_behind(fake_serv
     thread = threading.Thread(target=kill_client)
 
     async def killed() -> None:
-        async with ClientProcesses({"url": fake_server.url, "model": "fake"}, REQUESTS, Load(concurrency=2)) as clients:
+        async with ClientProcesses({"url": fake_server.url, "model": "fake"}, REQUESTS, Load(concurrency=4)) as clients:
             thread.start()
-            await clients.run(lambda record: None)
+            with pytest.raises(UserError, match="a process of the load client ended"):
+                await clients.run(lambda record: None)
 
-    with pytest.raises(UserError, match="a process of the load client ended"):
-        asyncio.run(killed())
+            assert len(asyncio.all_tasks()) == 1  # the other process is not waited for any more
+
+    asyncio.run(killed())
     thread.join()
     assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
 
