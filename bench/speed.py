@@ -31,7 +31,8 @@ from bench.environment import environment
 from bench.figures import Decode, Figure, Goal, Prompt, Run, Serving
 from bench.floor import H200, Floor, find_ceilings
 from bench.load import Load
-from bench.report import format_figure, speed_table, time_table
+from bench.readme_tables import speed_table, time_table
+from bench.report import format_figure
 from bench.run import run_async
 from bench.server import running_server
 from bench.workloads import BenchRequest, random_requests

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench import report
+from bench import readme_tables
 from bench.baseline import load_transformers
 from bench.config import HELD_OUT_TEXT, QualityConfig
 from bench.quality import LayerError, Quality, held_out_windows, measure
@@ -404,11 +404,13 @@ def test_the_readme_gets_a_line_for_each_recipe_and_the_commands(quality, tmp_pa
         one = replace(one, top1_agreement=0.876, bytes={"before": 269_030_016, "after": 118_000_000})
         write_file(one, tmp_path / f"cpu-quality-{name}.json")
     readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n{report.QUALITY_BEGIN}\nold\n{report.QUALITY_END}\nEnd\n")
+    readme.write_text(
+        f"{readme_tables.BEGIN}\n{readme_tables.END}\n{readme_tables.QUALITY_BEGIN}\nold\n{readme_tables.QUALITY_END}\nEnd\n"
+    )
 
-    assert report.update_readme(tmp_path, readme)
+    assert readme_tables.update_readme(tmp_path, readme)
     once = readme.read_text()
-    assert not report.update_readme(tmp_path, readme)
+    assert not readme_tables.update_readme(tmp_path, readme)
 
     assert (
         "| tiny | int4 gptq g64 | 31.41 → 34.10 | +8.56% | 0.08120 / 1.500 | 87.6% | 269.0 → 118.0 | 5.2 min | "

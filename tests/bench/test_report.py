@@ -1,4 +1,4 @@
-"""Results as tables and files, and the README's results."""
+"""Results as tables and files."""
 
 import io
 import json
@@ -137,106 +137,6 @@ def test_floor_and_baseline_stand_beside_the_figures():
     shown = {label: value for label, value, _ in rows}
     assert shown["floor / duration"] == pytest.approx(1.8 / 3.7 * 100)
     assert shown["output throughput / baseline"] == 1.4
-
-
-def test_the_readme_gets_its_table_between_the_markers_and_a_second_time_nothing_changes(tmp_path: Path):
-    results, readme = tmp_path / "results", tmp_path / "README.md"
-    report.write(make_result(), results / "a.json")
-    report.write(make_result(model="late", metrics={**make_result().metrics, "valid": False}), results / "b.json")
-    (results / "parity.json").write_text('{"kind": "parity", "prompts": []}')
-    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n")
-
-    assert report.update_readme(results, readme)
-    once = readme.read_text()
-    assert not report.update_readme(results, readme)
-
-    assert readme.read_text() == once
-    assert once.startswith("# Title\n\n")
-    assert once.endswith("\n\nThe rest.\n")
-    assert "| tiny | 4 x 16/2, 2 concurrent | A CPU (2 cores) |" in once
-    assert "vcli bench tiny" in once
-    assert "old" not in once
-    assert "late" not in once
-
-
-def speed_row(
-    figure: str, value: float, target: float | None, met: bool | None, model: str = "big"
-) -> dict[str, object]:
-    row = {
-        "figure": figure,
-        "model": model,
-        "dtype": "bfloat16",
-        "value": value,
-        "unit": "ms",
-        "floor": 3.2,
-        "peer": 4.85,
-    }
-    return row | {"target": target, "met": met, "git_revision": "0123456789abc"}
-
-
-def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed(tmp_path: Path):
-    rows = [speed_row("a", 3.5, 3.6, True), speed_row("b", 3.71, 3.6, False), speed_row("c", 9.0, None, None, "small")]
-    env = {"gpu": "NVIDIA H200", "driver": "580", "torch": "2.11.0", "command": "python -m bench.speed big small"}
-    shares = [
-        {"part": "o", "us": 6.5, "floor_us": 5.0, "launches": 2.0, "kernels": ["gemm", "splitK"]},
-        {"part": "idle", "us": 0.25, "floor_us": None, "launches": 0.0, "kernels": []},
-    ]
-    values = {"kind": "speed", "environment": env, "rows": rows, "time": {"big": shares}, "start": {"big": ["api all"]}}
-    (tmp_path / "h200-speed.json").write_text(json.dumps(values))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n# Speed\n{report.SPEED_BEGIN}\nold\n{report.SPEED_END}\nEnd\n")
-
-    assert report.update_readme(tmp_path, readme)
-    once = readme.read_text()
-    assert not report.update_readme(tmp_path, readme)
-
-    assert "| big, bfloat16 | measured | unit | floor | vLLM 0.26 | target |  | revision |" in once
-    assert "| a | 3.50 | ms | 3.20 | 4.85 | 3.60 | met | 012345678 |" in once
-    assert "| b | 3.71 | ms | 3.20 | 4.85 | 3.60 | **missed** | 012345678 |" in once
-    assert "| c | 9.00 | ms | 3.20 | 4.85 | - |  | 012345678 |" in once
-    assert once.index("| big, bfloat16") < once.index("| b |") < once.index("| small, bfloat16")
-    assert "| o | 6.50 | 5.00 | 2 | gemm, splitK |" in once
-    assert "| all | 6.75 | 5.00 | 2 |  |" in once
-    assert "```text\napi all\n```" in once
-    assert "NVIDIA H200, driver 580, torch 2.11.0:" in once
-    assert "old" not in once
-    assert once.endswith(f"{report.SPEED_END}\nEnd\n")
-
-
-def test_the_readme_shows_kernels_beside_the_ceilings_of_their_gpu(tmp_path: Path):
-    row = {"op": "linear", "shape": "8 x 16 to 32", "us": 12.5, "tb_per_s": 3.9, "tflop_per_s": 0.0, "ratio": None}
-    rows = [row | {"share": 0.834, "bound": "bytes"}, row | {"share": 0.5, "bound": "flops", "tflop_per_s": 376.0}]
-    ceilings = {"read_bytes_per_s": 4.69e12, "copied_bytes_per_s": 4.27e12, "flops_per_s": 752e12}
-    env = {"gpu": "NVIDIA H200", "driver": "580", "torch": "2.11.0", "command": "run", "git_revision": "0123456789abc"}
-    values = {"kind": "kernels", "ceilings": ceilings, "rows": rows, "environment": env}
-    (tmp_path / "h200-kernels.json").write_text(json.dumps(values))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n{report.KERNELS_BEGIN}\nold\n{report.KERNELS_END}\n")
-
-    assert report.update_readme(tmp_path, readme)
-    once = readme.read_text()
-    assert not report.update_readme(tmp_path, readme)
-
-    assert "| linear | 8 x 16 to 32 | 12.50 | 3.90 | - | 83% of bytes | - |" in once
-    assert "| linear | 8 x 16 to 32 | 12.50 | 3.90 | 376.0 | 50% of flops | - |" in once
-    assert "revision 012345678. Ceilings: read 4.69 TB/s, copy 4.27 TB/s, bf16 matrix product 752 TFLOP/s." in once
-    assert "old" not in once
-
-
-def test_the_readme_of_this_repository_says_what_its_results_say(tmp_path: Path):
-    root = Path(report.__file__).resolve().parents[1]
-    readme = tmp_path / "README.md"
-    readme.write_text((root / "README.md").read_text(encoding="utf-8"))
-
-    assert not report.update_readme(root / "bench" / "results", readme)
-
-
-def test_a_readme_without_markers_is_left_alone(tmp_path: Path):
-    readme = tmp_path / "README.md"
-    readme.write_text("# Title\n")
-
-    assert report.main([str(tmp_path), str(readme)]) == 1
-    assert readme.read_text() == "# Title\n"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"runs": [1]}'])
