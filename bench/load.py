@@ -22,6 +22,7 @@ from bench.workloads import BenchRequest, next_turn
 LAG_PERIOD_S = 0.01
 TIMER_RESOLUTION_S = 0.001  # event loops round their timers up to milliseconds: so much is no lag
 GAPS_AT_ONCE = 1024
+CLOSED_POLL_S = 0.5  # how soon who waits for a moment far away notices that no more is sent
 OnRecord = Callable[[RequestRecord], None]
 
 
@@ -76,12 +77,19 @@ async def open_loop(
     """Send each request of `moments` (its number, and when by the client's clock), whatever comes back."""
     async with asyncio.TaskGroup() as group:
         for index, moment in moments:
-            await asyncio.sleep(max(0.0, moment - client.clock()))
+            await _until(moment, client, turnstile)
             if turnstile.take() is None:
                 return
             if not math.isinf(moment):  # of all at once none is late
                 lag.note(client.clock() - moment)
             group.create_task(converse(client, nth_request(requests, index), turnstile, on_record))
+
+
+async def _until(moment: float, client: LoadClient, turnstile: Turnstile) -> None:
+    """Wait for the moment, but no longer than anything is sent; others have their turn even when it is past."""
+    await asyncio.sleep(0)
+    while (left := moment - client.clock()) > 0 and not turnstile.is_closed:
+        await asyncio.sleep(min(left, CLOSED_POLL_S))
 
 
 async def converse(client: LoadClient, request: BenchRequest, turnstile: Turnstile, on_record: OnRecord) -> None:

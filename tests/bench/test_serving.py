@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from bench.client_processes import ClientProcesses, SharedTurnstile, _own_moments, _Task
-from bench.load import LagMeter, Load, open_loop
+from bench.load import LagMeter, Load, arrivals, open_loop
 from bench.metrics import RequestRecord
 from bench.run import run_async
 from bench.serving import RunProgress, ServingRun, measure, parse_metrics, served_model, server_metrics
@@ -259,6 +260,16 @@ def test_a_time_in_which_no_request_begins_and_ends_is_no_result(fake_server):
 
     assert figures["completed"] == 0
     assert "--duration is too short" in figures["invalid_reasons"][0]
+
+
+def test_the_end_of_the_time_does_not_wait_for_the_next_arrival(fake_server):
+    (first,) = itertools.islice(arrivals(Load(request_rate=0.001), REQUESTS), 1)
+    start = time.monotonic()
+
+    figures = run(fake_server, Load(request_rate=0.001, duration_s=0.2)).metrics()
+
+    assert time.monotonic() - start < 60 < first
+    assert figures["invalid_reasons"] == ["no request completed"]
 
 
 def test_requests_sent_again_are_kept_from_the_prefix_cache(fake_server):
