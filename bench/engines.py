@@ -24,7 +24,8 @@ from bench.baseline import running_baseline
 from bench.environment import ROOT, git_revision, gpus
 from bench.gguf_folder import folder_of, make_folder
 from bench.load import Load
-from bench.run import baseline_model, baseline_task, run_async, served_model
+from bench.run import baseline_model, baseline_task, served_model
+from bench.run_async import run_async
 from bench.server import HOST, OnProgress, answers, free_port, running_process, running_server
 from bench.workloads import BenchRequest
 from engine.config import EngineConfig

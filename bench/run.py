@@ -3,11 +3,8 @@
 The same options give the same requests every time they are made, so the baseline asks for what was measured.
 """
 
-import asyncio
 import gc
-import signal
-import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from bench.environment import environment
 from bench.load import Load
 from bench.metrics import DEFINITIONS, GOODPUT_DEFINITION, STEADY_DEFINITION, WINDOW_DEFINITIONS
 from bench.result import BenchResult
+from bench.run_async import run_async
 from bench.workloads import BenchRequest, file_requests, random_requests
 from engine.config import EngineConfig
 from engine.errors import UserError
@@ -305,53 +303,6 @@ def short_name(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def run_async(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run to the end, or until SIGINT or SIGTERM: those end it in order, and go on as exceptions afterwards.
-
-    Raised inside the loop, such an exception can be lost: a transport that is reading takes it for an error of its own.
-    """
-    is_main = threading.current_thread() is threading.main_thread()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
-    handlers = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
-    stopped_by: list[int] = []
-
-    async def main() -> Any:
-        task, loop = asyncio.current_task(), asyncio.get_running_loop()
-        assert task is not None
-
-        def stop(signum: int) -> None:
-            stopped_by.append(signum)
-            task.cancel()
-
-        for signum in handlers:
-            loop.add_signal_handler(signum, stop, signum)
-        try:
-            return await coroutine
-        except asyncio.CancelledError:
-            if not stopped_by:
-                raise
-        finally:
-            for signum in handlers:
-                loop.remove_signal_handler(signum)
-
-    try:
-        return _run(main())
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        if stopped_by:  # whatever else went wrong because of it
-            signal.raise_signal(stopped_by[0])
-
-
-def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """uvloop halves the client's own time for each token."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.run(coroutine)
-    return uvloop.run(coroutine)
-
-
 def _check_lengths(requests: list[BenchRequest], max_model_len: int | None) -> None:
     """Refuse token prompts that the model has no room for, before a run full of failures."""
     lengths = [
@@ -362,8 +313,7 @@ def _check_lengths(requests: list[BenchRequest], max_model_len: int | None) -> N
     if max_model_len and max(lengths, default=0) > max_model_len:
         raise UserError(
             f"a request has {max(lengths):,} tokens (input and output, of all turns), the model has room for "
-            f"{max_model_len:,}: "
-            "lower --input-len or --output-len, or raise --max-model-len"
+            f"{max_model_len:,}: lower --input-len or --output-len, or raise --max-model-len"
         )
 
 

@@ -33,7 +33,7 @@ from bench.floor import H200, Floor, find_ceilings
 from bench.load import Load
 from bench.readme_tables import speed_table, time_table
 from bench.report import format_figure
-from bench.run import run_async
+from bench.run_async import run_async
 from bench.server import running_server
 from bench.workloads import BenchRequest, random_requests
 from engine.config import EngineConfig

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +17,6 @@ import pytest
 from bench.client_processes import ClientProcesses, SharedTurnstile, _own_moments, _Task
 from bench.load import LagMeter, Load, arrivals, open_loop
 from bench.metrics import RequestRecord
-from bench.run import run_async
 from bench.serving import RunProgress, ServingRun, measure, parse_metrics, served_model, server_metrics
 from bench.workloads import Answer, BenchRequest, random_requests
 from engine.errors import UserError
@@ -350,20 +348,6 @@ def test_a_client_process_that_dies_is_an_error_and_leaves_none_behind(fake_serv
     asyncio.run(killed())
     thread.join()
     assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
-
-
-def test_a_signal_is_not_lost_in_an_error_that_came_of_it():
-    """A signal to the whole process group ends the client processes, too."""
-
-    async def stopped() -> None:
-        signal.raise_signal(signal.SIGINT)
-        try:
-            await asyncio.sleep(30)
-        finally:
-            raise UserError("a process of the load client ended")
-
-    with pytest.raises(KeyboardInterrupt):
-        run_async(stopped())
 
 
 def test_a_server_that_answers_nothing_any_more_is_given_up(fake_server, monkeypatch):
