@@ -50,7 +50,7 @@ def load(build: Build, folder: Path) -> dict[str, EmulatedKernel]:
         alone.append("-DMAY_OVERLAP")
     if "wait_for_arrivals(" in source(build.file):
         alone.append("-DBLOCKS_WAIT")
-    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-Wno-psabi", *alone]
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Wno-psabi", *alone]
     options += [f"-D{define}" for define in (f"__CUDA_ARCH__={build.arch.strip('sm_a')}0", *build.defines)]
     subprocess.run(["g++", *options, "kernels.cpp", "-o", "kernels.so"], cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
