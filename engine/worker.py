@@ -39,22 +39,9 @@ class Worker:
         self.dtype = pick_dtype(config.dtype, self.model_config.dtype, self.device)
         self.kv_dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else self.dtype
         ops.set_batch_invariant(self.device, config.batch_invariant)
-        native_len = self.model_config.max_model_len
-        if (config.max_model_len or 0) > native_len:
-            raise UserError(
-                f"--max-model-len {config.max_model_len:,} is more than the model's own {native_len:,} tokens"
-            )
-        self.max_num_seqs = config.max_num_seqs
-        self.max_num_batched_tokens = config.max_num_batched_tokens or (1024 if self.device.type == "cpu" else 8192)
-        # On a CPU 256 tokens of a 135M model, which is what it takes beside few decodes, are a step of 100 ms.
-        self.max_prefill_chunk = config.max_prefill_chunk or (512 if self.device.type == "cpu" else 2048)
-        if self.max_num_seqs > self.max_num_batched_tokens:
-            raise UserError(
-                f"--max-num-seqs {self.max_num_seqs:,} is more than --max-num-batched-tokens "
-                f"{self.max_num_batched_tokens:,}: every running request needs a token of each step"
-            )
+        self._set_limits(config)
 
-        longest = config.max_model_len or native_len
+        longest = config.max_model_len or self.model_config.max_model_len
         on_progress("building the model", 0.0)
         self.model = build_model(self.model_config, self.dtype, self.device, max_model_len=longest)
 
@@ -73,24 +60,50 @@ class Worker:
                 loading.close()  # it has no hands free, and its memory is known when the weights are in it
             # A GPU gets its weights meanwhile: what is measured depends on their shapes alone.
             on_progress("measuring memory", 0.0)
-            self.largest_batch_bytes = self._run_largest_batch(longest)
-            attentions = self.model.attentions
-            block_bytes = kv_cache.bytes_per_block(attentions, self.kv_dtype)
-            self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, self.largest_batch_bytes)
-            self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
-            kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
-            self.runner = ModelRunner(
-                self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks, self.clock
-            )
+            self._allocate_cache(config, longest)
         self.graph_bytes = 0
         if self.device.type == "cuda" and not config.enforce_eager:
             on_progress("capturing CUDA graphs", 0.0)
-            free, _ = torch.cuda.mem_get_info(self.device)
-            tokens_per_s = self.runner.capture_graphs(self.max_num_batched_tokens)
-            self.graph_bytes = free - torch.cuda.mem_get_info(self.device)[0]
-            if config.max_prefill_chunk is None:
-                num_tokens = int(LONGEST_PAUSE_S * tokens_per_s) // 256 * 256
-                self.max_prefill_chunk = min(max(num_tokens, 512), self.max_num_batched_tokens)
+            self._capture_graphs(config)
+
+    def _set_limits(self, config: EngineConfig) -> None:
+        """How much a step may hold. Raises UserError for limits that do not go together."""
+        native_len = self.model_config.max_model_len
+        if (config.max_model_len or 0) > native_len:
+            raise UserError(
+                f"--max-model-len {config.max_model_len:,} is more than the model's own {native_len:,} tokens"
+            )
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens or (1024 if self.device.type == "cpu" else 8192)
+        # On a CPU 256 tokens of a 135M model, which is what it takes beside few decodes, are a step of 100 ms.
+        self.max_prefill_chunk = config.max_prefill_chunk or (512 if self.device.type == "cpu" else 2048)
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise UserError(
+                f"--max-num-seqs {self.max_num_seqs:,} is more than --max-num-batched-tokens "
+                f"{self.max_num_batched_tokens:,}: every running request needs a token of each step"
+            )
+
+    def _allocate_cache(self, config: EngineConfig, longest: int) -> None:
+        """As many KV blocks as there is room for beside the weights and a step as large as any will be."""
+        self.largest_batch_bytes = self._run_largest_batch(longest)
+        attentions = self.model.attentions
+        block_bytes = kv_cache.bytes_per_block(attentions, self.kv_dtype)
+        self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, self.largest_batch_bytes)
+        native_len = self.model_config.max_model_len
+        self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
+        kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
+        self.runner = ModelRunner(
+            self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks, self.clock
+        )
+
+    def _capture_graphs(self, config: EngineConfig) -> None:
+        """CUDA graphs and, unless it is given, the prefill chunk that their speed allows beside decodes."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        tokens_per_s = self.runner.capture_graphs(self.max_num_batched_tokens)
+        self.graph_bytes = free - torch.cuda.mem_get_info(self.device)[0]
+        if config.max_prefill_chunk is None:
+            num_tokens = int(LONGEST_PAUSE_S * tokens_per_s) // 256 * 256
+            self.max_prefill_chunk = min(max(num_tokens, 512), self.max_num_batched_tokens)
 
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step; the result is waited for when it is needed."""

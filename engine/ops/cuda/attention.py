@@ -196,9 +196,7 @@ def _decode(
     group = decode_group(head_dim, num_heads // num_kv_heads)
     warps, _, _ = decode_tile(kernels.arch(q.get_device()), k_cache.dtype, head_dim, group)
     grid = min(kernels.num_sms(q.get_device()), MAX_GRID)
-    num_parts = 2 * grid * group
-    parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
-    part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
+    parts, part_weights = _new_parts(q, 2 * grid * group)
     _, context_lens, rows, block_table = _batch_pointers(batch)
     kernel(q, "decode", decode_build, q.dtype, k_cache.dtype, head_dim, group)(
         (grid, 1, 1),
@@ -225,9 +223,7 @@ def _decode_any(
     blocks_per_token = num_kv_heads * -(-num_heads // num_kv_heads // group)
     max_context = min(batch.max_context_len, window + BLOCK_SIZE) if window else batch.max_context_len
     splits = num_splits(num_tokens * blocks_per_token, max_context, kernels.num_sms(q.get_device()))
-    num_parts = num_tokens * num_heads * splits if splits > 1 else 0
-    parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then their weights
-    part_weights = parts.data_ptr() + num_parts * head_dim * parts.itemsize
+    parts, part_weights = _new_parts(q, num_tokens * num_heads * splits if splits > 1 else 0)
     kernel(q, "decode_any", decode_any_build, q.dtype, head_dim, group)(
         (num_tokens, blocks_per_token, splits),
         128,
@@ -281,8 +277,7 @@ def _prefill_sm90(
     num_requests, is_narrow = len(batch.context_lens) - batch.num_decodes, k_cache.dtype is not q.dtype
     num_rows, grid = 64 * prefill_sm90_tile(head_dim)[0], min(kernels.num_sms(q.get_device()), MAX_GRID)
     num_part_rows = 0 if _is_batch_invariant else 2 * grid * num_rows  # none: the sums of a row are in one order alone
-    parts = torch.empty(num_part_rows * (head_dim + 1), dtype=torch.float32, device=q.device)  # results, then weights
-    part_weights = parts.data_ptr() + num_part_rows * head_dim * parts.itemsize
+    parts, part_weights = _new_parts(q, num_part_rows)
     kernel(q, "prefill", prefill_sm90_build, q.dtype, k_cache.dtype, head_dim)(
         (grid, 1, 1),
         2 * num_rows + 128 * (1 + is_narrow),
@@ -299,6 +294,14 @@ def _octets_map(cache: Tensor) -> bytes:
     if cache.itemsize == 1:
         return bytes(128)
     return launcher.octets_map(cache.data_ptr(), cache.numel() // head_dim, head_dim, BLOCK_SIZE)
+
+
+def _new_parts(q: Tensor, num_parts: int) -> tuple[Tensor, int]:
+    """Room for float32 results [num_parts, head_dim] of parts of contexts, and behind them the address of their weights
+    [num_parts]."""
+    head_dim = q.shape[2]
+    parts = torch.empty(num_parts * (head_dim + 1), dtype=torch.float32, device=q.device)
+    return parts, parts.data_ptr() + num_parts * head_dim * parts.itemsize
 
 
 def _batch_pointers(batch: ForwardBatch) -> tuple[int, int, int, int]:
