@@ -147,9 +147,9 @@ def rounded_tiling(num_rows: int, inputs: int, out: int, form: str, num_sms: int
 
 
 def _large_product(x: RoundedRows, numbers: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """By what PyTorch calls."""
+    """By what PyTorch calls, whose product with scales gives bfloat16: not for those who want float32."""
     can_scale = torch.cuda.get_device_capability(numbers.device) >= (8, 9) and not any(n % 16 for n in numbers.shape)
-    if numbers.dtype is E4M3 and len(x.numbers) and can_scale:
+    if numbers.dtype is E4M3 and len(x.numbers) and can_scale and x.dtype is not torch.float32:
         return _scaled_product(x, numbers, scales, bias).to(x.dtype)
     return reference.rounded_linear(x, numbers, scales, bias)
 

@@ -45,7 +45,7 @@ def device(request, monkeypatch) -> str:
 def test_a_product_is_exact_to_rounding(case, dtype, tile_numbers, device, monkeypatch):
     monkeypatch.setattr(reference, "TILE_NUMBERS", tile_numbers)
     scheme, generator = SCHEMES[case], torch.Generator().manual_seed(len(case))
-    for rows, in_features, out_features in ((1, 96, 48), (3, 64, 40), (40, 160, 16)):
+    for rows, in_features, out_features in ((1, 96, 48), (3, 64, 80), (40, 160, 16)):
         weight = round_to_nearest(torch.randn(out_features, in_features, generator=generator), scheme)
         x = torch.randn(rows, in_features, generator=generator).to(dtype)
         bias = torch.randn(out_features, generator=generator).to(dtype) if rows > 1 else None
@@ -88,16 +88,16 @@ def hold(weight: QuantizedWeight, dtype: torch.dtype, device: str) -> FilledWeig
 
 
 def as_rounded(x: Tensor, scheme: Scheme) -> Tensor:
-    """In float64; as QuantizedWeight rounds, each row and block of columns to the nearest."""
+    """In float64, each row and block of columns to the nearest; scales and steps are float32, as they are stored."""
     if not scheme.rounds_inputs:
         return x.double()
     block = scheme.block[1] or x.shape[1]
     parts = []
-    for part in x.double().split(block, 1):
+    for part in x.float().split(block, 1):
         largest = 127.0 if scheme.kind == "int" else 448.0
         scale = part.abs().amax(1, keepdim=True) / largest
         steps = part / scale
-        parts.append((steps.round() if scheme.kind == "int" else steps.to(E4M3).double()) * scale)
+        parts.append((steps.round() if scheme.kind == "int" else steps.to(E4M3)).double() * scale.double())
     return torch.cat(parts, 1)
 
 
