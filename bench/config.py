@@ -221,6 +221,7 @@ class ProfileConfig:
     """What the engine does while it is watched, and where the result goes. Raises ValueError."""
 
     url: Annotated[str, "watch the server that runs there, under the load that others give it"] = ""
+    api_key: Annotated[str, "bearer token for --url; better given as VCLI_API_KEY"] = field(default="", repr=False)
     concurrency: Annotated[int, "requests under way at any time"] = DEFAULT_CONCURRENCY
     dataset: Annotated[str, "`random` token ids, or a FILE of prompts, as of `vcli bench`"] = "random"
     input_len: Annotated[int, "tokens in a random prompt"] = 128

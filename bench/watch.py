@@ -71,16 +71,16 @@ class Watched:
         return self.gained("iteration_tokens_total_count")
 
 
-def watch(url: str, seconds: float, on_progress: Callable[[str, float], None]) -> Watched:
+def watch(url: str, seconds: float, on_progress: Callable[[str, float], None], api_key: str = "") -> Watched:
     """Read the metrics of a server for a while, twice at least. Raises UserError where there is none of ours."""
-    scrapes = [_scrape(url)]
+    scrapes = [_scrape(url, api_key)]
     if not scrapes[0].stages:
         raise UserError(f"{url} tells nothing of its engine's stages: --url watches a `vcli serve` that is ready")
     end = scrapes[0].time + seconds
     while (left := end - time.monotonic()) > 0 or len(scrapes) < 2:
         on_progress("watching", min(1.0, 1 - left / seconds))
         time.sleep(min(PERIOD_S, max(0.0, left)))
-        scrapes.append(_scrape(url))
+        scrapes.append(_scrape(url, api_key))
     return Watched(url, scrapes)
 
 
@@ -96,9 +96,12 @@ def parse(text: str) -> tuple[dict[str, float], dict[str, float]]:
     return values, stages
 
 
-def _scrape(url: str) -> Scrape:
+def _scrape(url: str, api_key: str) -> Scrape:
+    request = urllib.request.Request(f"{url.rstrip('/')}/metrics")
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/metrics", timeout=TIMEOUT_S) as reply:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
             return Scrape(time.monotonic(), *parse(reply.read().decode()))
     except (OSError, ValueError) as error:
         raise UserError(f"no metrics come from {url} ({error}): give the address of a running `vcli serve`") from None

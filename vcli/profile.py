@@ -76,7 +76,7 @@ def _watch(options: ProfileConfig) -> None:
     from vcli.console import Status
 
     with Status() as status:
-        watched = shown.watch(options.url, options.duration_s, status.show_share)
+        watched = shown.watch(options.url, options.duration_s, status.show_share, options.api_key)
     tables = [(shown.describe(watched), shown.stage_table(watched)), ("", shown.batch_table(watched))]
     _tell(tables, in_words(shown.advise(watched)), shown.to_result(watched), options)
 

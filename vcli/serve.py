@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.errors import UserError
-from vcli.flags import with_flags
+from vcli.flags import FlagError, with_flags
 from vcli.server.config import ServerConfig
 
 if TYPE_CHECKING:
     import socket
 
+    from vcli.server.keys import Keys
+
+LOOPBACK = "127.0.0.1"
 BACKLOG = 2048  # connections that the system holds for us: many clients may come at the same moment
 
 
@@ -24,6 +27,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
     from engine.hub import resolve_model
     from engine.link import EngineLink
     from engine.timeline import Timeline, process_start_time
+    from vcli.server.keys import Keys
 
     timeline = Timeline()
     timeline.begin("api", "starting Python", process_start_time())
@@ -31,7 +35,9 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
     is_local = not engine.model or os.path.exists(os.path.expanduser(engine.model))
     # A model on the hub may take minutes to come: it is fetched while HTTP answers already.
     root = str(resolve_model(engine.model)) if is_local else engine.model
-    chat_template, listener = _read_template(server), listen(server.host, server.port)
+    chat_template, keys = _read_template(server), Keys.load(server.api_key, server.api_key_file)
+    listener = listen(server.host, server.port)
+    admin_listener = listen_for_admin(server.admin_address, keys) if server.admin_address else None
     timeline.begin("api", "starting the engine process")
     link = EngineLink()
     timeline.begin("api", "importing the server")
@@ -43,31 +49,57 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
         model_name=server.served_model_name or engine.model or Path(root).stem,
         model_root=root,
         chat_template=chat_template,
+        keys=keys,
         listener=listener,
+        admin_listener=admin_listener,
         link=link,
         timeline=timeline,
     )
     sys.exit(run(plan))
 
 
-def listen(host: str, port: int) -> "socket.socket":
-    """A listening socket. Raises UserError when the address cannot be had."""
+def listen_for_admin(address: str, keys: "Keys") -> "socket.socket":
+    """The admin's listening socket. Raises UserError, also for one that strangers could use."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or LOOPBACK
+    if not port.isdecimal() or int(port) > 65535:
+        raise FlagError(f"--admin-address must be PORT or HOST:PORT, got {address!r}")
+    if not keys.has_admin and not _is_loopback(host):
+        raise UserError(
+            f"--admin-address {address} can be reached by others, and no key is an admin's: "
+            f"give a tenant is_admin = true in --api-key-file, or listen on {LOOPBACK}"
+        )
+    return listen(host, int(port), flags=("--admin-address", "--admin-address"))
+
+
+def listen(host: str, port: int, flags: tuple[str, str] = ("--host", "--port")) -> "socket.socket":
+    """A listening socket. Raises UserError when the address cannot be had, naming the flags of its two parts."""
     import errno
     import socket
 
+    host_flag, port_flag = flags
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except socket.gaierror as error:
-        raise UserError(f"--host {host} is no address that can be resolved ({error.strerror})") from None
+        raise UserError(f"{host_flag} {host} is no address that can be resolved ({error.strerror})") from None
     except OSError as error:
         reasons = {
-            errno.EADDRINUSE: f"port {port} is taken: choose another with --port",
-            errno.EACCES: f"port {port} needs more rights than you have: choose one above 1023 with --port",
-            errno.EADDRNOTAVAIL: f"--host {host} is no address of this machine: 127.0.0.1 or 0.0.0.0 will do",
+            errno.EADDRINUSE: f"port {port} is taken: choose another with {port_flag}",
+            errno.EACCES: f"port {port} needs more rights than you have: choose one above 1023 with {port_flag}",
+            errno.EADDRNOTAVAIL: f"{host_flag} {host} is no address of this machine: {LOOPBACK} or 0.0.0.0 will do",
         }
         reason = reasons.get(error.errno or 0, f"cannot listen on {host}:{port}: {error.strerror}")
         raise UserError(reason) from None
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _read_template(server: ServerConfig) -> str | None:

@@ -90,7 +90,7 @@ def test_a_busy_model_is_to_be_looked_into():
 
 def test_however_short_the_time_there_are_two_readings(monkeypatch: pytest.MonkeyPatch):
     clock = itertools.count(time.monotonic() - 100)  # each reading comes later than the last one should
-    monkeypatch.setattr("bench.watch._scrape", lambda url: Scrape(next(clock), {}, {"idle": 1.0}))
+    monkeypatch.setattr("bench.watch._scrape", lambda url, api_key: Scrape(next(clock), {}, {"idle": 1.0}))
 
     seen = watch("http://here", 0.001, lambda stage, share: None)
 

@@ -34,8 +34,8 @@ class Server:
     def log(self) -> str:
         return self.log_file.read_text()
 
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30)
+    def get(self, path: str, **arguments: object) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30, **arguments)  # type: ignore[arg-type]
 
     def post(self, path: str, **arguments: object) -> httpx.Response:
         return httpx.post(self.url + path, timeout=60, **arguments)  # type: ignore[arg-type]

@@ -15,6 +15,12 @@ class ServerConfig:
     api_key: Annotated[str, "clients must send this key as a bearer token; better given as VCLI_API_KEY"] = field(
         default="", repr=False
     )
+    api_key_file: Annotated[
+        Path | None, "file (TOML) with the keys of several tenants: [name] keys = [...]; see the README"
+    ] = None
+    admin_address: Annotated[
+        str, "where to serve the admin's routes, as PORT of 127.0.0.1 or HOST:PORT; not served unless given"
+    ] = ""
     chat_template: Annotated[Path | None, "file with a chat template to use instead of the model's"] = None
     max_queue: Annotated[int, "requests that may wait beyond those that run; more are told to come back later"] = 1024
     max_restarts: Annotated[

@@ -21,6 +21,7 @@ from vcli.server import chat, streaming
 from vcli.server.admission import RETRY_LATER_S, Admission
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
+from vcli.server.keys import Keys
 from vcli.server.metrics import Metrics
 from vcli.server.protocol import (
     ApiError,
@@ -42,6 +43,7 @@ class Service:
     """What every endpoint needs, made once when the server starts."""
 
     config: ServerConfig
+    keys: Keys
     engine: AsyncEngine
     model_name: str
     model_root: str  # the folder, file or name that the model was loaded from

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import setproctitle
 import uvicorn
 import uvloop
+from starlette.applications import Starlette
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
@@ -28,9 +29,10 @@ from engine.messages import Ready
 from engine.timeline import Timeline, process_start_time
 from vcli.console import console, format_seconds, print_table
 from vcli.server.admission import Admission
-from vcli.server.app import make_app
+from vcli.server.app import make_admin_app, make_app
 from vcli.server.config import ServerConfig
 from vcli.server.generation import Service
+from vcli.server.keys import Keys
 from vcli.server.metrics import Metrics
 from vcli.version import version
 
@@ -47,7 +49,9 @@ class Plan:
     model_name: str
     model_root: str
     chat_template: str | None
+    keys: Keys
     listener: socket.socket
+    admin_listener: socket.socket | None
     link: EngineLink  # to the engine's process, which starts beside this one
     timeline: Timeline
 
@@ -80,6 +84,7 @@ class Lifetime:
         self.engine.on_restart.append(self._report_restart)
         self.service = Service(
             config=plan.server,
+            keys=plan.keys,
             engine=self.engine,
             model_name=plan.model_name,
             model_root=plan.model_root,
@@ -92,12 +97,13 @@ class Lifetime:
         self._hurry = asyncio.Event()
 
     async def run(self) -> int:
-        http = _http_server(self.service)
+        listeners = [(make_app, self.plan.listener), (make_admin_app, self.plan.admin_listener)]
+        servers = [(_http_server(make(self.service), self.plan.server), each) for make, each in listeners if each]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         await self.engine.start()
-        serving = asyncio.create_task(http.serve(sockets=[self.plan.listener]))
+        serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in servers]
         try:
             if await self._until_ready():
                 self._report()
@@ -105,9 +111,10 @@ class Lifetime:
             await self._drain()
         finally:
             died = self.engine.error if not self.signals else None
-            http.should_exit = True
+            for http, _ in servers:
+                http.should_exit = True
             await self.engine.shutdown()
-            await serving
+            await asyncio.gather(*serving)
         if died is not None:
             raise UserError(died)
         return 128 + self.signals[1] if len(self.signals) > 1 else 0
@@ -159,14 +166,20 @@ class Lifetime:
     def _report(self) -> None:
         now, ready = time.time(), self.engine.ready
         assert ready is not None
-        address, port, *_ = self.plan.listener.getsockname()
-        url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-        console.print(f"vcli {version()} serves {self.plan.model_name} on {url}", markup=False, style="bold")
+        served = f"vcli {version()} serves {self.plan.model_name} on {url_of(self.plan.listener)}"
+        console.print(served, markup=False, style="bold")
+        if self.plan.admin_listener:
+            console.print(f"admin routes on {url_of(self.plan.admin_listener)}", markup=False)
         for line in capacity_report(ready):
             console.print(line, markup=False)
         console.print(f"ready in {format_seconds(now - process_start_time())}", markup=False)
         if self.plan.server.explain_startup:
             print_table("start-up", ["process", "stage", "from s", "took s"], self.engine.timeline.rows(now))
+
+
+def url_of(listener: socket.socket) -> str:
+    address, port, *_ = listener.getsockname()
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
 def capacity_report(ready: Ready) -> list[str]:
@@ -187,19 +200,19 @@ class _HttpServer(uvicorn.Server):
         yield
 
 
-def _http_server(service: Service) -> _HttpServer:
-    config = uvicorn.Config(
-        make_app(service),
+def _http_server(app: Starlette, config: ServerConfig) -> _HttpServer:
+    settings = uvicorn.Config(
+        app,
         http="httptools",
         ws="none",
         lifespan="off",
         log_config=None,  # through the root logger, which writes to stderr
-        log_level=service.config.uvicorn_log_level,
-        access_log=service.config.uvicorn_log_level in ("info", "debug"),
+        log_level=config.uvicorn_log_level,
+        access_log=config.uvicorn_log_level in ("info", "debug"),
         server_header=False,
         timeout_graceful_shutdown=int(LAST_WORDS_S),
     )
-    return _HttpServer(config)
+    return _HttpServer(settings)
 
 
 def _allow_many_connections() -> None:

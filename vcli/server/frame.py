@@ -1,0 +1,125 @@
+"""The frame around every endpoint: who may ask, and the shape of everything that goes wrong.
+
+What always holds: every reply with an error is OpenAI's `{"error": {...}}`, whatever failed and wherever; and behind
+the frame `scope["tenant"]` says who asks.
+"""
+
+import ipaddress
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from vcli.server.keys import ANYONE, Keys
+from vcli.server.protocol import ApiError
+
+PUBLIC_PATHS = ("/health", "/ready")  # need no API key: probes have none
+
+
+def framed(routes: Sequence[Route], middleware: Sequence[Middleware]) -> Starlette:
+    """The ASGI application of one listener."""
+    handlers = {ApiError: _on_api_error, HTTPException: _on_http_error, Exception: _on_failure}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+
+
+class KeyCheck:
+    """Lets nobody past without a known key, except to the public paths; with `admin`, without an admin's key."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, *, admin: bool = False) -> None:
+        self.app = app
+        self.keys = keys
+        self.admin = admin
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                scope["tenant"] = ANYONE if scope["path"] in PUBLIC_PATHS else self._tenant(scope)
+            except ApiError as error:
+                return await error_response(error)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+    def _tenant(self, scope: Scope) -> Any:
+        if self.admin and not self.keys.has_admin:
+            return ANYONE  # on a loopback address, or `vcli serve` would not have started
+        tenant = self.keys.tenant_of(header(scope, b"authorization"))
+        if tenant is None:
+            message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
+            raise ApiError(401, message, code="invalid_api_key")
+        if self.admin and not tenant.is_admin:
+            raise ApiError(403, "this key is not for admin routes: use one whose tenant has is_admin = true")
+        return tenant
+
+
+class BrowserCheck:
+    """Refuses what a web page makes its reader's browser send: pages must not reach what the reader can reach.
+
+    A page of another origin announces itself by the Origin header. One that had its own name resolve to this machine
+    (DNS rebinding) is of the same origin, and is known by that name: people write an address, or localhost.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            if header(scope, b"origin"):
+                error = ApiError(403, "admin routes are not for web pages: leave the Origin header out")
+                return await error_response(error)(scope, receive, send)
+            host = header(scope, b"host").decode("latin-1")
+            if not _is_address(host):
+                message = f"admin routes answer to an address or localhost, not to the name {host[:100]!r}"
+                return await error_response(ApiError(403, message))(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """A header's value, empty where there is none. name: in lower case"""
+    return next((value for each, value in scope["headers"] if each == name), b"")
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(error.body(), error.status, headers=error.headers, media_type="application/json")
+
+
+def json_response(body: dict[str, Any], status: int = 200) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
+def _is_address(host: str) -> bool:
+    """Of a Host header: is it an IP address or localhost, with a port or without?"""
+    if host.startswith("["):
+        host = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        host = host.partition(":")[0]
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return True
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What the router refuses: an unknown path, a wrong method."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    messages = {404: f"{what}: there is nothing here", 405: f"{what}: this path takes another method"}
+    response = error_response(ApiError(error.status_code, messages.get(error.status_code, error.detail)))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_failure(request: Request, error: Exception) -> Response:
+    """A mistake of ours: the log gets the traceback (from the framework), the client gets no details."""
+    return error_response(ApiError(500, "the server failed on this request: its log says why"))
