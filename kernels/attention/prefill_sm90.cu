@@ -224,13 +224,16 @@ __device__ inline void hand_out_items(Shared& shared, const Batch& batch, bool m
   hand_out({});
 }
 
-// Items one after the other, each at its place of kItems, until there are no more.
+// Items one after the other, each at its place of kItems, until there are no more. Every warp but the one that hands them out
+// takes each of them, and so none comes twice to a place before all have seen the first.
 template <class Work> __device__ inline void for_each_item(Shared& shared, Work work) {
   for (Ring<kItems> ring;; ring.advance(1)) {
     barrier_wait(shared.item_came[ring.place], ring.parity);
     const Unit& item = shared.items[ring.place];
     if (uniform(item.num_rows) == 0) return;
     work(item, ring);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_left[ring.place]);
   }
 }
 
@@ -604,8 +607,6 @@ __device__ inline void consume(Shared& shared, Scalar* out, const Parts& parts, 
     if (uniform(item.joins)) join_parts(out, parts, item, batch, warpgroup * 128 + threadIdx.x % 128);
     else if (warpgroup * 64 >= uniform(item.num_own_rows())) skip_tiles(shared, tiles, item);
     else compute(shared, tiles, out, parts, item, place, batch, warpgroup, scale, softcap);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared.item_left[place.place]);
   });
   if (warpgroup == 0) meet_threads(first_turn, 256);  // after an item it is the first one's turn
 }
@@ -628,7 +629,7 @@ prefill(const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorM
     }
     for (int place = 0; place < kItems; ++place) {
       barrier_init(shared.item_came[place], 1);
-      barrier_init(shared.item_left[place], 4 * kConsumers);
+      barrier_init(shared.item_left[place], kThreads / 32 - 1);  // all but the one that hands them out
       barrier_init(shared.queries_came[place], kQueryLoaders);
     }
     barrier_init_fence();
