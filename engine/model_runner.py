@@ -22,6 +22,7 @@ from engine.ops import sampling_line
 from engine.sampler import Logprobs, SamplingRow
 from engine.step_clock import StepClock
 
+REAL_PACE = 0.8  # beside rows that do nothing: Llama 3.1 8B computes 44,300 tokens/s on an H200, and 54,400 of those
 MAX_GRAPH_CONTEXT = 16_384  # of a decode in a mixed graph: not all prefill kernels split it over multiprocessors
 
 
@@ -100,7 +101,7 @@ class ModelRunner:
     def capture_graphs(self, max_num_tokens: int) -> float:
         """Record decode steps of all sizes and small mixed ones, so that each is one launch from now on.
 
-        Returns how many tokens a second a large mixed step computes, attention aside.
+        Returns how many tokens a second a large mixed step of prompts computes.
         """
 
         def mixed(inputs: Tensor, size: int) -> Tensor:
@@ -117,7 +118,7 @@ class ModelRunner:
         sizes, idle_decodes = decode_sizes(self.max_num_seqs), partial(self._decode_inputs, [])
         self.decode_graphs = Graphs(self._decode, idle_decodes, sizes, self.device, shared=self.mixed_graphs)
         largest = self.mixed_graphs.sizes[-1]
-        return largest / self.mixed_graphs.seconds(largest)
+        return REAL_PACE * largest / self.mixed_graphs.seconds(largest)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:

@@ -18,6 +18,7 @@ from engine.quantization.at_load import find_format, schemes_of_layers
 from engine.sampling_params import SamplingParams
 from engine.step_clock import StepClock
 
+CHUNK_UNIT = 512  # tokens: coarse, so that every start of a server on one machine comes to the same chunk
 LONGEST_PAUSE_S = 0.045  # between two tokens of a stream, where prompts are computed beside many; the half beside few
 
 OnProgress = Callable[[str, float], None]
@@ -102,8 +103,8 @@ class Worker:
         tokens_per_s = self.runner.capture_graphs(self.max_num_batched_tokens)
         self.graph_bytes = free - torch.cuda.mem_get_info(self.device)[0]
         if config.max_prefill_chunk is None:
-            num_tokens = int(LONGEST_PAUSE_S * tokens_per_s) // 256 * 256
-            self.max_prefill_chunk = min(max(num_tokens, 512), self.max_num_batched_tokens)
+            num_tokens = round(LONGEST_PAUSE_S * tokens_per_s / CHUNK_UNIT) * CHUNK_UNIT
+            self.max_prefill_chunk = min(max(num_tokens, CHUNK_UNIT), self.max_num_batched_tokens)
 
     def run(self, batch: ScheduledBatch) -> StepResult:
         """Launch one step; the result is waited for when it is needed."""
