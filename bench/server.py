@@ -54,7 +54,7 @@ def own_address(port: int) -> list[str]:
 
     It wants no key, also where VCLI_API_KEY holds one: that is for a server that somebody else started.
     """
-    return ["--host", "127.0.0.1", "--port", str(port), "--drain-timeout", "1s", "--api-key", ""]
+    return ["--host", "127.0.0.1", "--port", str(port), "--shutdown-timeout", "1s", "--api-key", ""]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ step at a time, and reach the event loop with one call, so that the loop never w
 request lives here, from `submit` until its last token or an abort: when the engine dies another one is started, and
 gets every unfinished request with the tokens that it has given. What always holds: a stream loses no token, and none
 comes twice. The tokens that follow are those that would have come, as far as a result does not depend on what else is
-in a batch: sampling is a function of seed and position.
+in a batch: sampling is a function of seed and position. A request that ends engines is found, and fails alone
+(quarantine.py).
 """
 
 import asyncio
@@ -27,11 +28,13 @@ from engine.hub import resolve_model
 from engine.intake import make_requests
 from engine.link import EngineLink
 from engine.outputs import OutputDelta, RequestOutput, RequestState, RequestTimings
+from engine.quarantine import Quarantine, QuarantinedError
 from engine.sampling_params import SamplingParams
 from engine.timeline import Timeline
 from engine.tokenizer import Tokenizer
 
 RESTART_WINDOW_S = 60.0  # in which an engine may die only so many times
+FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # ends that no request brings about: operators, too little memory
 
 
 class EngineDeadError(Exception):
@@ -66,9 +69,11 @@ class AsyncEngine:
         self.on_step: list[Callable[[messages.EngineStats], None]] = []  # called after each step, on the link's thread
         self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
         self.on_restart: list[Callable[[str], None]] = []  # called on the loop, with why the engine died
+        self.on_conviction: list[Callable[[str, QuarantinedError], None]] = []  # likewise, with a request's id
         self.num_restarts = 0
         self._link = link
         self._engine_ready: messages.Ready | None = None  # the engine's part of being ready
+        self._has_served = False  # the engine at hand has come as far as running requests
         self._is_loaded = False  # this process's part
         self._failure: str | None = None  # the cause of an end that is about to be seen
         self._settled = asyncio.Event()  # ready or dead
@@ -81,6 +86,9 @@ class AsyncEngine:
         self._start: messages.Start | None = None  # what the first engine was told
         self._seeds = random.Random(config.seed)
         self._sequences: dict[str, tuple[RequestStream, int]] = {}  # by the engine's request id; index among its n
+        self._quarantine = Quarantine()
+        self._lock = threading.Lock()  # around what decides which of the sequences the engine has
+        self._stats_before = messages.EngineStats()  # the counts of the engines that are gone
 
     async def start(self) -> None:
         """Start the engine and the loading of model and tokenizer, which goes on after this returns."""
@@ -100,8 +108,13 @@ class AsyncEngine:
 
     @property
     def is_restarting(self) -> bool:
-        """Requests can be submitted, and wait for an engine that is loading again."""
-        return self.ready is not None and self._engine_ready is None
+        """Requests can be submitted, and wait for an engine that loads again, or for the trial of others."""
+        return self.ready is not None and (self._engine_ready is None or self._quarantine.on_trial is not None)
+
+    @property
+    def num_quarantined(self) -> int:
+        """Requests that have ended the engine while they ran alone."""
+        return self._quarantine.num_convicted
 
     @property
     def num_unfinished(self) -> int:
@@ -123,7 +136,11 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str = "",
     ) -> "RequestStream":
-        """Send a request to the engine. Raises ValueError for one that cannot run, EngineDeadError when none can."""
+        """Send a request to the engine.
+
+        Raises ValueError for one that cannot run, QuarantinedError for one like it ended the engine, EngineDeadError
+        when none can.
+        """
         if self.error is not None:
             raise EngineDeadError(self.error)
         if self.ready is None or self._link is None:
@@ -139,13 +156,16 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
         )
+        self._quarantine.check(requests[0])
         if not self._sequences:
             self._last_sign = time.monotonic()
         state = RequestState(request_id or engine_id, prompt or None, requests, self.tokenizer)
         stream = RequestStream(self, state)
-        for index, request in enumerate(requests):
-            self._sequences[request.request_id] = (stream, index)
-            self._link.send(request)
+        with self._lock:
+            for index, request in enumerate(requests):
+                self._sequences[request.request_id] = (stream, index)
+                if self._quarantine.on_trial is None:  # else it waits here, until the trials are over
+                    self._link.send(request)
         return stream
 
     async def shutdown(self) -> None:
@@ -173,11 +193,52 @@ class AsyncEngine:
 
     def _drop(self, stream: "RequestStream") -> int:
         """Forget a request, here and in the engine; how many of its sequences were still running."""
+        with self._lock:
+            running = self._forget(stream)
+            if stream.state is self._quarantine.on_trial:
+                self._go_on_trying()
+        return len(running)
+
+    def _forget(self, stream: "RequestStream") -> list[str]:
+        """Take a request's sequences from here and from the engine; the engine's ids of those that were running."""
         request_ids = [sequence.request.request_id for sequence in stream.state.sequences]
         running = [request_id for request_id in request_ids if self._sequences.pop(request_id, None)]
         if running and self._link is not None:
             self._link.send(messages.Abort(running))
-        return len(running)
+        return running
+
+    def _go_on_trying(self) -> None:
+        """The trial of a request is over: the next one is tried, or everybody goes on. The engine has nothing now."""
+        self._quarantine.go_on({stream.state for stream, _ in list(self._sequences.values())})
+        self._send_unfinished()
+
+    def _send_unfinished(self) -> None:
+        """Give an engine that has nothing the request that must run alone, or else all of them."""
+        assert self._link is not None
+        on_trial = self._quarantine.on_trial
+        for stream, index in self._unfinished():
+            if on_trial in (None, stream.state):
+                stream.state.num_tokens_at_start = stream.state.timings.num_output_tokens
+                self._link.send(stream.state.sequences[index].unfinished_request())
+
+    def _unfinished(self) -> "list[tuple[RequestStream, int]]":
+        """The sequences, in the order in which the engine serves them."""
+
+        def order(entry: "tuple[RequestStream, int]") -> tuple[int, float]:
+            stream, index = entry
+            request = stream.state.sequences[index].request
+            return request.priority if self.config.scheduling_policy == "priority" else 0, request.arrival_time
+
+        return sorted(self._sequences.values(), key=order)
+
+    def _maybe_running(self) -> "list[tuple[RequestStream, int]]":
+        """The sequences that were in the engine's running batch, and others if it was smaller than it may be."""
+        assert self.ready is not None
+        return [
+            (stream, index)
+            for place, (stream, index) in enumerate(self._unfinished())
+            if place < self.ready.max_num_seqs or stream.state.sequences[index].token_ids
+        ]
 
     def _finished(self, stream: "RequestStream") -> None:
         for callback in self.on_finish:
@@ -215,6 +276,7 @@ class AsyncEngine:
                 start = time.perf_counter()
                 self._take(message.outputs, deltas)
                 self.detokenize_s += time.perf_counter() - start
+                message.stats.count_on(self._stats_before)
                 if message.stats.num_steps > self.stats.num_steps:
                     for callback in self.on_step:
                         callback(message.stats)
@@ -245,6 +307,26 @@ class AsyncEngine:
                     stopped.append(output.request_id)
         if stopped and self._link is not None:
             self._link.send(messages.Abort(stopped))
+        if self._quarantine.is_passed:
+            self._acquit()
+
+    def _acquit(self) -> None:
+        """The request on trial makes way for the next one, and comes again with the others."""
+        with self._lock:
+            if self._quarantine.is_passed:  # it may have been aborted just now
+                self._withdraw(self._quarantine.on_trial)
+                self._go_on_trying()
+
+    def _withdraw(self, state: RequestState | None) -> None:
+        """Take a request from the engine that goes on later, under other ids: what the engine gave since is lost."""
+        entries = {name: entry for name, entry in list(self._sequences.items()) if entry[0].state is state}
+        if state is None or not entries or self._link is None:
+            return
+        self._link.send(messages.Abort(list(entries)))
+        state.rename()
+        for name, (stream, index) in entries.items():
+            del self._sequences[name]
+            self._sequences[state.sequences[index].request.request_id] = (stream, index)
 
     def _on_exit(self, returncode: int) -> None:
         self._call_on_loop(self._end, returncode)
@@ -260,7 +342,7 @@ class AsyncEngine:
                 if self.ready is None:
                     self.timeline.begin("engine", message.stage, message.time)
             elif isinstance(message, messages.Ready):
-                self._engine_ready = message
+                self._engine_ready, self._has_served = message, True
                 if not self._is_loaded:
                     self.progress = ("loading the tokenizer", 0.0)
                     self.timeline.begin("engine", "ready")
@@ -285,14 +367,32 @@ class AsyncEngine:
             self._link.kill()
 
     def _end(self, returncode: int) -> None:
+        is_by_itself = self._failure is not None or returncode not in FROM_OUTSIDE
         reason, self._failure = self._failure or describe_exit(returncode), None
         now = time.monotonic()
         self._recent_restarts = [moment for moment in self._recent_restarts if now - moment < RESTART_WINDOW_S]
-        if self.ready is None or self._is_closing or len(self._recent_restarts) >= self._max_restarts:
+        if self.ready is None or self._is_closing:
+            self._die(reason)
+        elif is_by_itself and self._has_served and self._quarantine.on_trial is not None:
+            self._convict(reason)
+            self._restart(reason)
+        elif len(self._recent_restarts) >= self._max_restarts:
             self._die(reason)
         else:
             self._recent_restarts.append(now)
+            if is_by_itself and self._has_served:
+                self._quarantine.accuse(dict.fromkeys(stream.state for stream, _ in self._maybe_running()))
             self._restart(reason)
+
+    def _convict(self, reason: str) -> None:
+        """End the request on trial, and those that are the same; the engine's end was theirs and nobody else's."""
+        error = self._quarantine.convict(reason)
+        for stream in dict.fromkeys(stream for stream, _ in self._unfinished()):
+            if self._quarantine.is_refused(stream.state.sequences[0].request):
+                self._forget(stream)
+                stream._fail(error)
+                for callback in self.on_conviction:
+                    callback(stream.state.request_id, error)
 
     async def _watch_steps(self) -> None:
         """End an engine that has work and makes no step; another one takes its place."""
@@ -309,12 +409,13 @@ class AsyncEngine:
         assert self._start is not None
         self.num_restarts += 1
         self.progress = ("starting again", 0.0)
-        self.stats, self._engine_ready = messages.EngineStats(), None
+        self.stats = self._stats_before = self.stats.counts()
+        self._engine_ready, self._has_served = None, False
         self._link = EngineLink(self._link.command)
         self._link.open(self._on_messages, self._on_exit)
         self._link.send(self._start)
-        for stream, index in self._sequences.values():
-            self._link.send(stream.state.sequences[index].unfinished_request())
+        self._quarantine.begin(dict.fromkeys(stream.state for stream, _ in self._unfinished()))
+        self._send_unfinished()
         for callback in self.on_restart:
             callback(reason)
 

@@ -88,7 +88,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
 
 
 class EngineStats(msgspec.Struct, array_like=True):
-    """The state of the engine after a step; counters count from its start."""
+    """The state of the engine after a step; counters count from its start, or from that of the first of several."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -98,13 +98,36 @@ class EngineStats(msgspec.Struct, array_like=True):
     num_slots_used: int = 0  # of those, the ones that hold a token
     num_steps: int = 0
     num_preemptions: int = 0
-    prompt_tokens: int = 0  # of the requests that have started
+    prompt_tokens: int = 0  # of the requests that have given a token
     generation_tokens: int = 0
     prefix_cache_queries: int = 0  # tokens looked up
     prefix_cache_hits: int = 0  # tokens found
     batch_tokens: int = 0  # of the last step
     stage_seconds: dict[str, float] = {}  # by stage of step_clock.py, since the engine's start
     time: float = 0.0  # time.monotonic() up to which they are counted
+
+    def counts(self) -> "EngineStats":
+        """The counters alone: what is left of an engine that is gone."""
+        return EngineStats(stage_seconds=self.stage_seconds, **{name: getattr(self, name) for name in COUNTERS})
+
+    def count_on(self, before: "EngineStats") -> None:
+        """Go on counting where the engines before this one ended."""
+        for name in COUNTERS:
+            setattr(self, name, getattr(self, name) + getattr(before, name))
+        seconds = self.stage_seconds
+        self.stage_seconds = before.stage_seconds | {
+            stage: spent + before.stage_seconds.get(stage, 0.0) for stage, spent in seconds.items()
+        }
+
+
+COUNTERS = (
+    "num_steps",
+    "num_preemptions",
+    "prompt_tokens",
+    "generation_tokens",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+)
 
 
 class StepOutput(Message):

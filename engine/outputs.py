@@ -146,6 +146,9 @@ class RequestState:
         self.prompt_logprobs: PromptLogprobs | None = None
         self.sequences = [SequenceState(index, request, tokenizer) for index, request in enumerate(requests)]
         self.timings = RequestTimings(first.arrival_time, num_prompt_tokens=len(first.prompt_token_ids))
+        self.num_crashes = 0  # engines that ended while they ran it, see quarantine.py
+        self.num_tokens_at_start = 0  # that it had given when the engine at hand got it
+        self.num_trial_tokens = 0  # that it will have given when its trial is over
 
     @property
     def is_finished(self) -> bool:
@@ -173,6 +176,15 @@ class RequestState:
             num_cached_tokens=self.timings.num_cached_tokens,
             metrics=self.timings,
         )
+
+    def rename(self) -> None:
+        """Give the sequences other ids: tokens that are on their way under the old ones are nobody's."""
+        for sequence in self.sequences:
+            request = sequence.request
+            leader_id = request.leader_id and request.leader_id + "+"
+            sequence.request = msgspec.structs.replace(
+                request, request_id=request.request_id + "+", leader_id=leader_id
+            )
 
     def _note(self, delta: OutputDelta, output: TokenOutput, now: float) -> None:
         timings = self.timings

@@ -156,6 +156,7 @@ class Scheduler:
             if reason := request.finish_reason_after(token_id):
                 self._finish(request, reason)
             self.stats.generation_tokens += 1
+            self.stats.prompt_tokens += request.num_prompt_tokens if is_first else 0  # once, whatever restarts
             outputs.append(
                 TokenOutput(
                     request_id=request.request_id,
@@ -218,7 +219,6 @@ class Scheduler:
         if not request.scheduled_time:
             request.scheduled_time = time.monotonic()
             request.num_cached_tokens = num_cached
-            self.stats.prompt_tokens += request.num_prompt_tokens
         self.stats.prefix_cache_queries += len(request.token_ids)
         self.stats.prefix_cache_hits += num_cached
         return num_tokens

@@ -13,7 +13,7 @@ import zmq
 from engine import messages
 
 VOCAB_SIZE, MAX_MODEL_LEN = 512, 64
-DIES, FAILS, STOPS, KILLS_ITSELF = 501, 502, 503, 504  # first prompt token
+DIES, FAILS, STOPS, KILLS_ITSELF, HANGS = 501, 502, 503, 504, 505  # first prompt token
 
 
 def main(address: str, mode: str) -> None:
@@ -28,7 +28,7 @@ def main(address: str, mode: str) -> None:
     socket.send(messages.encode(messages.Progress("loading weights", 0.5, time.time())))
     if mode == "loads forever":
         time.sleep(60)
-    ready = messages.Ready(MAX_MODEL_LEN, 10, 16, 8, VOCAB_SIZE, [1], "cpu", "float32")
+    ready = messages.Ready(MAX_MODEL_LEN, 10, 16, 64, VOCAB_SIZE, [1], "cpu", "float32")
     socket.send(messages.encode(ready))
     serve(socket)
 
@@ -65,6 +65,8 @@ def step(socket: zmq.Socket, request: messages.AddRequest, given: dict[str, int]
         os._exit(7)
     if n == 2 and prompt[0] == KILLS_ITSELF:
         os.kill(os.getpid(), 9)
+    if n == 2 and prompt[0] == HANGS:
+        time.sleep(60)
     if n == 2 and prompt[0] == FAILS:
         fail(socket, "CUDA error: out of cheese")
     given[request.request_id] = n + 1

@@ -15,10 +15,11 @@ from engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.link import EngineLink
-from engine.outputs import OutputDelta
+from engine.outputs import OutputDelta, RequestOutput
+from engine.quarantine import QuarantinedError
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
-from tests.engine.fake_engine import DIES, FAILS, KILLS_ITSELF, MAX_MODEL_LEN, STOPS, VOCAB_SIZE
+from tests.engine.fake_engine import DIES, FAILS, HANGS, KILLS_ITSELF, MAX_MODEL_LEN, STOPS, VOCAB_SIZE
 
 FAKE_ENGINE = [sys.executable, str(Path(__file__).with_name("fake_engine.py"))]
 
@@ -44,14 +45,25 @@ FOX = [2, 3, 4, 5, 6]  # "fox jumps over the dog"
 
 
 @asynccontextmanager
-async def running(folder: Path, mode: str = "serves", **options: Any) -> AsyncIterator[AsyncEngine]:
-    engine = AsyncEngine(EngineConfig(model=str(folder), **options), link=EngineLink([*FAKE_ENGINE, mode]))
+async def running(
+    folder: Path, mode: str = "serves", max_restarts: int = 3, step_timeout_s: float = 60.0, **options: Any
+) -> AsyncIterator[AsyncEngine]:
+    engine = AsyncEngine(
+        EngineConfig(model=str(folder), **options),
+        link=EngineLink([*FAKE_ENGINE, mode]),
+        max_restarts=max_restarts,
+        step_timeout_s=step_timeout_s,
+    )
     await engine.start()
     try:
         await engine.wait_ready()
         yield engine
     finally:
         await engine.shutdown()
+
+
+async def tokens_of(stream: RequestStream) -> list[int]:
+    return [token for delta in await collect(stream) for token in delta.token_ids]
 
 
 async def collect(stream: RequestStream) -> list[OutputDelta]:
@@ -269,7 +281,7 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text(folder: Path):
 )
 def test_the_engines_death_reaches_every_open_stream(folder: Path, command: int, words: str, returncode: int):
     async def story() -> None:
-        async with running(folder) as engine:
+        async with running(folder, max_restarts=1) as engine:
             streams = [engine.submit([token, 3], params(max_tokens=50)) for token in (2, command)]
             for stream in streams:
                 with pytest.raises(EngineDeadError, match=words):
@@ -298,6 +310,67 @@ def test_streams_go_on_in_the_next_engine(folder: Path):
                 assert [token for delta in deltas for token in delta.token_ids] == prompt * 30
                 assert [delta.num_cached_tokens for delta in deltas] == [5] * len(deltas)
             assert engine.error is None
+            assert engine.num_quarantined == 0, "SIGKILL comes from outside, and accuses nobody"
+
+    run(story())
+
+
+@pytest.mark.parametrize(("poison", "num_others"), [(DIES, 32), (FAILS, 3), (HANGS, 3)])
+def test_a_request_that_ends_engines_fails_alone(folder: Path, poison: int, num_others: int):
+    async def story() -> None:
+        async with running(folder, step_timeout_s=1.0) as engine:
+            convicted = []
+            engine.on_conviction.append(lambda request_id, error: convicted.append((request_id, str(error))))
+            prompts = [[2 + i, 3 + i] for i in range(num_others)]
+            streams = [asyncio.create_task(tokens_of(engine.submit(each, params(max_tokens=60)))) for each in prompts]
+            bad = engine.submit([poison, 3], params(max_tokens=50), request_id="bad")
+            twin = engine.submit([poison, 3], params(max_tokens=50, seed=7), request_id="twin")
+            for stream in (bad, twin):
+                with pytest.raises(QuarantinedError, match="ended the engine, and did it again when it ran alone"):
+                    await collect(stream)
+            assert await asyncio.gather(*streams) == [prompt * 30 for prompt in prompts]
+            assert engine.num_restarts == 3, "twice with the others, once alone"
+            assert engine.num_quarantined == 1
+            assert [name for name, _ in convicted] == ["bad", "twin"]
+            with pytest.raises(QuarantinedError, match=f"refused for 10 minutes.* {reference_in(convicted[0][1])}$"):
+                engine.submit([poison, 3], params(max_tokens=50))
+            assert await tokens_of(engine.submit([4, poison], params())) == [4, poison, 4, poison, 4]
+
+    run(story())
+
+
+def reference_in(message: str) -> str:
+    return message.rsplit(maxsplit=1)[-1]
+
+
+def test_every_request_that_ends_engines_is_found(folder: Path):
+    async def story() -> None:
+        async with running(folder) as engine:
+            streams = [engine.submit([token, 3], params(n=2, max_tokens=20)) for token in (2, DIES, 4, FAILS)]
+            results = await asyncio.gather(*(stream.result() for stream in streams), return_exceptions=True)
+            assert [isinstance(result, QuarantinedError) for result in results] == [False, True, False, True]
+            for token, result in ((2, results[0]), (4, results[2])):
+                assert isinstance(result, RequestOutput)
+                assert [output.token_ids for output in result.outputs] == [[token, 3] * 10] * 2
+            assert engine.num_restarts == 4
+            assert not engine._sequences
+
+    run(story())
+
+
+def test_a_trial_ends_when_its_client_leaves(folder: Path):
+    async def story() -> None:
+        async with running(folder, step_timeout_s=1.0) as engine:
+            bad = engine.submit([HANGS, 3], params(max_tokens=20))
+            waits = asyncio.create_task(tokens_of(engine.submit(FOX, params(max_tokens=20))))
+            await until(lambda: engine._quarantine.on_trial is bad.state)
+            assert engine.is_restarting
+            late = asyncio.create_task(tokens_of(engine.submit([7], params())))
+            bad.abort()
+            assert await waits == FOX * 4
+            assert await late == [7] * 5
+            assert engine.num_quarantined == 0
+            assert not engine.is_restarting
 
     run(story())
 

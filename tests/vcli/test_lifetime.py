@@ -57,7 +57,7 @@ def test_signal_lets_open_streams_finish_and_exits_with_0(start_server, signal_n
 
 
 def test_drain_ends_at_its_timeout(start_server):
-    server = start_server("--drain-timeout", "300ms", FAKE_STEP_S="0.1").wait_ready()
+    server = start_server("--shutdown-timeout", "300ms", FAKE_STEP_S="0.1").wait_ready()
     with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as reply:
         lines = reply.iter_lines()
         next(lines)
@@ -86,7 +86,7 @@ def test_signal_while_loading_ends_at_once(start_server):
 
 @pytest.mark.parametrize(("how", "cause"), [("die", "exit code 7"), ("fail", "out of luck: buy more")])
 def test_dead_engine_ends_open_requests_and_the_process_with_its_cause(start_server, how, cause):
-    server = start_server(FAKE_STEP_S="0.05").wait_ready()
+    server = start_server("--max-restarts", "1", FAKE_STEP_S="0.05").wait_ready()
     replies = []
     caller = threading.Thread(
         target=lambda: replies.append(httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60))
@@ -106,6 +106,31 @@ def test_dead_engine_ends_open_requests_and_the_process_with_its_cause(start_ser
     assert server.process.wait(20) == 1
     assert server.log.strip().splitlines()[-1].startswith("vcli: ")
     assert cause in server.log.strip().splitlines()[-1]
+
+
+def test_a_request_that_ends_engines_gets_a_reference_and_its_repeats_are_refused(start_server):
+    server = start_server(FAKE_STEP_S="0.01").wait_ready()
+    replies = []
+    others = [
+        threading.Thread(target=lambda: replies.append(httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60)))
+        for _ in range(2)
+    ]
+    for other in others:
+        other.start()
+    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 2)
+    bad = server.post(COMPLETIONS, json=LONG | {"cache_salt": "fail"})
+    again = server.post(COMPLETIONS, json=LONG | {"cache_salt": "fail"})
+    for other in others:
+        other.join()
+    assert [reply.status_code for reply in replies] == [200, 200]
+    assert (bad.status_code, bad.json()["error"]["code"]) == (500, "quarantined")
+    reference = bad.json()["error"]["message"].rsplit(maxsplit=1)[-1]
+    assert reference in server.log
+    assert (again.status_code, again.json()["error"]["code"]) == (422, "quarantined")
+    assert reference in again.json()["error"]["message"]
+    assert int(again.headers["retry-after"]) > 0
+    assert server.metric("vcli:quarantined_requests_total") == 1
+    assert server.metric("vcli:admission_rejections_total") == 1
 
 
 def kill_engine(server: Server) -> None:

@@ -29,7 +29,7 @@ class ServerConfig:
     step_timeout_s: Annotated[
         float, "an engine that has requests and makes no step for so long is taken for dead, and started again"
     ] = 60.0
-    drain_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
+    shutdown_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
     explain_startup: Annotated[bool, "when ready, print how long each part of the start took"] = False
     uvicorn_log_level: Annotated[
         Literal["critical", "error", "warning", "info", "debug"],

@@ -14,7 +14,9 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
+from engine.errors import RequestFailedError
 from engine.messages import Ready
+from engine.quarantine import REFUSED_S, QuarantinedError
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from vcli.server import chat, streaming
@@ -139,7 +141,7 @@ class GenerationEndpoint(ABC):
                     cache_salt=request.cache_salt or "",
                 )
                 streams.append(stream)
-        except (ValueError, EngineDeadError) as error:
+        except (ValueError, EngineDeadError, QuarantinedError) as error:
             for stream in streams:
                 stream.abort()
             raise self._as_api_error(error, prompts[len(streams)]) from None
@@ -148,6 +150,8 @@ class GenerationEndpoint(ABC):
     def _as_api_error(self, error: Exception, prompt: Prompt) -> ApiError:
         if isinstance(error, EngineDeadError):
             return engine_dead(error)
+        if isinstance(error, QuarantinedError):  # no 5xx: a client would try again by itself
+            return self.service.admission.reject(error.code, 422, str(error), int(REFUSED_S))
         ready = self.service.engine.ready
         is_too_long = ready is not None and len(prompt.token_ids) >= ready.max_model_len
         return ApiError(400, str(error), code="context_length_exceeded" if is_too_long else None)
@@ -161,6 +165,8 @@ class GenerationEndpoint(ABC):
                     reply.add(prompt_index, delta, keep=True)
         except EngineDeadError as error:
             raise engine_dead(error) from None
+        except RequestFailedError as error:
+            raise request_failed(error) from None
         # In a thread: log probabilities of many long sequences are a lot of JSON.
         await streaming.send_json(send, await asyncio.to_thread(reply.whole), reply.id)
 
@@ -178,6 +184,8 @@ class GenerationEndpoint(ABC):
             tail = reply.usage_event() + DONE if wants_usage else DONE
         except EngineDeadError as error:
             tail = error_event(engine_dead(error))
+        except RequestFailedError as error:
+            tail = error_event(request_failed(error))
         except Exception:
             log.exception("a reply failed halfway")
             tail = error_event(ApiError(500, "the server failed on this request: its log says why"))
@@ -251,6 +259,10 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
 
 def engine_dead(error: EngineDeadError) -> ApiError:
     return ApiError(500, f"the engine died: {error}", code="engine_dead")
+
+
+def request_failed(error: RequestFailedError) -> ApiError:
+    return ApiError(500, str(error), code=error.code)
 
 
 def _common(service: Service, request: GenerationRequest, prompts: list[Prompt], n: int) -> dict[str, Any]:

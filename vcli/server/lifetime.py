@@ -26,6 +26,7 @@ from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.link import EngineLink
 from engine.messages import Ready
+from engine.quarantine import QuarantinedError
 from engine.timeline import Timeline, process_start_time
 from vcli.console import console, format_seconds, print_table
 from vcli.server.admission import Admission
@@ -82,6 +83,7 @@ class Lifetime:
         self.engine.on_step.append(metrics.on_step)
         self.engine.on_finish.append(metrics.on_finish)
         self.engine.on_restart.append(self._report_restart)
+        self.engine.on_conviction.append(self._report_conviction)
         self.service = Service(
             config=plan.server,
             keys=plan.keys,
@@ -144,7 +146,7 @@ class Lifetime:
 
     async def _drain(self) -> None:
         """No new requests; the open ones may finish, unless a second signal says otherwise."""
-        timeout_s = self.plan.server.drain_timeout_s if self.signals else LAST_WORDS_S
+        timeout_s = self.plan.server.shutdown_timeout_s if self.signals else LAST_WORDS_S
         if self.signals and (num_open := self.service.admission.num_open):
             console.print(f"vcli: {num_open} open requests may finish within {format_seconds(timeout_s)}")
         draining = asyncio.create_task(self.service.admission.drain(timeout_s))
@@ -162,6 +164,9 @@ class Lifetime:
     def _report_restart(self, reason: str) -> None:
         num_open = self.engine.num_unfinished
         console.print(f"vcli: {reason}; the engine starts again ({num_open} unfinished sequences)", markup=False)
+
+    def _report_conviction(self, request_id: str, error: QuarantinedError) -> None:
+        console.print(f"vcli: {request_id} is refused from now on: {error}", markup=False)
 
     def _report(self) -> None:
         now, ready = time.time(), self.engine.ready

@@ -116,12 +116,14 @@ class _StateCollector(Collector):
         yield self._gauge("num_requests_waiting", "Sequences that wait for a place in it.", stats.num_waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of the KV blocks that requests own, 0 to 1.", usage)
         yield self._gauge("kv_cache_waste_perc", "Share of the token slots in those that hold no token.", waste)
-        yield self._counter("prompt_tokens", "Prompt tokens of the requests that have started.", stats.prompt_tokens)
+        yield self._counter("prompt_tokens", "Prompt tokens of the requests that gave a token.", stats.prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_cache_queries)
         yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_cache_hits)
         yield self._counter("num_preemptions", "Sequences that gave their blocks up for others.", stats.num_preemptions)
         yield self._counter("engine_restarts", "Engines started after one that died.", self._engine.num_restarts)
+        quarantined = self._engine.num_quarantined
+        yield self._counter("quarantined_requests", "Requests that ended the engine, run alone.", quarantined)
         rejections = CounterMetricFamily(
             "vcli:admission_rejections", "Requests turned away at the door.", labels=["model_name", "reason"]
         )
