@@ -26,7 +26,7 @@ def test_without_keys_everybody_is_let_in():
 def test_each_key_belongs_to_its_tenant(tmp_path):
     digest = hashlib.sha256("ümlaut-key".encode()).hexdigest()
     text = f'[acme]\nkeys = ["sk-old-key", "sk-new-key"]\n[ops]\nkeys = ["sha256:{digest}"]\nis_admin = true\n'
-    keys = keys_of(tmp_path, text, api_key="from the flag")
+    keys = keys_of(tmp_path, text)
 
     acme, ops = keys.tenant_of(b"Bearer sk-old-key"), keys.tenant_of("bearer  ümlaut-key".encode())
     assert acme is not None
@@ -34,8 +34,46 @@ def test_each_key_belongs_to_its_tenant(tmp_path):
     assert (acme.name, acme.is_admin) == ("acme", False)
     assert keys.tenant_of(b"Bearer sk-new-key") is acme
     assert (ops.name, ops.is_admin) == ("ops", True)
-    assert keys.tenant_of(b"Bearer from the flag") is ANYONE
     assert keys.has_admin
+
+
+def test_the_one_key_of_the_flag_is_everybodys(tmp_path):
+    keys = Keys.load("the key", None)
+    assert keys.tenant_of(b"Bearer the key") is ANYONE
+    assert keys.tenant_of(b"Bearer another key") is None
+    with pytest.raises(UserError, match="exclude each other"):
+        keys_of(tmp_path, '[acme]\nkeys = ["sk-old-key"]', api_key="the key")
+
+
+def test_salts_of_two_tenants_never_meet(tmp_path):
+    keys = keys_of(tmp_path, '[a]\nkeys = ["sk-of-a-1", "sk-of-a-2"]\n[ab]\nkeys = ["sk-of-ab"]')
+    a, same, ab = (keys.tenant_of(f"Bearer {key}".encode()) for key in ("sk-of-a-1", "sk-of-a-2", "sk-of-ab"))
+    assert a is not None
+    assert ab is not None
+    assert a.salt("x") == same.salt("x") != a.salt("")
+    tried = ["", "a", "b", "\n", "a\n", "ab\n", "\nb", "b\n", "a\nb"]
+    assert {a.salt(salt) for salt in tried}.isdisjoint(ab.salt(salt) for salt in tried)
+
+
+def test_keys_are_read_again_and_limits_go_on(tmp_path):
+    admin = '[ops]\nkeys = ["sk-admin"]\nis_admin = true\n'
+    acme = "[acme]\nrequests_per_minute = 5\nkeys = "
+    keys = keys_of(tmp_path, f'{acme}["sk-stolen"]\n{admin}')
+    before = keys.tenant_of(b"Bearer sk-stolen")
+    assert before is not None
+
+    (tmp_path / "keys.toml").write_text(f'{acme}["sk-fresh"]\n{admin}')
+    keys.reload()
+    after = keys.tenant_of(b"Bearer sk-fresh")
+    assert keys.tenant_of(b"Bearer sk-stolen") is None
+    assert after is not None
+    assert after.budget is before.budget
+
+    for bad, words in (("[acme", "is not understood"), (f'{acme}["sk-fresh"]', "has no admin any more")):
+        (tmp_path / "keys.toml").write_text(bad)
+        with pytest.raises(UserError, match=words):
+            keys.reload()
+        assert keys.tenant_of(b"Bearer sk-fresh") is after, "as it was"
 
 
 @pytest.mark.parametrize(
@@ -63,6 +101,7 @@ def test_a_digest_does_not_open_what_its_key_opens(tmp_path):
         ("acme = 3", "is not understood"),
         ('[acme]\nkeys = "sk-old-key"', "is not understood"),
         ('[acme]\nkeys = ["sk-old-key"]\nadmin = true', "unknown field `admin`"),
+        ('[acme]\nkeys = ["sk-old-key"]\ntokens_per_minute = 0', "is not understood"),
         ('[acme]\nkeys = ["short"]', "5 characters can be guessed"),
         ('[acme]\nkeys = ["sha256:1234"]', "64 hexadecimal digits"),
         ('["a b"]\nkeys = ["sk-old-key"]', "'a b' is no name"),

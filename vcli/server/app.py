@@ -5,6 +5,7 @@ errors) is in frame.py.
 """
 
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -14,9 +15,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from engine.errors import UserError
 from vcli.server import chat
 from vcli.server.frame import BrowserCheck, KeyCheck, framed, json_response
 from vcli.server.generation import ChatCompletions, ClientGoneError, Completions, Service, read_body
+from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
 from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, decode
 from vcli.version import version
@@ -39,7 +42,11 @@ def make_app(service: Service) -> Starlette:
 
 def make_admin_app(service: Service) -> Starlette:
     """What operators see, on a listener of its own. A route here changes the server for everybody."""
-    routes = _common_routes(Endpoints(service))
+    endpoints = Endpoints(service)
+    routes = [
+        Route("/admin/reload-keys", endpoints.reload_keys, methods=["POST"]),
+        *_common_routes(endpoints),
+    ]
     guards = [Middleware(KeyCheck, service.keys, admin=True)]
     if not service.keys.has_admin:
         guards.insert(0, Middleware(BrowserCheck))
@@ -76,10 +83,11 @@ class Endpoints:
         ready = self.service.require_ready()
         if (asked.prompt is None) == (asked.messages is None):
             raise ApiError(400, "send either prompt or messages", param="prompt")
-        text = asked.prompt if asked.prompt is not None else await self.service.render(asked)
         tokenizer = self.service.require_tokenizer()
         adds = asked.add_special_tokens if asked.add_special_tokens is not None else asked.messages is None
-        [prompt] = await chat.encode_texts(tokenizer, [text], ready.max_model_len, add_special_tokens=adds)
+        with self._counted(request):
+            text = asked.prompt if asked.prompt is not None else await self.service.render(asked)
+            [prompt] = await chat.encode_texts(tokenizer, [text], ready.max_model_len, add_special_tokens=adds)
         token_ids = prompt.token_ids
         reply = {"count": len(token_ids), "max_model_len": ready.max_model_len, "tokens": token_ids}
         if asked.return_token_strs:
@@ -90,7 +98,17 @@ class Endpoints:
         asked = decode(_DETOKENIZE, await _body(request))
         self.service.check_model(asked.model)
         self.service.require_ready()
-        return json_response({"prompt": await chat.decode_tokens(self.service.require_tokenizer(), asked.tokens)})
+        with self._counted(request):
+            prompt = await chat.decode_tokens(self.service.require_tokenizer(), asked.tokens)
+        return json_response({"prompt": prompt})
+
+    async def reload_keys(self, request: Request) -> Response:
+        """Read --api-key-file again: for new keys, and against stolen ones."""
+        try:
+            self.service.keys.reload()
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
+        return json_response({"status": "ok"})
 
     async def health(self, request: Request) -> Response:
         """Is the process alive, and its engine with it? A loading model is fine."""
@@ -119,6 +137,11 @@ class Endpoints:
 
     async def metrics(self, request: Request) -> Response:
         return Response(self.service.metrics.render(), media_type=CONTENT_TYPE)
+
+    def _counted(self, request: Request) -> AbstractContextManager[None]:
+        """As one of the requests that its tenant may make."""
+        tenant: Tenant = request.scope["tenant"]
+        return tenant.budget.enter(1, self.service.admission.reject)
 
     def _model_entry(self) -> dict[str, Any]:
         ready = self.service.engine.ready

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vcli.server.keys import ANYONE, Keys
+from vcli.server.keys import ANYONE, Keys, Tenant
 from vcli.server.protocol import ApiError
 
 PUBLIC_PATHS = ("/health", "/ready")  # need no API key: probes have none
@@ -45,7 +45,7 @@ class KeyCheck:
                 return await error_response(error)(scope, receive, send)
         return await self.app(scope, receive, send)
 
-    def _tenant(self, scope: Scope) -> Any:
+    def _tenant(self, scope: Scope) -> Tenant:
         if self.admin and not self.keys.has_admin:
             return ANYONE  # on a loopback address, or `vcli serve` would not have started
         tenant = self.keys.tenant_of(header(scope, b"authorization"))

@@ -23,7 +23,7 @@ from vcli.server import chat, streaming
 from vcli.server.admission import RETRY_LATER_S, Admission
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
-from vcli.server.keys import Keys
+from vcli.server.keys import Keys, Tenant
 from vcli.server.metrics import Metrics
 from vcli.server.protocol import (
     ApiError,
@@ -100,6 +100,7 @@ class GenerationEndpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self.service
+        tenant: Tenant = scope["tenant"]
         try:
             request: GenerationRequest = decode(self.decoder, await read_body(scope, receive))
         except ClientGoneError:
@@ -109,14 +110,20 @@ class GenerationEndpoint(ABC):
         ready = service.require_ready()
         params = request.sampling_params(ready.default_sampling)
         prompts = await self.prompts(request, ready)
-        with service.admission.enter(len(prompts) * params.n, ready.max_num_seqs):
+        num_sequences = len(prompts) * params.n
+        budget = tenant.budget.enter(num_sequences, service.admission.reject)
+        with budget, service.admission.enter(num_sequences, ready.max_num_seqs):
             reply = await self.reply(request, prompts, params.n)
-            streams = self._submit(request, prompts, params, reply.id)
-            async with streaming.abort_at_disconnect(receive, streams):
-                if request.stream:
-                    await self._send_events(send, request, streams, reply)
-                else:
-                    await self._send_whole(send, streams, reply)
+            streams = self._submit(request, prompts, params, reply.id, tenant)
+            tenant.budget.spend(sum(len(prompt.token_ids) for prompt in prompts))
+            try:
+                async with streaming.abort_at_disconnect(receive, streams):
+                    if request.stream:
+                        await self._send_events(send, request, streams, reply)
+                    else:
+                        await self._send_whole(send, streams, reply)
+            finally:
+                tenant.budget.spend(sum(stream.state.timings.num_output_tokens for stream in streams))
 
     @abstractmethod
     async def prompts(self, request: Any, ready: Ready) -> list[Prompt]:
@@ -127,7 +134,12 @@ class GenerationEndpoint(ABC):
         """The empty reply to a call."""
 
     def _submit(
-        self, request: GenerationRequest, prompts: list[Prompt], params: SamplingParams, request_id: str
+        self,
+        request: GenerationRequest,
+        prompts: list[Prompt],
+        params: SamplingParams,
+        request_id: str,
+        tenant: Tenant,
     ) -> list[RequestStream]:
         """One stream for each prompt. Raises ApiError, and then none of them runs."""
         streams: list[RequestStream] = []
@@ -138,7 +150,7 @@ class GenerationEndpoint(ABC):
                     params,
                     request_id=request_id if len(prompts) == 1 else f"{request_id}-{index}",
                     priority=request.priority or 0,
-                    cache_salt=request.cache_salt or "",
+                    cache_salt=tenant.salt(request.cache_salt or ""),
                 )
                 streams.append(stream)
         except (ValueError, EngineDeadError, QuarantinedError) as error:

@@ -1,27 +1,33 @@
 """Who asks: API keys, and the tenants that they belong to.
 
-A file (TOML) names the tenants, each with its keys:
+A file (TOML) names the tenants, each with its keys and, where wanted, its limits:
 
     [acme]
     keys = ["sk-old", "sk-new"]    # all of them work: an old key and its successor, or one for each service
+    requests_per_minute = 600
+    tokens_per_minute = 200_000    # of prompts and answers
+    max_open_requests = 64
 
     [operators]
     keys = ["sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"]    # the digest of the key
     is_admin = true
 
 What always holds: a key in the clear is kept nowhere. Keys are looked up by their sha256 digests, so that the time
-this takes says nothing about them.
+this takes says nothing about them. And what one tenant sends is never told to another, not even by the time that an
+answer takes: prefix blocks are shared within a tenant alone.
 """
 
 import hashlib
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from engine.errors import UserError
+from vcli.server.limits import Budget, Limits
 
 MIN_KEY_LENGTH = 8  # characters: shorter ones are guessed
 
@@ -32,24 +38,47 @@ class Tenant:
 
     name: str
     is_admin: bool = False  # may use the admin listener
+    budget: Budget = field(default_factory=lambda: Budget(Limits()))
+
+    def salt(self, cache_salt: str) -> str:
+        """The salt of a request's prefix blocks: its own, apart from those of all other tenants."""
+        return f"{self.name}\n{cache_salt}" if self.name else cache_salt
 
 
-ANYONE = Tenant("")  # who asks a server without keys, or by its --api-key
+ANYONE = Tenant("")  # who asks a server without a file of keys
 
 
 class Keys:
     """The keys that a server knows. Empty: nobody needs one."""
 
-    def __init__(self, tenants: dict[bytes, Tenant]) -> None:
+    def __init__(self, tenants: dict[bytes, Tenant], file: Path | None = None) -> None:
         self._tenants = tenants  # by the digests of their keys
+        self._file = file
 
     @classmethod
     def load(cls, api_key: str, file: Path | None) -> "Keys":
-        """The key of --api-key and those of a file. Raises UserError."""
-        tenants = _read(file) if file else {}
+        """The key of --api-key, or those of a file. Raises UserError."""
+        if file is None:
+            return cls({_digest(api_key.encode()): ANYONE} if api_key else {})
         if api_key:
-            tenants.setdefault(_digest(api_key.encode()), ANYONE)
-        return cls(tenants)
+            raise UserError("--api-key and --api-key-file exclude each other: put the key into the file")
+        return cls(_read(file), file)
+
+    def reload(self) -> None:
+        """Read the file again. A tenant with the limits that it had goes on with what it has left of them.
+
+        Raises UserError, and all stays as it was.
+        """
+        if self._file is None:
+            raise UserError("the server was started without --api-key-file: there is nothing to read again")
+        tenants = _read(self._file)
+        if self.has_admin and not any(tenant.is_admin for tenant in tenants.values()):
+            raise UserError(f"--api-key-file {self._file} has no admin any more: nobody could change that again")
+        known = {tenant.name: tenant for tenant in self._tenants.values()}
+        for tenant in tenants.values():
+            if (before := known.get(tenant.name)) and before.budget.limits == tenant.budget.limits:
+                tenant.budget = before.budget
+        self._tenants = tenants
 
     def __bool__(self) -> bool:
         return bool(self._tenants)
@@ -66,11 +95,17 @@ class Keys:
         return self._tenants.get(_digest(key.strip())) if scheme.lower() == b"bearer" else None
 
 
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     """A tenant as the file has it."""
 
     keys: list[str]
     is_admin: bool = False
+    requests_per_minute: _Count | None = None
+    tokens_per_minute: _Count | None = None
+    max_open_requests: _Count | None = None
 
 
 def _read(file: Path) -> dict[bytes, Tenant]:
@@ -85,7 +120,8 @@ def _read(file: Path) -> dict[bytes, Tenant]:
     for name, entry in entries.items():
         if not re.fullmatch(r"[\w.@-]{1,64}", name):
             raise UserError(f"--api-key-file {file}: {name!r} is no name for a tenant: use up to 64 letters and digits")
-        tenant = Tenant(name, entry.is_admin)
+        limits = Limits(entry.requests_per_minute, entry.tokens_per_minute, entry.max_open_requests)
+        tenant = Tenant(name, entry.is_admin, Budget(limits))
         for key in entry.keys:
             digest = _digest_in(key, f"--api-key-file {file}, [{name}]")
             if tenants.setdefault(digest, tenant) is not tenant:
