@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ALWAYS = 1024  # tokens of a mixed step that have a graph on every GPU, and by which its pace is told
 BUSY = 0.7  # share of a step's time in which all of its kernels have been launched, where no graph is needed
 
 
@@ -31,7 +32,7 @@ def mixed_sizes(max_num_tokens: int, run: Callable[[int], None]) -> list[int]:
     """
     sizes = {16, 32, 64, 96, 128, *range(192, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256)}
     sizes |= {*range(2048, 4097, 512)}
-    for probe in (512, 1024, 2048):
+    for probe in (ALWAYS, 2 * ALWAYS):
         if probe <= max_num_tokens and _keeps_gpu_busy(partial(run, probe)):
             max_num_tokens = probe
     return sorted(size for size in sizes if size <= max_num_tokens)
