@@ -23,7 +23,7 @@ from types import TracebackType
 
 from engine import messages
 from engine.config import EngineConfig
-from engine.errors import UserError
+from engine.errors import InvalidLogitsError, UserError
 from engine.hub import resolve_model
 from engine.intake import make_requests
 from engine.link import EngineLink
@@ -298,7 +298,12 @@ class AsyncEngine:
             except Exception as error:  # one request that cannot be turned into text must not end the others
                 traceback.print_exc()
                 self._drop(stream)
-                self._loop.call_soon_threadsafe(stream._fail, error)
+                self._loop.call_soon_threadsafe(self._end_alone, stream, error)
+                continue
+            if delta.finish_reason == "error":
+                self._drop(stream)
+                failure = InvalidLogitsError(len(stream.state.sequences[index].token_ids))
+                self._loop.call_soon_threadsafe(self._end_alone, stream, failure)
                 continue
             deltas.setdefault(stream, []).append(delta)
             if delta.finish_reason is not None:
@@ -349,6 +354,15 @@ class AsyncEngine:
                 self._settle()
             elif isinstance(message, messages.Failed):
                 self._failure = message.error
+
+    def _end_alone(self, stream: "RequestStream", error: Exception) -> None:
+        """A request has failed and is dropped; nobody else is concerned."""
+        if stream._num_running == 0 or stream._error is not None:
+            return  # aborted meanwhile
+        stream._fail(error)
+        reasons = stream.state.timings.finish_reasons
+        reasons += ["error"] * (len(stream.state.sequences) - len(reasons))
+        self._finished(stream)
 
     def _on_tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer

@@ -39,8 +39,8 @@ class BlockPool:
         block_ids = []
         for _ in range(num_blocks):
             block_id, _ = self._free.popitem(last=False)
-            if (block_hash := self._hash_of_block.pop(block_id, None)) is not None:
-                del self._block_of_hash[block_hash], self._hash_before[block_hash]
+            if (block_hash := self._hash_of_block.get(block_id)) is not None:
+                self._forget(block_hash)
             self._ref_counts[block_id] = 1
             block_ids.append(block_id)
         return block_ids
@@ -95,6 +95,15 @@ class BlockPool:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
             self._hash_before[block_hash] = prefix.hashes[index - 1] if index else prefix.seed
+
+    def forget(self, prefix: PrefixHashes) -> None:
+        """Let nobody find the blocks of a sequence any more: what they hold is not to be used again."""
+        for block_hash in prefix.hashes:
+            if block_hash in self._block_of_hash:
+                self._forget(block_hash)
+
+    def _forget(self, block_hash: bytes) -> None:
+        del self._hash_of_block[self._block_of_hash.pop(block_hash)], self._hash_before[block_hash]
 
     def free(self, block_ids: Sequence[int]) -> None:
         """Drop an owner. Later blocks are freed first, so that eviction shortens a prefix from its end."""

@@ -9,3 +9,15 @@ class RequestFailedError(Exception):
     """One request cannot be answered, and no other is concerned. The message is for its client, `code` for programs."""
 
     code = "request_failed"
+
+
+class InvalidLogitsError(RequestFailedError):
+    """The model gave a request NaN or infinite logits: no token can be drawn from them."""
+
+    code = "invalid_logits"
+
+    def __init__(self, num_output_tokens: int) -> None:
+        super().__init__(
+            f"the model's logits for token {num_output_tokens + 1:,} of the answer are NaN or infinite, so the request "
+            "ends here: try another prompt; if it happens often the weights are damaged, or too large for --dtype"
+        )

@@ -79,7 +79,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
 
     request_id: str
     token_ids: list[int]
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or, where logits are NaN or infinite, "error"
     stop_reason: int | None = None  # the stop token's id when a stop_token_id, not the model's eos, ended it
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first token; the first entry is None

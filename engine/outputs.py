@@ -24,7 +24,7 @@ class OutputDelta:
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # as in TokenOutput
     stop_reason: int | str | None = None  # the stop token or stop string that ended it; None for the model's own end
     num_cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None  # once, with the first tokens

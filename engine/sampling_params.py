@@ -38,7 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             ("min_p", 0 <= self.min_p <= 1, "must be in [0, 1]"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "must be between -2 and 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must be between -2 and 2"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "must be in (0, 100]"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "must be between 0.01 and 100"),
             ("logit_bias", self._logit_bias_is_valid(), "must map token ids to values between -100 and 100"),
             ("logit_bias", len(self.logit_bias or ()) <= MAX_LOGIT_BIAS, f"must name at most {MAX_LOGIT_BIAS} tokens"),
             ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "must fit in 64 bits"),

@@ -139,7 +139,7 @@ class Scheduler:
         logprobs: dict[int, TokenLogprob],
         prompt_logprobs: dict[int, list[TokenLogprob | None]],
     ) -> list[TokenOutput]:
-        """Take in the oldest step in flight: one token for each request that drew, in the batch's order.
+        """Take in the oldest step in flight: one token for each request that drew, in the batch's order; -1 ends it.
 
         logprobs and prompt_logprobs are keyed by the request's place among those.
         """
@@ -150,6 +150,11 @@ class Scheduler:
             request.num_in_flight -= 1
             if request.finish_reason is not None:
                 continue  # ended while this step was under way: the token is beyond its end
+            if token_id < 0:  # NaN or infinite logits: so may be what it keeps in the cache
+                self.pool.forget(request.prefix)
+                self._finish(request, "error")
+                outputs.append(TokenOutput(request.request_id, [], finish_reason="error"))
+                continue
             request.token_ids.append(token_id)
             self._remember_full_blocks(request)
             is_first = len(request.token_ids) == request.num_prompt_tokens + 1

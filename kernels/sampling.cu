@@ -6,6 +6,8 @@
 // questions, nothing is sorted, and no question needs the host. How far a logit lies behind the best is counted in whole
 // steps of 2^-24, and what blocks add up are integers: a token does not depend on how many blocks share the row.
 //
+// NaN counts as more than every number, so the best of a row tells whether the row has a token at all (`has_token`).
+//
 // Bound by reading (a row without limits is read once, with top-k and top-p four to eight times) and, where many tokens can
 // be drawn, by the arithmetic of their noise.
 #include "types.cuh"
@@ -24,6 +26,7 @@ constexpr int kHeadShift = 17, kTailShift = 21, kFinerShift = 9;
 static_assert(kBins >> kFinerShift > 0 && kBins << kHeadShift < kOutOfReach - 1 && kOutOfReach >> kTailShift <= kBins,
               "the bins of a histogram are enough for what they divide");
 constexpr float kMostNoise = 16.64f;   // -log(-log(1 - 2^-24)) is less
+constexpr float kLowest = -3.402823466e38f;
 
 // As in engine/ops/sampling_line.py. After it: the forbidden tokens, then pairs of a token and its bias.
 struct Line {
@@ -111,17 +114,21 @@ template <int kHeld, class Visit> __device__ inline void for_each_group(const Pa
   }
 }
 
-// Tokens come in rising order: of equal ones the first stays.
+// Tokens come in rising order: of equal ones the first stays. After NaN the best is NaN.
 __device__ inline void consider(Best& best, float value, int token) {
-  if (value > best.value) best = {value, token};
+  const float most = max_or_nan(best.value, value);
+  if (most != best.value) best.token = token;
+  best.value = most;
 }
+// Whether the best of a row can be drawn: not NaN, not infinite, not what is left of a row of nothing but -infinity.
+__device__ inline bool has_token(Best best) { return fabsf(best.value) < kInfinity; }
 __device__ inline void consider_group(Best& best, const float (&values)[4], int group) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) consider(best, values[i], 4 * group + i);
 }
 
 // Numbers as integers of the same order: that of their bits, of negative ones the other way round. Adding 0 makes one number
-// of -0 and 0.
+// of -0 and 0. NaN as `consider` makes it is the largest.
 __device__ inline u32 ordered(float x) {
   const u32 bits = __float_as_uint(x + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -356,13 +363,13 @@ __device__ inline u32 limit_of(const Part& part, const Line& line, float top) {
 // more than x is made of a number u with 1 - u < -log(u) < e^-x only. So few logarithms are needed.
 __device__ inline void draw_group(
     Best& best, const float (&scaled)[4], const bool (&is_kept)[4], int group, int position, u64 seed) {
-  const float best_of_warp = from_ordered(__reduce_max_sync(kAllLanes, ordered(best.value)));
+  const float best_of_warp = fmaxf(from_ordered(__reduce_max_sync(kAllLanes, ordered(best.value))), kLowest);
   float most = -kInfinity;
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    if (is_kept[i]) most = fmaxf(most, scaled[i]);
+    if (is_kept[i]) most = max_or_nan(most, scaled[i]);
   const float ahead = best_of_warp - most;
-  if (!(ahead <= kMostNoise)) return;
+  if (ahead > kMostNoise) return;  // a group with NaN goes on, and hands it to the best
   const float room = __expf(-ahead) * 1.01f + 1e-6f;  // for rounding
   const u32 least = room < 1.0f ? static_cast<u32>((1.0f - room) * 0x1p32f) : 0;
   const Words words = words_of(group, position, seed);
@@ -373,8 +380,8 @@ __device__ inline void draw_group(
 
 __device__ inline void put(Best best, int* tokens, int* token_ids, int row, int end, int max_len) {
   if (cluster_rank() == 0 && threadIdx.x == 0) {
-    tokens[blockIdx.y] = best.token;
-    if (end < max_len) token_ids[static_cast<i64>(row) * max_len + end] = best.token;
+    tokens[blockIdx.y] = has_token(best) ? best.token : -1;
+    if (end < max_len) token_ids[static_cast<i64>(row) * max_len + end] = has_token(best) ? best.token : 0;
   }
   meet_cluster();  // a block that has left cannot be read
 }
@@ -401,7 +408,9 @@ sample(int* tokens, float* logits, const int* lines, const int* rows, const int*
   float top = 0.0f, reach = kInfinity;
   if (line.top_k > 0 || line.top_p < 1.0f || line.max_steps < kOutOfReach - 1) {
     for_each_group<4>(part, [&](const float (&logits)[4], int group) { consider_group(best, logits, group); });
-    top = __fmul_rn(cluster_best(part.shared, best, 0).value, inverse_temperature);
+    best = cluster_best(part.shared, best, 0);
+    if (!has_token(best)) return put(best, tokens, token_ids, row, end, max_len);
+    top = __fmul_rn(best.value, inverse_temperature);
     reach = reach_of(limit_of(part, line, top));
     best = Best();
   }
@@ -412,7 +421,7 @@ sample(int* tokens, float* logits, const int* lines, const int* rows, const int*
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       scaled[i] = __fmul_rn(logits[i], inverse_temperature);
-      is_kept[i] = __fsub_rn(top, scaled[i]) < reach;
+      is_kept[i] = !(__fsub_rn(top, scaled[i]) >= reach);  // NaN, too
     }
     draw_group(best, scaled, is_kept, group, end, seed);
   });
@@ -450,7 +459,7 @@ logprobs(float* chosen, int* ranks, float* top_values, int* top_tokens, float* l
   wait_for_inputs();
   extern __shared__ uint4 shared[];
   const Part part = part_of(shared, logits, vocab_size);
-  const float own = part.row[tokens[blockIdx.y]];
+  const float own = part.row[max(tokens[blockIdx.y], 0)];
   Best mine = best_below(part, ~0ull);
   const float top = cluster_best(part.shared, mine, 0).value;
   u64 mass = 0;  // in units of 2^-40: the sum is the same however it is shared out

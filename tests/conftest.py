@@ -1,6 +1,7 @@
 """What many tests share: tiny checkpoints of every family, made on the spot, and the default model."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SPOILT_TOKEN = 300
 SHAPE = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -60,6 +62,19 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def spoilt_checkpoint(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny llama, but for the embedding of token SPOILT_TOKEN, which is NaN."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("spoilt")
+    shutil.copytree(tiny_checkpoint(), folder, dirs_exist_ok=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][SPOILT_TOKEN] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

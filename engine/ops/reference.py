@@ -253,7 +253,7 @@ def take_best(
     token_ids: Tensor,
     best_of: Callable[[Tensor], Tensor] = best_of,
 ) -> Tensor:
-    return _put(best_of(logits), rows, ends, token_ids)
+    return _put(_unless_invalid(best_of(logits), logits), rows, ends, token_ids)
 
 
 def sample(
@@ -269,27 +269,33 @@ def sample(
     for i, (line, row, end) in enumerate(zip(all_lines, rows.tolist(), ends.tolist(), strict=True)):
         if line.changes_logits:
             change_logits(logits[i], line, token_ids[row, :end])
-    tokens = best_of(logits)
+    tokens = _unless_invalid(best_of(logits), logits)
     is_drawn = [bool(line.header["inverse_temperature"]) for line in all_lines]
     if any(is_drawn):
         drawn = torch.tensor(is_drawn, device=logits.device).nonzero().squeeze(-1)
         drawn_lines = [line for line in all_lines if line.header["inverse_temperature"]]
         seeds = torch.tensor([int(line.header["seed"]) for line in drawn_lines], device=logits.device)
         noise = noise_of(seeds, ends[drawn], logits.shape[-1])
-        tokens[drawn] = best_of(keep_best(logits[drawn], drawn_lines) + noise)
+        tokens[drawn] = torch.where(tokens[drawn] < 0, -1, best_of(keep_best(logits[drawn], drawn_lines) + noise))
     return _put(tokens, rows, ends, token_ids)
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    index = token_ids.long().unsqueeze(-1)
+    index = token_ids.long().clamp(min=0).unsqueeze(-1)
     wide = logits.log_softmax(-1)
     top_values, top_ids = wide.topk(num_top, dim=-1)
     return wide.gather(-1, index).squeeze(-1), (logits > logits.gather(-1, index)).sum(-1) + 1, top_values, top_ids
 
 
+def _unless_invalid(best: Tensor, logits: Tensor) -> Tensor:
+    """The best tokens [n], -1 for rows that have none: NaN counts as the largest number."""
+    values = logits.gather(-1, best.long().unsqueeze(-1)).squeeze(-1)
+    return torch.where(values.isfinite(), best, -1)
+
+
 def _put(tokens: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
     fits = ends < token_ids.shape[1]
-    token_ids[rows[fits].long(), ends[fits].long()] = tokens[fits]
+    token_ids[rows[fits].long(), ends[fits].long()] = tokens[fits].clamp(min=0)
     return tokens
 
 

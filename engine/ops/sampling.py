@@ -20,19 +20,23 @@ def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids:
     far, presence and frequency over those of the output); temperature. Then all but these tokens are dropped: those
     that min_p keeps, of them the top_k best, of them the fewest best whose probabilities sum to top_p. Tokens equally
     far behind the best (in steps of 2^-24) are kept or dropped together. Of the rest one is drawn.
+
+    A row has no token where its logits hold NaN or +infinity, or nothing but -infinity: its result is -1, and in its
+    place lies 0, for a step that is launched before anybody knows.
     """
     return body(logits).sample(logits, lines, rows, ends, token_ids)
 
 
 def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
-    """The best token of each row, of equal ones the lowest; it is put into its place too, as by `sample`."""
+    """The best token of each row, of equal ones the lowest; -1 and its place as in `sample`."""
     return body(logits).take_best(logits, rows, ends, token_ids)
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log probabilities of the given tokens [n], their ranks (1: none is better), and those of the num_top best.
 
-    logits [n, vocab_size] float32, token_ids [n]; results [n] float32, [n], [n, num_top] float32 falling, [n, num_top].
+    logits [n, vocab_size] float32, token_ids [n] (-1 counts as 0); results [n] float32, [n], [n, num_top] float32
+    falling, [n, num_top].
     """
     return body(logits).logprobs(logits, token_ids, num_top)
 

@@ -35,6 +35,13 @@ template <> __device__ inline u32 pack<f16>(float low, float high) {
   return word;
 }
 
+// The larger of two numbers; NaN if one of them is.
+__device__ inline float max_or_nan(float a, float b) {
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+}
+
 // a · b + c of both numbers of a word, rounded once.
 template <class T> __device__ inline u32 fma_pair(u32 a, u32 b, u32 c);
 template <> __device__ inline u32 fma_pair<bf16>(u32 a, u32 b, u32 c) {

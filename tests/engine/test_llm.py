@@ -13,6 +13,7 @@ from engine.errors import UserError
 from engine.llm import LLM
 from engine.messages import TokenOutput
 from engine.sampling_params import SamplingParams
+from tests.conftest import SPOILT_TOKEN
 
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -116,6 +117,21 @@ def test_mistakes_are_told_before_anything_runs(llm: LLM, folder: Path):
     with pytest.raises(UserError, match="nowhere"):
         LLM(str(folder / "nowhere"))
     assert_nothing_left(llm)
+
+
+def test_nan_ends_the_request_that_has_it_and_no_other(llm: LLM, spoilt_checkpoint: Path):
+    prompts = [{"prompt_token_ids": [5, 6, 7, last] * 9} for last in (8, SPOILT_TOKEN, 9)]
+    without = {"max_tokens": 9, "ignore_eos": True, "logit_bias": {SPOILT_TOKEN: -100}}
+    params = [SamplingParams(temperature=t, seed=3, logprobs=2, **without) for t in (1, 1, 0)]
+    sound = llm.generate(prompts, params, use_tqdm=False)
+    spoilt = LLM(str(spoilt_checkpoint), **OPTIONS)
+    for _ in range(2):
+        first, failed, last = spoilt.generate(prompts, params, use_tqdm=False)
+        assert (failed.outputs[0].finish_reason, failed.outputs[0].token_ids) == ("error", [])
+        assert [output.outputs[0].token_ids for output in (first, last)] == [
+            output.outputs[0].token_ids for output in (sound[0], sound[2])
+        ]
+        assert_nothing_left(spoilt)
 
 
 def test_without_a_tokenizer_ids_go_in_and_come_out(llm: LLM, folder: Path):

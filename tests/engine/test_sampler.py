@@ -111,6 +111,27 @@ def test_a_row_draws_the_same_in_any_company_and_the_token_goes_into_its_row():
     assert (token_ids >= 0).sum() == 3  # row 0 has no place for a 31st token
 
 
+@pytest.mark.parametrize("bodies", [ops, reference])
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_p": 0.9, "top_k": 9}, {"repetition_penalty": 1.3}])
+def test_a_row_with_nan_or_infinity_has_no_token_and_its_neighbours_have_theirs(bodies, params):
+    logits = torch.randn(6, VOCAB)
+    spoilt = logits.clone()
+    spoilt[1, 7], spoilt[3, 0], spoilt[4], spoilt[5] = torch.nan, torch.inf, torch.nan, -torch.inf
+    table = torch.zeros(6, sampling_line.NUM_WORDS, dtype=torch.int32)
+    for row in table:
+        line = pack(seed=5, **params)
+        row[: len(line)] = torch.from_numpy(line)
+    rows, ends = torch.arange(6, dtype=torch.int32), torch.full((6,), 2, dtype=torch.int32)
+    expected = bodies.sample(logits.clone(), table, rows, ends, torch.zeros(6, 4, dtype=torch.int32))
+    token_ids = torch.full((6, 4), 1, dtype=torch.int32)
+    drawn = bodies.sample(spoilt.clone(), table, rows, ends, token_ids)
+    assert drawn.tolist() == [expected[0], -1, expected[2], -1, -1, -1]
+    assert token_ids[:, 2].tolist() == [expected[0], 0, expected[2], 0, 0, 0], "the next step runs already"
+    best = bodies.take_best(spoilt, rows, ends, token_ids)
+    assert best.tolist() == [logits[0].argmax(), -1, logits[2].argmax(), -1, -1, -1]
+    assert torch.isfinite(bodies.logprobs(spoilt, best, 3)[0][[0, 2]]).all()
+
+
 def test_lines_say_what_they_were_told():
     params = SamplingParams(
         temperature=0.5, top_k=7, top_p=0.25, min_p=0.5, seed=-5, min_tokens=2, logit_bias={4: 1.5, 9: -3.0}

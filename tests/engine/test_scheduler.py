@@ -15,11 +15,13 @@ from engine.scheduler import Scheduler
 
 BLOCK = 4
 EOS = 0
+SPOILT = 100  # a token of prompts after which logits turn into NaN, at once or later
 
 
 def model(tokens: list[int]) -> int:
-    """The next token: any function of the whole sequence. 0 ends it."""
-    return hash(tuple(tokens)) % 23
+    """The next token: any function of the whole sequence. 0 ends it, -1 stands for none at all."""
+    drawn = hash(tuple(tokens))
+    return -1 if SPOILT in tokens and drawn % 4 == 0 else drawn % 23
 
 
 def expected_output(prompt: list[int], params: SamplingParams, max_model_len: int) -> list[int]:
@@ -27,7 +29,7 @@ def expected_output(prompt: list[int], params: SamplingParams, max_model_len: in
     room = min(params.max_tokens or max_model_len, max_model_len - len(prompt))
     while len(tokens) < len(prompt) + room:
         tokens.append(model(tokens))
-        if tokens[-1] == EOS and not params.ignore_eos:
+        if tokens[-1] < 0 or (tokens[-1] == EOS and not params.ignore_eos):
             break
     return tokens[len(prompt) :]
 
@@ -57,8 +59,8 @@ class Device:
                 assert self.slots[self._slot(request.row, position)] == tuple(tokens[: position + 1])
             if request.samples:
                 assert end == len(tokens)
-                tokens.append(model(tokens))
-                drawn.append(tokens[-1])
+                drawn.append(model(tokens))
+                tokens.append(max(drawn[-1], 0))
         return drawn
 
     def _slot(self, row: int, position: int) -> int:
@@ -110,7 +112,9 @@ def step(scheduler: Scheduler, device: Device, results: deque[list[int]], depth:
 
 
 def tokens_of(outputs: list[TokenOutput], name: str) -> list[int]:
-    return [token for output in outputs if output.request_id == name for token in output.token_ids]
+    """Its last one is -1 if it ended for want of a token."""
+    own = [output for output in outputs if output.request_id == name]
+    return [token for output in own for token in (output.token_ids if output.finish_reason != "error" else [-1])]
 
 
 def test_decodes_keep_their_pace_while_a_long_prompt_is_computed():
@@ -190,6 +194,21 @@ def test_stop_tokens_end_a_request_and_say_which():
     assert (last.finish_reason, last.stop_reason) == ("stop", third)
 
 
+def test_a_request_without_a_token_ends_and_its_blocks_are_not_found_again():
+    scheduler, device = make_scheduler(), Device()
+    prompts = ([*range(1, 12), SPOILT, i] for i in range(100))
+    spoilt = next(prompt for prompt in prompts if model(prompt) < 0)
+    scheduler.add(request("spoilt", spoilt, max_tokens=9))
+    scheduler.add(request("neighbour", [1, 2, 3], max_tokens=9, ignore_eos=True))
+    outputs = run(scheduler, device, depth=2)
+    assert [(o.token_ids, o.finish_reason) for o in outputs if o.request_id == "spoilt"] == [([], "error")]
+    sound = SamplingParams(max_tokens=9, ignore_eos=True)
+    assert tokens_of(outputs, "neighbour") == expected_output([1, 2, 3], sound, 40)
+
+    scheduler.add(request("again", spoilt[:11], max_tokens=1))
+    assert run(scheduler, device)[0].num_cached_tokens == 0
+
+
 def test_waste_counts_the_empty_ends_of_last_blocks():
     scheduler, device, results = make_scheduler(), Device(), deque()
     scheduler.add(request("r", [1, 2, 3, 4, 5], max_tokens=9, ignore_eos=True))
@@ -206,6 +225,7 @@ arrivals = st.lists(
         st.integers(-1, 1),  # priority
         st.one_of(st.none(), st.integers(0, 25)),  # the step after its arrival at which it is aborted
         st.booleans(),  # ignore_eos
+        st.booleans(),  # spoilt
     ),
     min_size=1,
     max_size=14,
@@ -240,9 +260,10 @@ def test_every_request_gets_its_own_tokens_whatever_happens_around_it(
     device, results, outputs = Device(), deque(), []
     requests, aborts = {}, {}
     for clock in range(3000):
-        for i, (at, prefix, length, max_tokens, priority, abort_after, ignore_eos) in enumerate(arrivals):
+        for i, (at, prefix, length, max_tokens, priority, abort_after, ignore_eos, is_spoilt) in enumerate(arrivals):
             if at == clock:
                 prompt = [*prefixes[prefix][: length // 2], *range(1, length - length // 2 + 1)][: max_model_len - 1]
+                prompt[-1] = SPOILT if is_spoilt else prompt[-1]
                 requests[f"r{i}"] = request(
                     f"r{i}", prompt, max_tokens=max_tokens, ignore_eos=ignore_eos, priority=priority
                 )

@@ -50,7 +50,7 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-        self._success = {reason: success.labels(model_name, reason) for reason in ("stop", "length", "abort")}
+        self._success = {reason: success.labels(model_name, reason) for reason in ("stop", "length", "abort", "error")}
 
     def render(self) -> bytes:
         return prometheus.generate_latest(self.registry)

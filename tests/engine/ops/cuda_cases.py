@@ -6,7 +6,7 @@ contexts), what it must not follow leads far out of bounds (block table entries 
 write is NaN before (`poisoned`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -430,7 +430,7 @@ def _check_draw(
 
 def check_take_best(device: str, rows: int, vocab_size: int) -> None:
     logits = torch.randint(-5, 5, (rows, vocab_size)).float()  # many are equal
-    logits[0] = -torch.inf
+    logits[0] = -1.0
     logits[-1, -1] = 9.0
     places, ends = torch.randperm(rows + 3)[:rows].int(), torch.randint(0, 9, (rows,), dtype=torch.int32)
     token_ids = torch.full((rows + 3, 8), -1, dtype=torch.int32, device=device)
@@ -441,6 +441,42 @@ def check_take_best(device: str, rows: int, vocab_size: int) -> None:
     placed = torch.full((rows + 3, 9), -1, dtype=torch.int32)
     placed[places.long(), ends.long()] = expected
     assert torch.equal(token_ids.cpu(), placed[:, :8])
+
+
+def check_rows_without_a_token(device: str, vocab_size: int, requests: Sequence[dict]) -> None:
+    """Every second row has no token, whatever its request's parameters: it says so, and its neighbours draw as ever."""
+    num_rows, max_len = 2 * len(requests), 8
+    logits = _spread(num_rows, vocab_size, 3.0)
+    spoilt, (nan, inf) = logits.clone(), (torch.nan, torch.inf)
+    for i, row in enumerate(spoilt[1::2]):
+        here = slice(None) if i % 2 else torch.randint(vocab_size, ())
+        row[here] = [inf, nan, -nan, -inf, nan, nan][i % 6]
+    rows, ends = torch.arange(num_rows, dtype=torch.int32), torch.full((num_rows,), 4, dtype=torch.int32)
+    lines = torch.zeros(num_rows, sampling_line.NUM_WORDS, dtype=torch.int32)
+    for row, line in enumerate(lines):
+        params = SamplingParams(**{"seed": row, "max_tokens": None} | requests[row // 2])
+        words = sampling_line.pack(params, 2, [])
+        line[: len(words)] = torch.from_numpy(words)
+    history = torch.randint(0, vocab_size, (num_rows, max_len), dtype=torch.int32)
+
+    def drawn(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        token_ids = history.to(device, copy=True)
+        arguments = (each.to(device) for each in (lines, rows.contiguous(), ends[: len(rows)]))
+        with poisoned():
+            return cuda.sample(logits.to(device, copy=True), *arguments, token_ids).cpu(), token_ids[:, 4].cpu()
+
+    tokens, placed = drawn(spoilt, rows)
+    assert tokens[1::2].tolist() == [-1] * len(requests)
+    assert placed[1::2].tolist() == [0] * len(requests), "a step that is launched already needs a token"
+    assert torch.equal(tokens[::2], drawn(logits[::2].contiguous(), rows[::2])[0])
+
+    token_ids = history.to(device, copy=True)
+    with poisoned():
+        best = cuda.take_best(spoilt.to(device), rows.to(device), ends.to(device), token_ids)
+        cuda.logprobs(spoilt.to(device), best, 5)  # of nothing, but without reading beside the rows
+    assert best[1::2].tolist() == [-1] * len(requests)
+    assert torch.equal(best[::2].cpu(), torch.from_numpy(logits.cpu().numpy().argmax(-1)).int()[::2])
+    assert torch.equal(token_ids[:, 4], best.clamp(min=0))
 
 
 def check_logprobs(device: str, rows: int, vocab_size: int, num_top: int, spread: float = 3.0) -> None:

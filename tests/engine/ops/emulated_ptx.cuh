@@ -56,6 +56,7 @@ inline float __uint2float_ru(u32 x) {
   const float nearest = static_cast<float>(x);
   return nearest < static_cast<double>(x) ? std::nextafter(nearest, HUGE_VALF) : nearest;
 }
+inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffffu) : std::fmax(a, b); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

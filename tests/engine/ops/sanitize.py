@@ -99,6 +99,7 @@ def sampling() -> None:
     cases.check_sample("cuda", 1001, list(cases.SAMPLING))
     cases.check_sample("cuda", 9000, [{"repetition_penalty": 1.5, "top_k": 9, "top_p": 0.9}])
     cases.check_take_best("cuda", 3, 1001)
+    cases.check_rows_without_a_token("cuda", 1001, cases.SAMPLING)
     cases.check_logprobs("cuda", 3, 1001, 5)
 
 

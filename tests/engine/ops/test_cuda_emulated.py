@@ -413,6 +413,12 @@ def test_take_best(monkeypatch, vocab_size, blocks):
     cases.check_take_best("cpu", 3, vocab_size)
 
 
+def test_rows_without_a_token(monkeypatch):
+    monkeypatch.setattr(cuda.sampling, "_blocks_per_row", lambda logits: 2)
+    others = [{"temperature": 0}, {"top_p": 0.9}, {"top_k": 20, "repetition_penalty": 1.3}]
+    cases.check_rows_without_a_token("cpu", 401, [{}] * 6 + others)
+
+
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize(("vocab_size", "num_top", "spread"), [(1000, 5, 3.0), (1001, 20, -0.2), (7, 0, 1.0)])
 def test_logprobs(monkeypatch, vocab_size, num_top, spread, blocks):

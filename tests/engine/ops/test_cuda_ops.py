@@ -328,6 +328,12 @@ def test_take_best(rows, vocab_size):
     cases.check_take_best("cuda", rows, vocab_size)
 
 
+@pytest.mark.parametrize("repeats", [1, 5, 20])
+@pytest.mark.parametrize("vocab_size", [1001, 50_257, 128_256])
+def test_rows_without_a_token(repeats, vocab_size):
+    cases.check_rows_without_a_token("cuda", vocab_size, repeats * cases.SAMPLING)
+
+
 @pytest.mark.parametrize("rows", [1, 64, 300])
 @pytest.mark.parametrize(("vocab_size", "spread"), [(50_257, 3.0), (151_936, -1.0), (128_256, 0.0)])
 def test_logprobs(rows, vocab_size, spread):
