@@ -404,7 +404,7 @@ class AsyncEngine:
         for stream in dict.fromkeys(stream for stream, _ in self._unfinished()):
             if self._quarantine.is_refused(stream.state.sequences[0].request):
                 self._forget(stream)
-                stream._fail(error)
+                self._end_alone(stream, error)
                 for callback in self.on_conviction:
                     callback(stream.state.request_id, error)
 
