@@ -71,6 +71,7 @@ class AsyncEngine:
         self.on_restart: list[Callable[[str], None]] = []  # called on the loop, with why the engine died
         self.on_conviction: list[Callable[[str, QuarantinedError], None]] = []  # likewise, with a request's id
         self.num_restarts = 0
+        self.num_waiting_tokens = 0  # of the prompts whose first token has not come
         self._link = link
         self._engine_ready: messages.Ready | None = None  # the engine's part of being ready
         self._has_served = False  # the engine at hand has come as far as running requests
@@ -453,22 +454,39 @@ class RequestStream:
         self._engine = engine
         self._pending: list[OutputDelta] = []
         self._num_running = len(state.sequences)
+        self._is_waiting = True  # nothing has come yet
         self._error: Exception | None = None
         self._news = asyncio.Event()
+        engine.num_waiting_tokens += state.timings.num_prompt_tokens
 
     def __aiter__(self) -> "RequestStream":
         return self
 
     async def __anext__(self) -> list[OutputDelta]:
+        await self.wait()
+        if not self._pending:
+            raise StopAsyncIteration
+        deltas, self._pending = self._pending, []
+        return deltas
+
+    async def wait(self) -> None:
+        """Return as soon as there is something to read, or the end. Raises what ends the stream before that."""
         while not self._pending:
             if self._error is not None:
                 raise self._error
             if self._num_running == 0:
-                raise StopAsyncIteration
+                return
             self._news.clear()
             await self._news.wait()
-        deltas, self._pending = self._pending, []
-        return deltas
+
+    @property
+    def has_started(self) -> bool:
+        """Has it given a token, or ended?"""
+        return not self._is_waiting
+
+    @property
+    def is_finished(self) -> bool:
+        return self._num_running == 0 or self._error is not None
 
     async def result(self) -> RequestOutput:
         """Wait for the end, and give the whole."""
@@ -476,12 +494,17 @@ class RequestStream:
             pass
         return self.state.result()
 
-    def abort(self) -> None:
-        """Stop: no more tokens come. The engine forgets the sequences that still run; does nothing at the end."""
-        if self._num_running == 0 or self._error is not None:
+    def abort(self, error: Exception | None = None) -> None:
+        """Stop: no more tokens come, and whoever reads gets the error, if there is one, instead of an end.
+
+        The engine forgets the sequences that still run; does nothing at the end.
+        """
+        if self.is_finished:
             return
         self._num_running = 0
         self._pending = []
+        self._error = error
+        self._leave_queue()
         self._news.set()
         self._engine._abort(self)
 
@@ -496,6 +519,7 @@ class RequestStream:
     def _deliver(self, deltas: list[OutputDelta]) -> None:
         if self._num_running == 0:
             return  # aborted
+        self._leave_queue()
         self._pending += deltas
         self._num_running -= sum(delta.finish_reason is not None for delta in deltas)
         self._news.set()
@@ -504,7 +528,13 @@ class RequestStream:
 
     def _fail(self, error: Exception) -> None:
         self._error = error
+        self._leave_queue()
         self._news.set()
+
+    def _leave_queue(self) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            self._engine.num_waiting_tokens -= self.state.timings.num_prompt_tokens
 
 
 def describe_exit(returncode: int) -> str:

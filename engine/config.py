@@ -38,8 +38,9 @@ class EngineConfig:
     ] = "auto"
     enable_prefix_caching: Annotated[bool, "share the KV blocks of equal prefixes"] = True
     scheduling_policy: Annotated[
-        Literal["fcfs", "priority"], "order of waiting requests: by arrival, or by the request's priority first"
-    ] = "fcfs"
+        Literal["fcfs", "priority"],
+        "order of requests: smaller numbers in their field priority first (0 unless given), or all by arrival",
+    ] = "priority"
     batch_invariant: Annotated[
         bool, "the same output to the last bit alone, in any batch and after a restart; needs a Hopper GPU, costs speed"
     ] = False

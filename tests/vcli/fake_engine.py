@@ -62,7 +62,9 @@ def main(address: str) -> None:
             for output in outputs:
                 if output.finish_reason:
                     requests.pop(output.request_id)
-            stats = messages.EngineStats(num_running=len(requests), num_blocks=1024, num_slots_allocated=16)
+            num_running = min(len(requests), config["max_num_seqs"])
+            num_waiting = len(requests) - num_running
+            stats = messages.EngineStats(num_running, num_waiting, num_blocks=1024, num_slots_allocated=16)
         else:
             outputs, stats = [], messages.EngineStats(num_blocks=1024)
         socket.send(messages.encode(messages.StepOutput(outputs, stats)))

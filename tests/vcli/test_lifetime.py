@@ -202,7 +202,7 @@ def test_full_queue_says_come_back_later(start_server):
     ]
     for caller in callers:
         caller.start()
-    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 2)
+    server.wait_until(lambda: server.metric("vcli:num_requests_waiting") == 1)
     refused = server.post(COMPLETIONS, json={"prompt": "a"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
     assert int(refused.headers["retry-after"]) > 0

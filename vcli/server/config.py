@@ -23,6 +23,7 @@ class ServerConfig:
     ] = ""
     chat_template: Annotated[Path | None, "file with a chat template to use instead of the model's"] = None
     max_queue: Annotated[int, "requests that may wait beyond those that run; more are told to come back later"] = 1024
+    max_queue_tokens: Annotated[int, "tokens that the prompts of requests which wait may have together"] = 1_000_000
     max_restarts: Annotated[
         int, "how often an engine that dies is started again within a minute, its streams kept; then the server ends"
     ] = 3
@@ -41,6 +42,8 @@ class ServerConfig:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue must not be negative, got {self.max_queue}")
+        if self.max_queue_tokens < 0:
+            raise ValueError(f"max_queue_tokens must not be negative, got {self.max_queue_tokens}")
         if not self.step_timeout_s > 0:
             raise ValueError(f"step_timeout must be more than 0, got {self.step_timeout_s:g}")
         if self.max_restarts < 0:

@@ -5,7 +5,9 @@ applications, so that one function holds a request from its first byte to its la
 """
 
 import asyncio
+import contextlib
 import logging
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from engine.quarantine import REFUSED_S, QuarantinedError
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from vcli.server import chat, streaming
-from vcli.server.admission import RETRY_LATER_S, Admission
+from vcli.server.admission import RETRY_LATER_S, Admission, Place
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
 from vcli.server.keys import Keys, Tenant
@@ -36,6 +38,7 @@ from vcli.server.protocol import (
 from vcli.server.replies import DONE, ChatReply, CompletionReply, Reply, error_event
 
 MAX_BODY_BYTES = 32 * 2**20
+MAX_DEADLINE_DIGITS = 9  # in milliseconds: eleven days
 
 log = logging.getLogger("vcli")
 
@@ -59,7 +62,7 @@ class Service:
             raise ApiError(500, f"the engine is dead: {self.engine.error}", code="engine_dead")
         if self.engine.ready is None:
             stage, fraction = self.engine.progress
-            message = f"the model is still loading ({stage}, {fraction:.0%}): try again soon, or watch /ready"
+            message = f"the model is still loading ({stage}, {fraction:.0%}; see /ready)"
             raise self.admission.reject("loading", 503, message, RETRY_LATER_S)
         return self.engine.ready
 
@@ -73,6 +76,14 @@ class Service:
         if name and name not in (self.model_name, self.model_root):
             message = f"the model {name[:100]!r} does not exist here: this server has {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_priority(self, priority: int | None) -> None:
+        if priority and self.engine.config.scheduling_policy == "fcfs":
+            raise ApiError(
+                400,
+                f"priority = {priority}: this server serves by arrival (--scheduling-policy fcfs)",
+                param="priority",
+            )
 
     async def render(self, request: ChatRequest | TokenizeRequest) -> str:
         """A conversation as text, by the model's template. Raises ApiError."""
@@ -99,7 +110,7 @@ class GenerationEndpoint(ABC):
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self.service
+        service, arrival_time = self.service, time.monotonic()
         tenant: Tenant = scope["tenant"]
         try:
             request: GenerationRequest = decode(self.decoder, await read_body(scope, receive))
@@ -107,21 +118,33 @@ class GenerationEndpoint(ABC):
             return
         service.check_model(request.model)
         request.refuse_unsupported()
+        service.check_priority(request.priority)
         ready = service.require_ready()
         params = request.sampling_params(ready.default_sampling)
-        prompts = await self.prompts(request, ready)
-        num_sequences = len(prompts) * params.n
+        num_sequences = request.num_prompts * params.n
         budget = tenant.budget.enter(num_sequences, service.admission.reject)
-        with budget, service.admission.enter(num_sequences, ready.max_num_seqs):
+        entry = service.admission.enter(
+            num_sequences,
+            max_running=ready.max_num_seqs,
+            max_tokens=params.max_tokens,
+            priority=request.priority or 0,
+            arrival_time=arrival_time,
+            deadline_s=deadline_s(scope),
+        )
+        with budget, entry as place:
+            prompts = await self.prompts(request, ready)
+            place.take_prompts([len(prompt.token_ids) for prompt in prompts])
             reply = await self.reply(request, prompts, params.n)
             streams = self._submit(request, prompts, params, reply.id, tenant)
             tenant.budget.spend(sum(len(prompt.token_ids) for prompt in prompts))
             try:
                 async with streaming.abort_at_disconnect(receive, streams):
-                    if request.stream:
-                        await self._send_events(send, request, streams, reply)
-                    else:
-                        await self._send_whole(send, streams, reply)
+                    with place.limit_time(streams):
+                        if request.stream:
+                            await self._until_begun(place, streams)
+                            await self._send_events(send, request, streams, reply)
+                        else:
+                            await self._send_whole(send, streams, reply)
             finally:
                 tenant.budget.spend(sum(stream.state.timings.num_output_tokens for stream in streams))
 
@@ -168,6 +191,12 @@ class GenerationEndpoint(ABC):
         is_too_long = ready is not None and len(prompt.token_ids) >= ready.max_model_len
         return ApiError(400, str(error), code="context_length_exceeded" if is_too_long else None)
 
+    async def _until_begun(self, place: Place, streams: list[RequestStream]) -> None:
+        """A reply that has a deadline begins with its first token: until then a plain error can say that it is late."""
+        if place.deadline_s is not None:
+            with contextlib.suppress(EngineDeadError, RequestFailedError):  # which are told as events
+                await streams[0].wait()
+
     async def _send_whole(self, send: Send, streams: list[RequestStream], reply: Reply) -> None:
         meter = self.service.metrics.meter()
         try:
@@ -198,6 +227,8 @@ class GenerationEndpoint(ABC):
             tail = error_event(engine_dead(error))
         except RequestFailedError as error:
             tail = error_event(request_failed(error))
+        except ApiError as error:
+            tail = error_event(error)
         except Exception:
             log.exception("a reply failed halfway")
             tail = error_event(ApiError(500, "the server failed on this request: its log says why"))
@@ -267,6 +298,18 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
             raise too_large
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+def deadline_s(scope: Scope) -> float | None:
+    """How long the client will wait for the whole answer, if it says so. Raises ApiError for no number of ms."""
+    name = "X-Request-Deadline-Ms"
+    value = next((value for key, value in scope["headers"] if key == name.lower().encode()), None)
+    if value is None:
+        return None
+    deadline_ms = int(value) if value.isdigit() and len(value) <= MAX_DEADLINE_DIGITS else 0
+    if not deadline_ms:
+        raise ApiError(400, f"{name} must be a whole number of milliseconds, got {value[:40].decode('latin-1')!r}")
+    return deadline_ms / 1000
 
 
 def engine_dead(error: EngineDeadError) -> ApiError:

@@ -78,7 +78,7 @@ class Lifetime:
             max_restarts=plan.server.max_restarts,
             step_timeout_s=plan.server.step_timeout_s,
         )
-        admission = Admission(plan.server.max_queue)
+        admission = Admission(self.engine, plan.server.max_queue, plan.server.max_queue_tokens)
         metrics = Metrics(plan.model_name, self.engine, lambda: admission.rejections)
         self.engine.on_step.append(metrics.on_step)
         self.engine.on_finish.append(metrics.on_finish)

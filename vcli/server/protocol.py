@@ -102,6 +102,10 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         except ValueError as error:
             raise ApiError(400, str(error), param=str(error).split(" ", 1)[0]) from None
 
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
     def output_limit(self) -> int | None:
         return self.max_tokens
 
@@ -218,6 +222,10 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         super().refuse_unsupported()
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise unsupported("best_of", self.best_of)
+
+    @property
+    def num_prompts(self) -> int:
+        return 1 if isinstance(self.prompt, str) or isinstance(next(iter(self.prompt), None), int) else len(self.prompt)
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt: its text or its token ids. Raises ApiError for an empty or mixed list."""

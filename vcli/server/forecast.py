@@ -1,0 +1,93 @@
+"""How long a new request will take, told from how the ones before it went.
+
+While others wait, sequences end at the engine's pace, and each that ends lets the next one start: who must wait for n
+ends waits n times the gap between two. Its prompt takes what prompts of its length took, each token of its answer what
+tokens took. All of it forgets, so that it follows the load. What was never seen takes no time: nobody is turned away
+for a guess.
+"""
+
+from engine.outputs import RequestTimings
+
+MEMORY = 64  # sequences after which a value counts for about a third
+LEAST_SPREAD = 0.01  # of lengths, as variance over squared mean: with less, a slope would be noise
+
+
+class Forecast:
+    """Means over the sequences that ended last."""
+
+    def __init__(self) -> None:
+        self.output_tokens = RecentMean()  # of a sequence that was not aborted
+        self._token_s = RecentMean()
+        self._place_s = RecentMean()  # for which a sequence holds its place in the batch
+        self._gap_s = RecentMean()  # between two ends, while others wait
+        self._prefill_s = (
+            RecentLine()
+        )  # by prompt tokens; of those in the prefix cache, too: as many will be there again
+        self._last_end: float | None = None  # since which others have waited
+
+    def note(self, timings: RequestTimings, others_wait: bool) -> None:
+        """Learn from a request that has ended, all of its sequences with it."""
+        if not timings.first_token_time:
+            return
+        num_sequences = max(len(timings.finish_reasons), 1)
+        self._place_s.add(timings.last_token_time - timings.scheduled_time, num_sequences)
+        self._prefill_s.add(timings.num_prompt_tokens, timings.first_token_time - timings.scheduled_time)
+        if (num_later := timings.num_output_tokens - num_sequences) > 0:
+            decode_s = timings.last_token_time - timings.first_token_time
+            self._token_s.add(decode_s * num_sequences / num_later, num_sequences)
+        if "abort" not in timings.finish_reasons:
+            self.output_tokens.add(timings.num_output_tokens / num_sequences, num_sequences)
+        if others_wait and self._last_end is not None:
+            self._gap_s.add((timings.last_token_time - self._last_end) / num_sequences, num_sequences)
+        self._last_end = timings.last_token_time if others_wait else None
+
+    def wait_s(self, num_ends: int, num_places: int) -> float:
+        """Until so many of the sequences that are in have ended. num_places: that run at once."""
+        return num_ends * (self._gap_s.value if self._gap_s.count else self._place_s.value / num_places)
+
+    def prefill_s(self, num_prompt_tokens: int) -> float:
+        """From a sequence's start to its first token."""
+        return self._prefill_s.at(num_prompt_tokens)
+
+    def decode_s(self, max_tokens: int | None) -> float:
+        """From a sequence's first token to its last, if it is as long as others are and no longer than it may."""
+        num_tokens = self.output_tokens.value
+        if max_tokens is not None:
+            num_tokens = min(num_tokens, max_tokens)
+        return max(num_tokens - 1, 0.0) * self._token_s.value
+
+
+class RecentMean:
+    """The mean of the first values, then one that forgets."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.count = 0
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.count += times
+        self.value += (value - self.value) * min(times / min(self.count, MEMORY), 1.0)
+
+
+class RecentLine:
+    """y = a + b x through the points seen last, by least squares. b is never negative."""
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        keep = 1 - 1 / MEMORY
+        sums = (self._weight, self._x, self._y, self._xx, self._xy)
+        new = (1.0, x, y, x * x, x * y)
+        self._weight, self._x, self._y, self._xx, self._xy = (keep * a + b for a, b in zip(sums, new, strict=True))
+
+    def at(self, x: float) -> float:
+        """y at x; 0 if no point was ever seen."""
+        if not self._weight:
+            return 0.0
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        variance = self._xx / self._weight - mean_x**2
+        covariance = self._xy / self._weight - mean_x * mean_y
+        spread = variance + LEAST_SPREAD * mean_x**2  # lengths that are nearly alike say nothing about others
+        slope = max(covariance / spread, 0.0) if spread > 0 else 0.0
+        return max(mean_y + slope * (x - mean_x), 0.0)
