@@ -421,18 +421,28 @@ class AsyncEngine:
     def _restart(self, reason: str) -> None:
         """Start another engine, and have it go on with every unfinished request."""
         assert self._link is not None
-        assert self._start is not None
         self.num_restarts += 1
         self.progress = ("starting again", 0.0)
         self.stats = self._stats_before = self.stats.counts()
         self._engine_ready, self._has_served = None, False
         self._link = EngineLink(self._link.command)
         self._link.open(self._on_messages, self._on_exit)
-        self._link.send(self._start)
+        self._link.send(self._next_start())
         self._quarantine.begin(dict.fromkeys(stream.state for stream, _ in self._unfinished()))
         self._send_unfinished()
         for callback in self.on_restart:
             callback(reason)
+
+    def _next_start(self) -> messages.Start:
+        """What an engine is told that takes over: what the first one measured holds, as the requests rely on it."""
+        assert self._start is not None
+        assert self.ready is not None
+        measured = {
+            "max_model_len": self.ready.max_model_len,
+            "max_prefill_chunk": self.ready.max_prefill_chunk,
+            "kv_cache_memory": self.ready.kv_cache_bytes,
+        }
+        return messages.Start(self._start.config | {name: value for name, value in measured.items() if value})
 
     def _die(self, reason: str) -> None:
         self.error = reason

@@ -35,6 +35,8 @@ class EngineCore:
             num_blocks=worker.num_blocks,
             block_size=BLOCK_SIZE,
             max_num_seqs=worker.max_num_seqs,
+            max_prefill_chunk=worker.max_prefill_chunk,
+            kv_cache_bytes=worker.kv_cache_bytes,
             vocab_size=worker.model_config.vocab_size,
             eos_token_ids=list(worker.model_config.eos_token_ids),
             device=str(worker.device),

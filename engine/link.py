@@ -21,7 +21,7 @@ import zmq
 from engine import messages
 from engine.child import module_command, module_environment
 
-POLL_MS = 200  # how soon the death of a silent engine is noticed
+POLL_MS = 200  # how soon the death of a silent engine is noticed, where the system does not tell of it
 FAREWELL_S = 5.0  # for the engine to end by itself, and again after SIGTERM
 
 
@@ -44,6 +44,8 @@ class EngineLink:
         # Started on the caller's thread: the engine ends when the thread that started it does. Its own session keeps
         # the terminal's Ctrl-C away from it.
         self.process = subprocess.Popen([*self.command, address], env=module_environment(), start_new_session=True)
+        # Becomes readable when the process ends.
+        self._exit_fd = os.pidfd_open(self.process.pid) if hasattr(os, "pidfd_open") else None
         self._thread: threading.Thread | None = None
 
     def open(self, on_messages: Callable[[list[messages.FromEngine]], None], on_exit: Callable[[int], None]) -> None:
@@ -83,6 +85,8 @@ class EngineLink:
             traceback.print_exc()
             self.kill()
         returncode = self.process.wait()
+        if self._exit_fd is not None:
+            os.close(self._exit_fd)
         self._socket.close()
         self._context.term()
         self._wake_in.close()
@@ -93,6 +97,8 @@ class EngineLink:
     def _serve(self) -> None:
         poller = zmq.Poller()
         poller.register(self._wake_out, zmq.POLLIN)
+        if self._exit_fd is not None:
+            poller.register(self._exit_fd, zmq.POLLIN)
         while True:
             has_exited = self.process.poll() is not None  # asked before reading: its last words are read after it
             poller.register(self._socket, zmq.POLLIN | (zmq.POLLOUT if self._outbox and not has_exited else 0))

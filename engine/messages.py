@@ -63,6 +63,8 @@ class Ready(Message):
     device: str
     dtype: str
     default_sampling: dict[str, float] = {}  # parameters of a request that leaves them open
+    max_prefill_chunk: int = 0
+    kv_cache_bytes: int = 0
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):

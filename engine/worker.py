@@ -86,12 +86,15 @@ class Worker:
 
     def _allocate_cache(self, config: EngineConfig, longest: int) -> None:
         """As many KV blocks as there is room for beside the weights and a step as large as any will be."""
-        self.largest_batch_bytes = self._run_largest_batch(longest)
+        # A CPU has nothing to be measured: what the step would show is how much memory a GPU needs for it.
+        is_known = self.device.type == "cpu" and config.kv_cache_memory is not None
+        self.largest_batch_bytes = 0 if is_known else self._run_largest_batch(longest)
         attentions = self.model.attentions
         block_bytes = kv_cache.bytes_per_block(attentions, self.kv_dtype)
         self.num_blocks = kv_cache.num_blocks_that_fit(config, block_bytes, self.device, self.largest_batch_bytes)
         native_len = self.model_config.max_model_len
         self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
+        self.kv_cache_bytes = self.num_blocks * block_bytes
         kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
         self.runner = ModelRunner(
             self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks, self.clock

@@ -1,0 +1,285 @@
+"""Kill a server's engine again and again under open streams: what do they lose, and how long do they wait?
+
+    python -m bench.chaos [MODEL] --kills 1000 --output chaos.json -- --device cpu      flags of vcli serve come last
+
+The same requests run twice: undisturbed, and while the engine is killed with SIGKILL at random moments, also before it
+has loaded. Every stream must end with all of its tokens. Where an engine gives the same tokens in any batch (a CPU in
+fp32, a GPU with --batch-invariant) they must be the same ones; elsewhere (--ties) a token that is another one must be
+as good after those before it, by the server's own log probabilities, which a lost or doubled one is not.
+Exit codes: 0 nothing was lost, 3 something was, 1 it could not run.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+
+from bench import output
+from bench.client import LoadClient
+from bench.environment import environment
+from bench.metrics import RequestRecord
+from bench.run_async import run_async
+from bench.server import running_server
+from bench.workloads import BenchRequest
+from engine.errors import UserError
+
+TIE = 0.25  # how far below the best one, in nats, a token may be that rounding has chosen: bf16 logits have 8 bits
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sent, and how the engine is killed."""
+
+    num_kills: int = 20
+    num_streams: int = 64  # under way at any time
+    input_len: int = 64  # tokens, at most
+    output_len: int = 64
+    longest_life_s: float = 2.0  # an engine is killed at a random moment of its first so many seconds
+    share_loading: float = 0.25  # of the kills: before the engine has loaded
+    seed: int = 0
+    has_ties: bool = False
+
+
+@dataclass
+class Chaos:
+    """What came of it."""
+
+    num_kills: int = 0
+    num_kills_loading: int = 0
+    num_streams: int = 0
+    num_tokens: int = 0  # that came, the undisturbed ones among them
+    num_tokens_counted: int = 0  # of those, by the server's own counter, which outlives its engines
+    num_killed_under: int = 0  # streams that were open at a kill
+    num_missing: int = 0  # tokens that never came
+    num_extra: int = 0
+    num_other: int = 0  # streams with other tokens than undisturbed
+    num_wrong: int = 0  # of those, the ones that no tie explains
+    errors: list[str] = field(default_factory=list)
+    duration_s: float = 0.0
+    pauses_s: list[float] = field(default_factory=list)  # that one kill added to a stream
+    long_pauses_s: list[float] = field(default_factory=list)  # that several did, one on the other
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.errors or self.num_missing or self.num_extra or self.num_wrong)
+
+    def summary(self) -> dict[str, Any]:
+        figures = asdict(self)
+        for name in ("pauses_s", "long_pauses_s"):
+            values = figures.pop(name)
+            figures |= {
+                f"p{p}_{name}": round(float(np.percentile(values, p)), 3) if values else None for p in (50, 99, 100)
+            }
+            figures[f"num_{name[:-2]}"] = len(values)
+        return figures | {"is_whole": self.is_whole}
+
+
+def run(arguments: list[str], plan: Plan) -> Chaos:
+    """Start a server with these arguments, and make its life hard. Raises UserError if it does not stand that."""
+    many = ["--max-restarts", str(10 * plan.num_kills)]
+    with running_server([*arguments, *many]) as url:
+        [server] = [process for process in psutil.Process().children() if _is_server(process)]
+        return run_async(_Run(url, server, plan).run())
+
+
+def _is_server(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[:1] == ["vcli: api"]
+    return False
+
+
+class _Run:
+    """One server's run."""
+
+    def __init__(self, url: str, server: psutil.Process, plan: Plan) -> None:
+        self.url, self.server, self.plan = url, server, plan
+        self.random = random.Random(plan.seed)
+        self.requests = [self._request(slot) for slot in range(plan.num_streams)]
+        self.kills: list[float] = []  # times, by time.perf_counter()
+        self.killed: set[int] = set()
+        self.result = Chaos()
+
+    def _request(self, slot: int) -> BenchRequest:
+        """Prompts of different lengths; every second stream draws its tokens at random, with a seed."""
+        length = self.random.randint(max(1, self.plan.input_len // 4), self.plan.input_len)
+        prompt = [self.random.randint(3, 200) for _ in range(length)]
+        return BenchRequest(self.plan.output_len, prompt, temperature=0.0 if self.plan.has_ties else float(slot % 2))
+
+    async def run(self) -> Chaos:
+        async with contextlib.AsyncExitStack() as stack:
+            self.clients = [
+                await stack.enter_async_context(
+                    LoadClient(self.url, "", extensions={"return_token_ids": True, "seed": slot})
+                )
+                for slot in range(self.plan.num_streams)
+            ]
+            undisturbed = await asyncio.gather(*map(self._exchange, range(self.plan.num_streams)))
+            for record, token_ids in undisturbed:
+                self.result.num_tokens += len(token_ids)
+                if record.error:
+                    raise UserError(f"a request failed before anything was killed: {record.error}")
+            self.expected = [token_ids for _, token_ids in undisturbed]
+            usual_s = statistics.median(gap for record, _ in undisturbed for gap in _gaps(record))
+
+            start = time.perf_counter()
+            killing = asyncio.create_task(self._kill())
+            try:
+                streams = [
+                    asyncio.create_task(self._go_on(slot, killing, usual_s)) for slot in range(len(self.clients))
+                ]
+                await asyncio.gather(killing, *streams)
+            finally:
+                killing.cancel()
+            self.result.duration_s = round(time.perf_counter() - start, 1)
+            self.result.num_tokens_counted = _read_counter(await self.clients[0].get("/metrics"))
+        return self.result
+
+    async def _exchange(self, slot: int) -> tuple[RequestRecord, list[int]]:
+        record, answer = await self.clients[slot].exchange(self.requests[slot])
+        return record, answer.token_ids
+
+    async def _go_on(self, slot: int, killing: "asyncio.Task[None]", usual_s: float) -> None:
+        """One stream after the other, until enough engines have been killed."""
+        while True:
+            record, token_ids = await self._exchange(slot)
+            await self._judge(slot, record, token_ids)
+            self._note_pauses(record, usual_s)
+            if killing.done() or record.error:
+                return
+
+    async def _judge(self, slot: int, record: RequestRecord, token_ids: list[int]) -> None:
+        result, expected = self.result, self.expected[slot]
+        result.num_streams += 1
+        result.num_tokens += len(token_ids)
+        result.num_killed_under += bisect_right(self.kills, record.ended) > bisect_right(self.kills, record.sent)
+        result.num_missing += max(0, len(expected) - len(token_ids))
+        result.num_extra += max(0, len(token_ids) - len(expected))
+        if record.error:
+            result.errors.append(record.error)
+        if token_ids != expected:
+            result.num_other += 1
+            result.num_wrong += not (self.plan.has_ties and await self._is_greedy(slot, token_ids))
+
+    async def _is_greedy(self, slot: int, token_ids: list[int]) -> bool:
+        """Is every token the best one after those before it, but for ties?"""
+        prompt = self.requests[slot].prompt
+        assert isinstance(prompt, list)
+        body = {"prompt": prompt + token_ids, "max_tokens": 1, "prompt_logprobs": 1, "temperature": 0}
+        async with aiohttp.ClientSession() as session, session.post(f"{self.url}/v1/completions", json=body) as reply:
+            choices = (await reply.json())["choices"]
+        below = [
+            max(each["logprob"] for each in rivals.values()) - rivals[str(token_id)]["logprob"]
+            for token_id, rivals in zip(token_ids, choices[0]["prompt_logprobs"][len(prompt) :], strict=True)
+        ]
+        return max(below) <= TIE
+
+    def _note_pauses(self, record: RequestRecord, usual_s: float) -> None:
+        arrivals = [moment for moment, _ in record.chunks]
+        for before, after in itertools.pairwise(arrivals):
+            num_kills = bisect_right(self.kills, after) - bisect_right(self.kills, before)
+            if num_kills:
+                pauses = self.result.pauses_s if num_kills == 1 else self.result.long_pauses_s
+                pauses.append(max(0.0, after - before - usual_s))
+
+    async def _kill(self) -> None:
+        async with aiohttp.ClientSession() as session:
+            while len(self.kills) < self.plan.num_kills:
+                is_loading = bool(self.kills) and self.random.random() < self.plan.share_loading
+                if not is_loading:
+                    await self._until_ready(session)
+                await asyncio.sleep(self.random.uniform(0.0, self.plan.longest_life_s))
+                for pid in self._engines():
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed.add(pid)
+                    self.kills.append(time.perf_counter())
+                    self.result.num_kills += 1
+                    self.result.num_kills_loading += is_loading
+                    _show(self.result)
+
+    async def _until_ready(self, session: aiohttp.ClientSession) -> None:
+        while True:
+            async with session.get(f"{self.url}/ready") as reply:
+                if reply.status == 200 and any(self._engines()):
+                    return
+            await asyncio.sleep(POLL_S)
+
+    def _engines(self) -> Iterator[int]:
+        """The process that has the model or loads it, but between two of them."""
+        for child in self.server.children():
+            with contextlib.suppress(psutil.Error):
+                if child.pid not in self.killed and child.cmdline()[:1] == ["vcli: engine 0"]:
+                    yield child.pid
+
+
+def _gaps(record: RequestRecord) -> list[float]:
+    arrivals = [moment for moment, _ in record.chunks]
+    return [after - before for before, after in itertools.pairwise(arrivals)]
+
+
+def _read_counter(metrics: str) -> int:
+    [line] = [line for line in metrics.splitlines() if line.startswith("vcli:generation_tokens_total")]
+    return int(float(line.rsplit(" ", 1)[1]))
+
+
+def _show(result: Chaos) -> None:
+    if result.num_kills % 50 == 0:
+        print(f"{result.num_kills} kills, {result.num_streams} streams, whole: {result.is_whole}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.chaos", epilog="after --: flags of vcli serve", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("model", nargs="?", default="", help="as vcli serve takes it; default: its own default model")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--streams", type=int, default=64, help="under way at any time")
+    parser.add_argument("--input-len", type=int, default=64, help="tokens of a prompt, at most")
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--longest-life", type=float, default=2.0, help="seconds within which an engine is killed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ties", action="store_true", help="another token is right if it is as good as the best")
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    arguments = [*sys.argv[1:], "--"]
+    end = arguments.index("--")
+    asked, serve_flags = parser.parse_args(arguments[:end]), arguments[end + 1 : -1]
+    plan = Plan(
+        num_kills=asked.kills,
+        num_streams=asked.streams,
+        input_len=asked.input_len,
+        output_len=asked.output_len,
+        longest_life_s=asked.longest_life,
+        seed=asked.seed,
+        has_ties=asked.ties,
+    )
+    try:
+        if asked.output:
+            output.check(asked.output, [".json"])
+        result = run([*filter(None, [asked.model]), *serve_flags], plan)
+        report = {"kind": "chaos", "environment": environment(), "plan": asdict(plan), "result": result.summary()}
+        print(json.dumps(report["result"], indent=2))
+        if asked.output:
+            output.write(asked.output, {".json": lambda: json.dumps(report, indent=1) + "\n"})
+    except UserError as error:
+        sys.exit(f"bench.chaos: {error}")
+    sys.exit(0 if result.is_whole else 3)
+
+
+if __name__ == "__main__":
+    main()
