@@ -44,6 +44,9 @@ class ScheduledBatch(msgspec.Struct, array_like=True):
 
     new_rows: list[NewRow]
     requests: list[ScheduledRequest]
+    # Copies from block to block: to the host ahead of the step, then to the device beside it (host_tier.py).
+    paged_out: list[tuple[int, int]] = []
+    paged_in: list[tuple[int, int]] = []
 
     @property
     def num_tokens(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class BlockPool:
@@ -25,10 +25,16 @@ class BlockPool:
         self._hash_of_block: dict[int, bytes] = {}
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_before: dict[bytes, bytes] = {}  # by the same hashes, that of the prefix without the block
+        # Called with a block that is taken, the hash that it forgets, and the hash before that one.
+        self.on_evict: Callable[[int, bytes, bytes], None] | None = None
 
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_remembered(self) -> int:
+        return len(self._hash_of_block)
 
     def is_free(self, block_id: int) -> bool:
         return self._ref_counts[block_id] == 0
@@ -40,7 +46,9 @@ class BlockPool:
         for _ in range(num_blocks):
             block_id, _ = self._free.popitem(last=False)
             if (block_hash := self._hash_of_block.get(block_id)) is not None:
-                self._forget(block_hash)
+                hash_before = self._forget(block_hash)
+                if self.on_evict is not None:
+                    self.on_evict(block_id, block_hash, hash_before)
             self._ref_counts[block_id] = 1
             block_ids.append(block_id)
         return block_ids
@@ -89,12 +97,19 @@ class BlockPool:
 
     def remember(self, block_id: int, prefix: PrefixHashes, index: int) -> None:
         """Make block `index` of a sequence findable. Of two blocks with equal content the first stays the known one."""
+        self.remember_hash(block_id, prefix.hashes[index], prefix.hashes[index - 1] if index else prefix.seed)
+
+    def remember_hash(self, block_id: int, block_hash: bytes, hash_before: bytes) -> None:
+        """The same of a block by the hash of the prefix that it ends, and of the prefix without it."""
         assert self._ref_counts[block_id] > 0, f"block {block_id} has no owner"
-        block_hash = prefix.hashes[index]
         if block_hash not in self._block_of_hash:
             self._block_of_hash[block_hash] = block_id
             self._hash_of_block[block_id] = block_hash
-            self._hash_before[block_hash] = prefix.hashes[index - 1] if index else prefix.seed
+            self._hash_before[block_hash] = hash_before
+
+    def block_of(self, block_hash: bytes) -> int | None:
+        """The block that is known to hold the end of the prefix of this hash."""
+        return self._block_of_hash.get(block_hash)
 
     def forget(self, prefix: PrefixHashes) -> None:
         """Let nobody find the blocks of a sequence any more: what they hold is not to be used again."""
@@ -102,8 +117,10 @@ class BlockPool:
             if block_hash in self._block_of_hash:
                 self._forget(block_hash)
 
-    def _forget(self, block_hash: bytes) -> None:
-        del self._hash_of_block[self._block_of_hash.pop(block_hash)], self._hash_before[block_hash]
+    def _forget(self, block_hash: bytes) -> bytes:
+        """The hash before it was."""
+        del self._hash_of_block[self._block_of_hash.pop(block_hash)]
+        return self._hash_before.pop(block_hash)
 
     def free(self, block_ids: Sequence[int]) -> None:
         """Drop an owner. Later blocks are freed first, so that eviction shortens a prefix from its end."""

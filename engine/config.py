@@ -33,6 +33,9 @@ class EngineConfig:
     ] = None
     gpu_memory_utilization: Annotated[float, "share of the GPU's memory to use for weights and KV cache"] = 0.9
     kv_cache_memory: Annotated[int | None, "bytes for the KV cache, instead of what is free"] = None
+    host_kv_memory: Annotated[
+        int | None, "bytes of the host's memory for KV blocks that the cache has no room for; default: none"
+    ] = None
     kv_cache_dtype: Annotated[
         Literal["auto", "fp8"], "number type of the KV cache; fp8 (e4m3) holds twice the tokens, less exactly"
     ] = "auto"
@@ -50,10 +53,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that can mean nothing."""
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk", "kv_cache_memory"):
+        limits = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_prefill_chunk")
+        for name in (*limits, "kv_cache_memory", "host_kv_memory"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.host_kv_memory is not None and not self.enable_prefix_caching:
+            raise ValueError("host_kv_memory keeps blocks of the prefix cache: leave out --no-enable-prefix-caching")
         if self.max_model_len == 1:
             raise ValueError("max_model_len must be at least 2, a prompt token and an output token, got 1")
         if not 0 < self.gpu_memory_utilization <= 1:

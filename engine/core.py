@@ -25,6 +25,8 @@ class EngineCore:
             max_num_seqs=worker.max_num_seqs,
             max_num_batched_tokens=worker.max_num_batched_tokens,
             max_prefill_chunk=worker.max_prefill_chunk,
+            num_host_blocks=worker.num_host_blocks,
+            min_paged_in=worker.min_paged_in,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
             eos_token_ids=worker.model_config.eos_token_ids,
@@ -67,9 +69,10 @@ class EngineCore:
         """Launch a step, then take in the oldest one in flight once there are enough of them."""
         self.clock.enter("schedule")
         batch = self.scheduler.schedule()
-        if batch.requests:
+        result = self.worker.run(batch)
+        if result is not None:
             self.batch = batch
-            self._in_flight.append(self.worker.run(batch))
+            self._in_flight.append(result)
         if not self._in_flight or (batch.requests and len(self._in_flight) < self.max_in_flight):
             return []
         self.clock.enter("wait")

@@ -1,4 +1,4 @@
-"""The memory behind the block ids: one key and one value tensor a layer, and how many blocks fit."""
+"""The memory behind the block ids: the keys and the values of each layer, and how many blocks fit."""
 
 import math
 
@@ -19,14 +19,17 @@ def bytes_per_block(attentions: list[Attention], dtype: torch.dtype) -> int:
     return sum(2 * BLOCK_SIZE * a.num_kv_heads * a.head_dim * dtype.itemsize for a in attentions)
 
 
-def allocate(attentions: list[Attention], num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every attention layer its caches, [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] each.
+def allocate(attentions: list[Attention], num_blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Give every attention layer its caches, [num_blocks, num_kv_heads, BLOCK_SIZE, head_dim] each; all of them
+    together, keys and values of a layer one after the other.
 
     Zeroed, so that a kernel may read past a request's end and multiply what it finds by zero.
     """
-    for attention in attentions:
-        shape = (num_blocks, attention.num_kv_heads, BLOCK_SIZE, attention.head_dim)
-        attention.k_cache, attention.v_cache = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+    (block_shape,) = {(attention.num_kv_heads, BLOCK_SIZE, attention.head_dim) for attention in attentions}
+    cache = _zeros((2 * len(attentions), num_blocks, *block_shape), dtype, device)
+    for attention, k_cache, v_cache in zip(attentions, cache[::2], cache[1::2], strict=True):
+        attention.k_cache, attention.v_cache = k_cache, v_cache
+    return cache
 
 
 def release(attentions: list[Attention]) -> None:

@@ -107,6 +107,10 @@ class EngineStats(msgspec.Struct, array_like=True):
     batch_tokens: int = 0  # of the last step
     stage_seconds: dict[str, float] = {}  # by stage of step_clock.py, since the engine's start
     time: float = 0.0  # time.monotonic() up to which they are counted
+    num_host_blocks: int = 0  # in memory of the host
+    num_host_blocks_used: int = 0  # that hold something
+    num_blocks_paged_out: int = 0  # copied to the host
+    num_blocks_paged_in: int = 0  # copied back
 
     def counts(self) -> "EngineStats":
         """The counters alone: what is left of an engine that is gone."""

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 
 from engine.batch import NewRow, ScheduledBatch, ScheduledRequest
 from engine.block_pool import BlockPool, PrefixHashes
+from engine.host_tier import HostTier
 from engine.messages import AddRequest, EngineStats, TokenLogprob, TokenOutput
 from engine.request import Request
 
@@ -36,6 +37,8 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prefill_chunk: int,
+        num_host_blocks: int = 0,
+        min_paged_in: int = 1,
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
         eos_token_ids: Iterable[int] = (),
@@ -43,6 +46,7 @@ class Scheduler:
         assert max_model_len <= num_blocks * block_size, "a request of full length must fit"
         assert max_num_seqs <= max_num_batched_tokens, "every running request must get its token"
         self.pool = BlockPool(num_blocks, block_size)
+        self.host_tier = HostTier(self.pool, num_host_blocks, min_paged_in) if num_host_blocks else None
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -55,7 +59,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.free_rows = deque(range(max_num_seqs))
         self.in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that draw a token
-        self.stats = EngineStats(num_blocks=num_blocks)
+        self.stats = EngineStats(num_blocks=num_blocks, num_host_blocks=num_host_blocks)
         self._num_arrivals = 0
 
     def add(self, message: AddRequest) -> None:
@@ -94,7 +98,7 @@ class Scheduler:
         return bool(self.waiting or self.running or self.in_flight)
 
     def schedule(self) -> ScheduledBatch:
-        """Give this step's token budget to requests. The caller runs the batch, unless it is empty."""
+        """Give this step's token budget to requests. The caller runs the batch, unless there is nothing in it."""
         new_rows: list[NewRow] = []
         scheduled: list[tuple[Request, ScheduledRequest]] = []
         num_preemptions = self.stats.num_preemptions
@@ -126,6 +130,10 @@ class Scheduler:
 
         scheduled.sort(key=lambda pair: pair[1].num_tokens > 1)  # decodes first, otherwise in the order of service
         batch = ScheduledBatch(new_rows, [step for _, step in scheduled])
+        if self.host_tier is not None:
+            batch.paged_out, batch.paged_in = self.host_tier.plan()
+            self.stats.num_blocks_paged_in += len(batch.paged_in)
+            self.stats.num_blocks_paged_out += len(batch.paged_out)
         if scheduled:
             self.in_flight.append([request for request, step in scheduled if step.samples])
             self.stats.num_steps += 1
@@ -214,6 +222,8 @@ class Scheduler:
         reserve = int(WATERMARK * self.pool.num_blocks) if self.running else 0
         if num_needed + reserve > self.pool.num_free - sum(map(self.pool.is_free, prefix)):
             return 0
+        if self._brings_back(request, budget):
+            return 0  # found in the cache by the next step
         self.waiting.pop(0)
         insort(self.running, request, key=_order)
         self.pool.share(prefix)
@@ -233,6 +243,17 @@ class Scheduler:
             return []  # every prompt position must pass through the model
         longest = (len(request.token_ids) - 1) // self.block_size  # one token at least must be computed
         return self.pool.find(request.prefix, request.token_ids, longest)
+
+    def _brings_back(self, request: Request, budget: int) -> bool:
+        """Whether blocks of a waiting request that the host knows are on their way to the device.
+
+        They are no more than the step would compute at most: what comes back takes less time than that.
+        """
+        if self.host_tier is None or request.params.prompt_logprobs is not None:
+            return False
+        request.prefix.extend(request.token_ids)
+        longest = (len(request.token_ids) - 1) // self.block_size
+        return self.host_tier.bring_back(request.prefix, longest, max(budget // self.block_size, 1))
 
     def _schedule(self, request: Request, num_tokens: int) -> ScheduledRequest:
         """Book num_tokens of a running request for this step; there is room for them."""
@@ -294,10 +315,14 @@ class Scheduler:
         # Only the end of a request's last block can be empty, and that block is its own.
         empty = sum(len(r.block_ids) * self.block_size - r.num_computed_tokens for r in self.running)
         stats.num_slots_used = stats.num_slots_allocated - empty
+        if self.host_tier is not None:
+            stats.num_host_blocks_used = self.host_tier.host_pool.num_remembered
 
     def check(self) -> None:
         """Assert every invariant of the scheduler and its pool."""
         self.pool.check()
+        if self.host_tier is not None:
+            self.host_tier.check()
         assert self.running == sorted(self.running, key=_order)
         assert self.waiting == sorted(self.waiting, key=_order)
         assert set(self.requests.values()) == {*self.waiting, *self.running}

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from engine.layers.host_memory import HostMemory
+from engine.layers.host_memory import HostMemory, pin, unpin
 
 # On an H200's host eight threads bring 22 GB/s to the GPU by buffers of 2 MiB, 51 by 8 and 33 by 32; with a buffer
 # each instead of two, 39.
@@ -27,9 +27,7 @@ class Staging:
         self._memory = HostMemory().empty((num_buffers, buffer_bytes), torch.uint8)
         self._is_pinned = device.type == "cuda"
         if self._is_pinned:
-            # By hand: torch would keep what it pins, and pins small pages, which takes longer.
-            status = torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), self._memory.nbytes, 0)
-            torch.cuda.check_error(status)
+            pin(self._memory)
         self._streams = [torch.cuda.Stream(device) if self._is_pinned else None for _ in range(num_buffers)]
         self._ring: SimpleQueue[tuple[Tensor, torch.cuda.Stream | None]] = SimpleQueue()
         for lane in zip(self._memory, self._streams, strict=True):
@@ -59,4 +57,4 @@ class Staging:
             if stream is not None:
                 stream.synchronize()
         if self._is_pinned:
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr()))
+            unpin(self._memory.data_ptr())

@@ -1,5 +1,8 @@
 """One device and all that lives on it: the weights, the KV cache, the running requests' rows."""
 
+import math
+import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -10,6 +13,7 @@ from engine.batch import NewRow, ScheduledBatch, ScheduledRequest
 from engine.checkpoint import open_checkpoint
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.errors import UserError
+from engine.host_cache import HostCache
 from engine.hub import resolve_model
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner, StepResult
@@ -66,6 +70,15 @@ class Worker:
         if self.device.type == "cuda" and not config.enforce_eager:
             on_progress("capturing CUDA graphs", 0.0)
             self._capture_graphs(config)
+        self.host_cache: HostCache | None = None
+        self.min_paged_in = 1
+        if config.host_kv_memory is not None:
+            on_progress("measuring copies to the host", 0.0)
+            self._set_up_host_cache(config.host_kv_memory)
+
+    @property
+    def num_host_blocks(self) -> int:
+        return self.host_cache.num_blocks if self.host_cache else 0
 
     def _set_limits(self, config: EngineConfig) -> None:
         """How much a step may hold. Raises UserError for limits that do not go together."""
@@ -95,7 +108,7 @@ class Worker:
         native_len = self.model_config.max_model_len
         self.max_model_len = kv_cache.fit_max_model_len(config, native_len, self.num_blocks, block_bytes)
         self.kv_cache_bytes = self.num_blocks * block_bytes
-        kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
+        self.kv_cache = kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
         self.runner = ModelRunner(
             self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks, self.clock
         )
@@ -109,9 +122,39 @@ class Worker:
             num_tokens = round(LONGEST_PAUSE_S * tokens_per_s / CHUNK_UNIT) * CHUNK_UNIT
             self.max_prefill_chunk = min(max(num_tokens, CHUNK_UNIT), self.max_num_batched_tokens)
 
-    def run(self, batch: ScheduledBatch) -> StepResult:
-        """Launch one step; the result is waited for when it is needed."""
-        return self.runner.run(batch)
+    def _set_up_host_cache(self, num_bytes: int) -> None:
+        """Memory of the host for blocks, if a block comes back from there sooner than it is computed again."""
+        host_cache = HostCache(self.kv_cache, num_bytes)
+        copy_s = host_cache.seconds_per_block()
+        num_tokens = min(self.max_num_batched_tokens, self.max_prefill_chunk, self.max_model_len - 1)
+        compute_s = self._seconds_of_step(num_tokens) / num_tokens * BLOCK_SIZE
+        if copy_s >= compute_s:
+            print(
+                f"vcli: engine: --host-kv-memory is not used: {BLOCK_SIZE} tokens take {copy_s * 1e6:,.0f} us to the "
+                f"host and back, and {compute_s * 1e6:,.0f} us to be computed again",
+                file=sys.stderr,
+            )
+            return
+        # What comes back does so beside a step, which the request waits for.
+        self.host_cache, self.min_paged_in = host_cache, math.ceil(self._seconds_of_step(1) / (compute_s - copy_s))
+
+    def _seconds_of_step(self, num_tokens: int) -> float:
+        """How long a step of one prompt takes, of which nothing is left behind in use."""
+        blocks = list(range(-(-num_tokens // BLOCK_SIZE)))
+        row = NewRow(0, SamplingParams(temperature=0.0), [0] * num_tokens, num_tokens, blocks, [])
+        batch = ScheduledBatch([row], [ScheduledRequest(0, 0, num_tokens, True, [])])
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            self.runner.run(batch).wait()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    def run(self, batch: ScheduledBatch) -> StepResult | None:
+        """Begin a batch's copies and launch its step, if it has one; the result is waited for when it is needed."""
+        if self.host_cache is not None:
+            self.host_cache.copy(batch.paged_out, batch.paged_in)
+        return self.runner.run(batch) if batch.requests else None
 
     def _run_largest_batch(self, longest: int) -> int:
         """Run a step as large as any will be; the bytes of GPU memory that it took beside weights and cache."""

@@ -1,4 +1,4 @@
-"""Memory of the host for weights, in pages of 2 MiB where the system has them.
+"""Memory of the host for weights and what else is large, in pages of 2 MiB where the system has them.
 
 A CPU reads all weights in every step, and looking up pages of 4 KiB then costs up to a third of the memory's speed (27
 against 38 GB/s in a virtual machine of two cores). Weights lie one behind the other: small ones share a large page.
@@ -30,6 +30,16 @@ class HostMemory:
             self._free = _slab(max(padded, SLAB_BYTES))
         piece, self._free = self._free[:size], self._free[padded:]
         return piece.view(dtype).view(shape)
+
+
+def pin(memory: Tensor) -> None:
+    """Have a GPU copy from and to memory by itself. By hand: torch would keep what it pins, and pins small pages."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+
+
+def unpin(data_ptr: int) -> None:
+    """Let go of memory that was pinned, by its address, before it is freed."""
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(data_ptr))
 
 
 def _slab(size: int) -> Tensor:

@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.cuda_graphs import Graphs
 from engine.errors import UserError
+from engine.host_cache import HostCache
 from engine.messages import AddRequest, TokenOutput
 from engine.sampling_params import SamplingParams
 
@@ -215,6 +216,35 @@ def test_two_steps_in_flight_draw_the_same_tokens(tiny_checkpoint):
     core = make_core(folder, max_num_batched_tokens=24, max_prefill_chunk=9)
     core.max_in_flight = 2
     assert generate(core, make_prompts()) == generate(make_core(folder), make_prompts())
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_dtype": "fp8"}, {"max_in_flight": 2}, {"padded": True}], ids=str)
+def test_blocks_that_have_been_with_the_host_give_the_same_tokens(tiny_checkpoint, monkeypatch, options: dict):
+    folder, options = tiny_checkpoint("llama"), dict(options)
+    depth, is_padded = options.pop("max_in_flight", 1), options.pop("padded", False)
+    monkeypatch.setattr(HostCache, "seconds_per_block", lambda self: 0.0)
+    small = {"max_num_batched_tokens": 40, "max_prefill_chunk": 30, "max_model_len": 96}
+    whole = make_core(folder, **options)
+    block_bytes = (1 << 20) // whole.ready.num_blocks
+    cramped = make_core(folder, **small, **options, kv_cache_memory=8 * block_bytes, host_kv_memory=1 << 20)
+    cramped.max_in_flight = depth
+    cramped.scheduler.host_tier.min_paged_in = 1
+    if is_padded:
+        monkeypatch.setattr(model_runner, "Graphs", PaddedRuns)
+        cramped.worker.runner.capture_graphs(40)
+    prompts = make_prompts()
+    expected = generate(whole, prompts)
+    assert generate(cramped, prompts) == expected
+    assert generate(cramped, prompts) == expected
+    assert cramped.stats.num_preemptions > 0
+    assert cramped.stats.num_blocks_paged_in > 10
+
+
+def test_where_copies_take_longer_than_computing_the_host_keeps_nothing(tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(HostCache, "seconds_per_block", lambda self: 60.0)
+    core = make_core(tiny_checkpoint("llama"), host_kv_memory=1 << 20)
+    assert core.stats.num_host_blocks == 0
+    assert "--host-kv-memory is not used: 16 tokens take 60,000,000 us" in capsys.readouterr().err
 
 
 def test_an_fp8_cache_holds_twice_the_tokens_and_changes_little(tiny_checkpoint):

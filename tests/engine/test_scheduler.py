@@ -36,13 +36,34 @@ def expected_output(prompt: list[int], params: SamplingParams, max_model_len: in
 
 @dataclass
 class Device:
-    """Memory of slots. A slot holds the prefix that its key was computed from, as attention would need it."""
+    """Memory of slots. A slot holds the prefix that its key was computed from, as attention would need it.
+
+    What comes back from the host does so beside a step: some before it and some behind it, as it happens.
+    """
 
     slots: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    host: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)  # the slots of its blocks
+    chance: random.Random = field(default_factory=lambda: random.Random(0))
+    num_computed: int = 0  # tokens
     tokens: dict[int, list[int]] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
 
     def run(self, batch: ScheduledBatch) -> list[int]:
+        for block_id, host_id in batch.paged_out:
+            self.host[host_id] = [self.slots[block_id * BLOCK + offset] for offset in range(BLOCK)]
+        num_early = self.chance.randint(0, len(batch.paged_in))
+        self._page_in(batch.paged_in[:num_early])
+        drawn = self._compute(batch)
+        self._page_in(batch.paged_in[num_early:])
+        return drawn
+
+    def _page_in(self, copies: list[tuple[int, int]]) -> None:
+        for host_id, block_id in copies:
+            for offset, content in enumerate(self.host[host_id]):
+                self.slots[block_id * BLOCK + offset] = content
+
+    def _compute(self, batch: ScheduledBatch) -> list[int]:
+        self.num_computed += batch.num_tokens
         for new in batch.new_rows:
             self.tokens[new.row] = list(new.token_ids)
             self.tables[new.row] = list(new.block_ids)
@@ -102,8 +123,9 @@ def step(scheduler: Scheduler, device: Device, results: deque[list[int]], depth:
     batch = scheduler.schedule()
     assert batch.num_tokens <= scheduler.max_num_batched_tokens
     scheduler.check()
+    drawn = device.run(batch)
     if batch.requests:
-        results.append(device.run(batch))
+        results.append(drawn)
     if not results or (batch.requests and len(results) < depth):
         return []
     outputs = scheduler.update(results.popleft(), {}, {})
@@ -216,6 +238,70 @@ def test_waste_counts_the_empty_ends_of_last_blocks():
     assert (scheduler.stats.num_slots_allocated, scheduler.stats.num_slots_used) == (8, 5)
 
 
+def crowd(**options) -> tuple[Scheduler, Device, list[TokenOutput]]:
+    """Three requests that have no room together, and what came of them."""
+    scheduler, device = make_scheduler(num_blocks=10, max_model_len=36, **options), Device()
+    for name in ("a", "b", "c"):
+        scheduler.add(request(name, [ord(name)] * 9, max_tokens=20, ignore_eos=True))
+    return scheduler, device, run(scheduler, device)
+
+
+def test_a_preempted_request_goes_on_with_what_the_host_kept():
+    alone, computed_again, expected = crowd()
+    with_host, computed_once, outputs = crowd(num_host_blocks=20)
+    assert alone.stats.num_preemptions == with_host.stats.num_preemptions > 0
+    assert with_host.stats.num_blocks_paged_in > 0
+    assert computed_once.num_computed < computed_again.num_computed
+    for name in ("a", "b", "c"):
+        assert tokens_of(outputs, name) == tokens_of(expected, name)
+
+
+def flushed(num_others: int = 3, **options) -> tuple[Scheduler, Device, list[int]]:
+    """A scheduler whose device has forgotten a prompt, since others needed the memory."""
+    scheduler, device, prompt = make_scheduler(**({"num_host_blocks": 40} | options)), Device(), list(range(1, 30))
+    scheduler.add(request("first", prompt, max_tokens=1))
+    run(scheduler, device)
+    for i in range(num_others):
+        scheduler.add(request(f"other{i}", [i + 40] * 30, max_tokens=1))
+        run(scheduler, device)
+    return scheduler, device, prompt
+
+
+def test_a_prompt_that_the_device_has_forgotten_comes_back_from_the_host():
+    scheduler, device, prompt = flushed()
+    num_computed = device.num_computed
+    scheduler.add(request("again", prompt, max_tokens=1))
+    assert run(scheduler, device)[0].num_cached_tokens == 28
+    assert device.num_computed - num_computed == 1
+    assert scheduler.stats.num_blocks_paged_in == 7
+    assert 7 < scheduler.stats.num_host_blocks_used <= scheduler.stats.num_host_blocks
+
+
+def test_what_takes_longer_to_come_back_than_to_compute_is_computed():
+    scheduler, device, prompt = flushed(min_paged_in=8)
+    scheduler.add(request("again", prompt, max_tokens=1))
+    assert run(scheduler, device)[0].num_cached_tokens == 0
+    assert scheduler.stats.num_blocks_paged_in == 0
+
+
+def test_a_tenant_does_not_find_what_the_host_keeps_for_another():
+    scheduler, device, prompt = flushed()
+    scheduler.add(request("other tenant", prompt, max_tokens=1, cache_salt="b"))
+    assert run(scheduler, device)[0].num_cached_tokens == 0
+
+
+def test_a_step_brings_back_no_more_tokens_than_it_would_compute():
+    scheduler, device, prompt = flushed(max_num_batched_tokens=8)
+    scheduler.add(request("again", prompt, max_tokens=1))
+    counts = []
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        counts.append((len(batch.paged_in), batch.num_tokens))
+        if drawn := device.run(batch):
+            scheduler.update(drawn, {}, {})
+    assert counts == [(2, 0), (2, 0), (2, 0), (1, 0), (0, 1)]
+
+
 arrivals = st.lists(
     st.tuples(
         st.integers(0, 12),  # the step at which it arrives
@@ -242,9 +328,12 @@ arrivals = st.lists(
     st.integers(1, 3),
     st.booleans(),
     st.sampled_from(["fcfs", "priority"]),
+    st.sampled_from([0, 2, 10, 60]),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
 )
 def test_every_request_gets_its_own_tokens_whatever_happens_around_it(
-    arrivals, num_blocks, max_num_seqs, budget, chunk, depth, caching, policy
+    arrivals, num_blocks, max_num_seqs, budget, chunk, depth, caching, policy, num_host_blocks, min_paged_in, chance
 ):
     max_model_len = min(40, num_blocks * BLOCK)
     scheduler = make_scheduler(
@@ -255,9 +344,11 @@ def test_every_request_gets_its_own_tokens_whatever_happens_around_it(
         max_prefill_chunk=chunk,
         enable_prefix_caching=caching,
         policy=policy,
+        num_host_blocks=num_host_blocks,
+        min_paged_in=min_paged_in,
     )
     prefixes = [[p + 1] * 30 for p in range(3)]
-    device, results, outputs = Device(), deque(), []
+    device, results, outputs = Device(chance=chance), deque(), []
     requests, aborts = {}, {}
     for clock in range(3000):
         for i, (at, prefix, length, max_tokens, priority, abort_after, ignore_eos, is_spoilt) in enumerate(arrivals):

@@ -121,6 +121,10 @@ class _StateCollector(Collector):
         yield self._counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_cache_queries)
         yield self._counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_cache_hits)
         yield self._counter("num_preemptions", "Sequences that gave their blocks up for others.", stats.num_preemptions)
+        usage = stats.num_host_blocks_used / stats.num_host_blocks if stats.num_host_blocks else 0.0
+        yield self._gauge("host_kv_cache_usage_perc", "Share of the host's KV blocks that hold something.", usage)
+        yield self._counter("kv_blocks_paged_out", "KV blocks copied to the host.", stats.num_blocks_paged_out)
+        yield self._counter("kv_blocks_paged_in", "KV blocks copied back from the host.", stats.num_blocks_paged_in)
         yield self._counter("engine_restarts", "Engines started after one that died.", self._engine.num_restarts)
         quarantined = self._engine.num_quarantined
         yield self._counter("quarantined_requests", "Requests that ended the engine, run alone.", quarantined)
