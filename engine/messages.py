@@ -133,6 +133,8 @@ COUNTERS = (
     "generation_tokens",
     "prefix_cache_queries",
     "prefix_cache_hits",
+    "num_blocks_paged_out",
+    "num_blocks_paged_in",
 )
 
 
