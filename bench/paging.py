@@ -1,0 +1,237 @@
+"""What is it worth to keep KV blocks in memory of the host? The same work with --host-kv-memory and without.
+
+    python -m bench.paging MODEL --load-format dummy --output paging.json
+
+Two engines in this process take turns. Their caches are small on purpose, so that three kinds of work tell:
+
+- crowd: three times as many tokens as there is room for at once, so that requests preempt each other;
+- return: prompts that have been there before, and were forgotten meanwhile for others;
+- steady: requests that have room, in blocks that remember others: what copies cost the steps beside them.
+
+Exit codes: 0 measured, 3 the engines' tokens differ although --batch-invariant promises that they cannot, 1 it could
+not run.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.environment import environment
+from bench.report import markdown_table
+from engine.config import BLOCK_SIZE, EngineConfig
+from engine.errors import UserError
+from engine.messages import AddRequest
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.core import EngineCore
+
+EXIT_WRONG = 3
+ROUNDS = 2  # of each kind of work, with new prompts; the quicker one counts
+DEMAND = 3  # times what the cache holds
+WAYS = ("computed again", "from the host")
+COLUMNS = (
+    *("work", "forgotten KV is", "s", "output tok/s", "TTFT mean ms", "step p50 ms", "p99", "max"),
+    *("preempted", "found", "blocks out", "in"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of work, done in one of the WAYS."""
+
+    work: str
+    way: str
+    seconds: float
+    num_output_tokens: int
+    mean_ttft_ms: float  # from the first step on: all requests are there at once
+    p50_step_ms: float
+    p99_step_ms: float
+    max_step_ms: float
+    num_preemptions: int
+    num_prefix_hits: int  # tokens found, of the tokens looked up
+    num_looked_up: int
+    num_blocks_paged_out: int
+    num_blocks_paged_in: int
+
+    def cells(self) -> list[Any]:
+        """By COLUMNS."""
+        return [
+            *(self.work, self.way, self.seconds, self.num_output_tokens / self.seconds, self.mean_ttft_ms),
+            *(self.p50_step_ms, self.p99_step_ms, self.max_step_ms, self.num_preemptions),
+            f"{self.num_prefix_hits / self.num_looked_up:.0%}",
+            *(self.num_blocks_paged_out, self.num_blocks_paged_in),
+        ]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests that are sent at once; `before` are run first, and are not measured."""
+
+    name: str
+    requests: list[AddRequest]
+    before: list[AddRequest]
+
+
+def works(num_cache_tokens: int, input_len: int, output_len: int, prefix_len: int, seed: int) -> Iterator[Work]:
+    """The three kinds of work for a cache of so many tokens, with prompts of their own for each seed."""
+    rng = random.Random(seed)
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(100, 1000) for _ in range(length)]
+
+    def request(tokens: list[int], max_tokens: int) -> AddRequest:
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        return AddRequest(f"{rng.getrandbits(64):x}", tokens, params)
+
+    num = DEMAND * num_cache_tokens // (input_len + output_len)
+    yield Work("crowd", [request(prompt(input_len), output_len) for _ in range(num)], [])
+
+    prefixes = [prompt(prefix_len) for _ in range(DEMAND * num_cache_tokens // prefix_len)]
+    first, again = ([request(prefix + prompt(32), 8) for prefix in prefixes] for _ in range(2))
+    yield Work("return", again, first)
+
+    num = max(num_cache_tokens // 2 // (input_len + output_len), 1)
+    yield Work("steady", [request(prompt(input_len), output_len) for _ in range(num)], [])
+
+
+def run(core: "EngineCore", requests: list[AddRequest]) -> tuple[dict[str, list[int]], dict[str, float], list[float]]:
+    """Each request's tokens, the seconds until its first one, and the seconds of each step."""
+    for request in requests:
+        core.add(request)
+    tokens: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    first: dict[str, float] = {}
+    steps = []
+    start = last = time.perf_counter()
+    while core.has_work:
+        outputs = core.step()
+        now = time.perf_counter()
+        steps.append(now - last)
+        last = now
+        for output in outputs:
+            first.setdefault(output.request_id, now - start)
+            tokens[output.request_id] += output.token_ids
+    return tokens, first, steps
+
+
+def measure(core: "EngineCore", work: Work, way: str) -> tuple[Row, list[list[int]]]:
+    """The row of a kind of work, and the tokens of its requests."""
+    run(core, work.before)
+    before = counts(core)
+    tokens, first, steps = run(core, work.requests)
+    gained = {name: value - before[name] for name, value in counts(core).items()}
+    by_length = sorted(steps)
+    row = Row(
+        work=work.name,
+        way=way,
+        seconds=sum(steps),
+        num_output_tokens=sum(map(len, tokens.values())),
+        mean_ttft_ms=statistics.mean(first.values()) * 1e3,
+        p50_step_ms=by_length[len(by_length) // 2] * 1e3,
+        p99_step_ms=by_length[len(by_length) * 99 // 100] * 1e3,
+        max_step_ms=by_length[-1] * 1e3,
+        **gained,
+    )
+    return row, list(tokens.values())
+
+
+def counts(core: "EngineCore") -> dict[str, int]:
+    """What the engine has counted, by the names that a Row has for it."""
+    stats = core.stats
+    return {
+        "num_preemptions": stats.num_preemptions,
+        "num_prefix_hits": stats.prefix_cache_hits,
+        "num_looked_up": stats.prefix_cache_queries,
+        "num_blocks_paged_out": stats.num_blocks_paged_out,
+        "num_blocks_paged_in": stats.num_blocks_paged_in,
+    }
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    try:
+        plain_s, plain = timed_engine(options, None)
+        paging_s, paging = timed_engine(options, int(options.host_kv_gib * 2**30))
+    except UserError as error:
+        print(f"vcli: {error}", file=sys.stderr)
+        return 1
+    if paging.worker.host_cache is None:
+        return 1  # the worker has said why
+    num_cache_tokens = plain.ready.num_blocks * BLOCK_SIZE
+    facts = {
+        "num_cache_tokens": num_cache_tokens,
+        "num_host_tokens": paging.worker.num_host_blocks * BLOCK_SIZE,
+        "copy_s_per_block": paging.worker.host_cache.seconds_per_block(),
+        "min_paged_in": paging.worker.min_paged_in,
+        "start_s": plain_s,
+        "start_with_host_s": paging_s,
+    }
+    print(json.dumps(facts), file=sys.stderr)
+
+    rows: dict[tuple[str, str], Row] = {}
+    num_requests = num_equal = 0
+    for seed in range(ROUNDS):
+        for work in works(num_cache_tokens, options.input_len, options.output_len, options.prefix_len, seed):
+            measured = [measure(core, work, way) for core, way in zip((plain, paging), WAYS, strict=True)]
+            for row, _ in measured:
+                place = (row.work, row.way)
+                rows[place] = min(rows.get(place, row), row, key=lambda each: each.seconds)
+            pairs = zip(*(tokens for _, tokens in measured), strict=True)
+            num_requests += len(work.requests)
+            num_equal += sum(one == other for one, other in pairs)
+    table = markdown_table(COLUMNS, [row.cells() for row in rows.values()])
+    print(table, f"{num_equal:,} of {num_requests:,} requests have the same tokens both ways", sep="\n\n")
+    if options.output:
+        flags = {name: value for name, value in vars(options).items() if name != "output"}
+        values: dict[str, Any] = {"kind": "paging", "environment": environment(), "options": flags}
+        values |= {"facts": facts, "rows": [asdict(row) for row in rows.values()]}
+        values |= {"num_requests": num_requests, "num_equal": num_equal}
+        options.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return EXIT_WRONG if options.batch_invariant and num_equal < num_requests else 0
+
+
+def timed_engine(options: argparse.Namespace, host_kv_memory: int | None) -> "tuple[float, EngineCore]":
+    from engine.core import EngineCore
+
+    start = time.perf_counter()
+    names = ("model", "load_format", "device", "dtype", "kv_cache_dtype", "max_model_len", "batch_invariant")
+    config = EngineConfig(
+        **{name: getattr(options, name) for name in names},
+        kv_cache_memory=int(options.kv_cache_gib * 2**30),
+        host_kv_memory=host_kv_memory,
+    )
+    core = EngineCore(config)
+    return time.perf_counter() - start, core
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.paging", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(
+        "model", help="folder, GGUF file or name of the model; the default model if left out", nargs="?"
+    )
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
+    parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--kv-cache-gib", type=float, default=4.0, help="of the small cache of each engine")
+    parser.add_argument("--host-kv-gib", type=float, default=32.0, help="of the host's memory")
+    parser.add_argument("--input-len", type=int, default=512, help="tokens of a prompt in the crowd")
+    parser.add_argument("--output-len", type=int, default=384, help="and of its answer")
+    parser.add_argument("--prefix-len", type=int, default=4096, help="tokens of a prompt that returns")
+    parser.add_argument("--output", type=Path, help="a .json file for the result")
+    options = parser.parse_args(arguments)
+    options.model = options.model or ""
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
