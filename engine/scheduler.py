@@ -160,6 +160,8 @@ class Scheduler:
                 continue  # ended while this step was under way: the token is beyond its end
             if token_id < 0:  # NaN or infinite logits: so may be what it keeps in the cache
                 self.pool.forget(request.prefix)
+                if self.host_tier is not None:
+                    self.host_tier.host_pool.forget(request.prefix)
                 self._finish(request, "error")
                 outputs.append(TokenOutput(request.request_id, [], finish_reason="error"))
                 continue

@@ -256,12 +256,13 @@ def test_a_preempted_request_goes_on_with_what_the_host_kept():
         assert tokens_of(outputs, name) == tokens_of(expected, name)
 
 
-def flushed(num_others: int = 3, **options) -> tuple[Scheduler, Device, list[int]]:
+def flushed(first_token: int = 1, **options) -> tuple[Scheduler, Device, list[int]]:
     """A scheduler whose device has forgotten a prompt, since others needed the memory."""
-    scheduler, device, prompt = make_scheduler(**({"num_host_blocks": 40} | options)), Device(), list(range(1, 30))
+    scheduler, device = make_scheduler(**({"num_host_blocks": 40} | options)), Device()
+    prompt = [first_token, *range(2, 30)]
     scheduler.add(request("first", prompt, max_tokens=1))
     run(scheduler, device)
-    for i in range(num_others):
+    for i in range(3):
         scheduler.add(request(f"other{i}", [i + 40] * 30, max_tokens=1))
         run(scheduler, device)
     return scheduler, device, prompt
@@ -287,6 +288,15 @@ def test_what_takes_longer_to_come_back_than_to_compute_is_computed():
 def test_a_tenant_does_not_find_what_the_host_keeps_for_another():
     scheduler, device, prompt = flushed()
     scheduler.add(request("other tenant", prompt, max_tokens=1, cache_salt="b"))
+    assert run(scheduler, device)[0].num_cached_tokens == 0
+
+
+def test_the_host_forgets_a_sequence_that_has_come_to_infinite_logits():
+    scheduler, device, prompt = flushed(first_token=SPOILT)
+    scheduler.add(request("ends in error", prompt, max_tokens=11, ignore_eos=True))
+    outputs = run(scheduler, device)
+    assert (outputs[0].num_cached_tokens, outputs[-1].finish_reason) == (28, "error")
+    scheduler.add(request("again", prompt, max_tokens=1))
     assert run(scheduler, device)[0].num_cached_tokens == 0
 
 
