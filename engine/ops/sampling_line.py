@@ -57,7 +57,7 @@ def pack(params: SamplingParams, num_prompt_tokens: int, stop_ids: list[int]) ->
     header = np.zeros((), HEADER)
     header["inverse_temperature"] = 0.0 if params.is_greedy else 1 / params.temperature
     header["top_p"] = params.top_p
-    header["top_k"] = max(params.top_k, 0)
+    header["top_k"] = min(max(params.top_k, 0), 2**31 - 1)
     header["max_steps"] = min(OUT_OF_REACH - 1, -math.log(params.min_p) * STEPS_PER_NAT if params.min_p else math.inf)
     header["repetition_penalty"] = params.repetition_penalty
     header["presence_penalty"] = params.presence_penalty

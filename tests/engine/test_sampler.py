@@ -142,6 +142,8 @@ def test_lines_say_what_they_were_told():
     assert (line.header["seed"], line.header["num_prompt_tokens"]) == (-5, 6)
     assert line.forbidden.tolist() == [1, 2]
     assert (line.biased.tolist(), line.biases.tolist()) == ([4, 9], [1.5, -3.0])
+    huge = sampling_line.pack(SamplingParams(top_k=2**62, seed=2**63 - 1, min_p=1e-320), 0, [])
+    assert sampling_line.unpack(huge).header["top_k"] == 2**31 - 1
     fullest = SamplingParams(min_tokens=1, logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), 1.0))
     stop_ids = list(range(sampling_line.MAX_FORBIDDEN))
     assert len(sampling_line.pack(fullest, 0, stop_ids)) == sampling_line.NUM_WORDS
