@@ -24,29 +24,13 @@ STRANGE_VALUES: list[Any] = [
 ]
 STRANGE_WORDS = [b"NaN", b"Infinity", b"-0", b"1e999", b"1e-999", b"9" * 400, b"null", b'"', b"\\u0000", b"[" * 99]
 FIELDS = (
-    *(
-        "model",
-        "prompt",
-        "messages",
-        "n",
-        "best_of",
-        "max_tokens",
-        "max_completion_tokens",
-        "min_tokens",
-        "temperature",
-    ),
-    *("top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "logit_bias", "logprobs", "top_logprobs", "echo"),
-    *("prompt_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty", "stream", "stream_options"),
-    *("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "return_token_ids", "priority", "cache_salt"),
-    *(
-        "add_special_tokens",
-        "add_generation_prompt",
-        "continue_final_message",
-        "chat_template_kwargs",
-        "user",
-        "suffix",
-    ),
-    *("tools", "tool_choice", "response_format", "guided_json", "tokens", "detokenize", "chat_template", "metadata"),
+    *("model", "prompt", "messages", "n", "best_of", "max_tokens", "max_completion_tokens", "min_tokens"),
+    *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "logit_bias", "logprobs"),
+    *("top_logprobs", "echo", "prompt_logprobs", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("stream", "stream_options", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output"),
+    *("return_token_ids", "priority", "cache_salt", "add_special_tokens", "add_generation_prompt"),
+    *("continue_final_message", "chat_template_kwargs", "suffix", "user", "tools", "tool_choice"),
+    *("response_format", "guided_json", "tokens", "detokenize", "chat_template", "metadata"),
 )
 STRANGE_HEADERS = [
     b"content-length: -1",
@@ -167,10 +151,7 @@ class Visitors:
                 (COMPLETIONS, body),
                 (COMPLETIONS, body | {"prompt": ["one", "two three"], "seed": 5, "top_p": 0.9, "min_tokens": 1}),
                 (CHAT, {"messages": messages, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}),
-                (
-                    CHAT,
-                    {"messages": messages, "max_tokens": 4, "stream": True, "stream_options": {"include_usage": True}},
-                ),
+                (CHAT, {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, "n": 2}),
                 ("/tokenize", {"prompt": "hello world", "return_token_strs": True}),
                 ("/tokenize", {"messages": messages, "add_generation_prompt": True}),
                 ("/detokenize", {"tokens": [5, 6, 7]}),

@@ -69,8 +69,9 @@ def test_memory_that_grows_and_blocks_that_stay_are_no_sound_end():
 
 
 def test_the_log_is_searched_for_errors_alone():
-    log = "ready in 2 s\n2026 WARNING uvicorn: Invalid HTTP\n2026 ERROR vcli: halfway\nTraceback (most recent call last):\n"
-    assert log_errors(log + "ValueError: no\n") == [
+    harmless = "ready in 2 s\n2026 WARNING uvicorn: Invalid HTTP request\n"
+    log = "2026 ERROR vcli: halfway\nTraceback (most recent call last):\nValueError: no\n"
+    assert log_errors(harmless + log) == [
         "2026 ERROR vcli: halfway",
         "Traceback (most recent call last):",
         "ValueError: no",
