@@ -160,8 +160,9 @@ class _Run:
             return "no answer in time" if visit.is_sound else None
         if answer.status is None:
             return None if visit.may_be_no_http else "the server closed the connection without an answer"
-        if visit.must_fail:
-            return None if b'"invalid_logits"' in answer.body else f"NaN went unnoticed: {answer.body[-300:]!r}"
+        is_nan = self.plan.spoilt_token is not None and b'"invalid_logits"' in answer.body
+        if visit.must_fail or (is_nan and not visit.is_sound):  # others may draw the spoilt token, but for sound ones
+            return None if is_nan else f"NaN went unnoticed: {answer.body[-300:]!r}"
         if answer.status >= 500 or (b'"error":' in answer.body[-2000:] and answer.status == 200):
             return f"status {answer.status}: {answer.body[-300:]!r}"
         if visit.is_sound:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import msgspec
 import psutil
 import pytest
 
@@ -13,7 +14,7 @@ SOUND = Visit("sound", b"sound", is_sound=True)
 
 
 def whole(status: int, body: dict) -> Answer:
-    answer = Answer(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n\r\n" % status + json.dumps(body).encode())
+    answer = Answer(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n\r\n" % status + msgspec.json.encode(body))
     answer.read()
     return answer
 
@@ -30,6 +31,7 @@ def choice(text: str, index: int = 0, reason: str | None = None) -> dict:
 
 
 ERROR = {"error": {"message": "no", "code": "bad"}}
+NAN = {"error": {"message": "no", "code": "invalid_logits"}}
 RIGHT = whole(200, choice("a b", reason="stop"))
 
 
@@ -52,11 +54,13 @@ RIGHT = whole(200, choice("a b", reason="stop"))
         (Visit("changed bytes", b""), Answer(), False),
         (Visit("no HTTP", b"", may_be_no_http=True), Answer(), True),
         (Visit("NaN logits", b"", must_fail=True), RIGHT, False),
-        (Visit("NaN logits", b"", must_fail=True), whole(500, {"error": {"code": "invalid_logits"}}), True),
+        (Visit("NaN logits", b"", must_fail=True), whole(500, NAN), True),
+        (Visit("changed bytes", b""), whole(500, NAN), True),
+        (SOUND, whole(500, NAN), False),
     ],
 )
 def test_an_answer_is_right_or_not(visit, answer, is_right):
-    run = _Run("http://localhost:1", psutil.Process(), Plan())
+    run = _Run("http://localhost:1", psutil.Process(), Plan(spoilt_token=9))
     run.expected[SOUND.data] = RIGHT.texts()
     assert (run._wrong(visit, answer) is None) == is_right
 
