@@ -28,6 +28,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
     from engine.link import EngineLink
     from engine.timeline import Timeline, process_start_time
     from vcli.server.keys import Keys
+    from vcli.server.tls import Certificate
 
     timeline = Timeline()
     timeline.begin("api", "starting Python", process_start_time())
@@ -36,6 +37,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
     # A model on the hub may take minutes to come: it is fetched while HTTP answers already.
     root = str(resolve_model(engine.model)) if is_local else engine.model
     chat_template, keys = _read_template(server), Keys.load(server.api_key, server.api_key_file)
+    certificate = Certificate(server.ssl_certfile, server.ssl_keyfile) if server.ssl_certfile else None
     listener = listen(server.host, server.port)
     admin_listener = listen_for_admin(server.admin_address, keys) if server.admin_address else None
     timeline.begin("api", "starting the engine process")
@@ -50,6 +52,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> None:
         model_root=root,
         chat_template=chat_template,
         keys=keys,
+        certificate=certificate,
         listener=listener,
         admin_listener=admin_listener,
         link=link,

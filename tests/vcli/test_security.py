@@ -1,11 +1,22 @@
 """Who may do what: API keys, the admin's listener, and what web pages try."""
 
+import asyncio
+import contextlib
+import socket
+import ssl
+import subprocess
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.responses import Response
 
+from engine.errors import UserError
 from tests.vcli.conftest import Server, StartServer, free_port
+from vcli.server import generation, http
+from vcli.server.config import ServerConfig
+from vcli.server.protocol import ApiError
+from vcli.server.tls import Certificate
 
 COMPLETIONS = "/v1/completions"
 KEYS = """
@@ -134,7 +145,7 @@ def test_a_tenant_has_so_many_requests_open(server):
 
 
 def test_keys_are_taken_back_while_the_server_runs(server, admin_port, keys_file):
-    admin = f"http://127.0.0.1:{admin_port}/admin/reload-keys"
+    admin = f"http://127.0.0.1:{admin_port}/admin/reload"
     keys_file.write_text(KEYS.replace("acme-key-2", "acme-key-3"))
     assert ask(server, "acme-key-2").status_code == 200, "nobody has said so yet"
     assert httpx.post(admin, **with_key("acme-key-1")).status_code == 403
@@ -150,17 +161,171 @@ def test_what_a_tenant_calls_its_salt_is_not_what_the_engine_gets(server):
     assert ask(server, "acme-key-1", cache_salt="die").status_code == 200
 
 
-def test_web_pages_do_not_reach_an_admins_listener_without_keys(start_server):
+def test_web_pages_do_not_reach_a_server_without_keys(start_server):
     port = free_port()
-    start_server("--admin-address", f"127.0.0.1:{port}").wait_ready()
+    server = start_server("--admin-address", f"127.0.0.1:{port}").wait_ready()
     url = f"http://127.0.0.1:{port}/metrics"
-    assert httpx.get(url).status_code == 200
-    assert httpx.get(url, headers={"host": f"localhost:{port}"}).status_code == 200
-    assert httpx.get(url, headers={"host": "[::1]"}).status_code == 200
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", "[::1]"):
+        assert httpx.get(url, headers={"host": host}).status_code == 200
     cross_site, rebound = {"origin": "https://evil.example"}, {"host": f"evil.example:{port}"}
-    assert "web pages" in httpx.get(url, headers=cross_site).json()["error"]["message"]
-    assert httpx.post(url, headers=cross_site).status_code == 403
-    assert "evil.example" in httpx.get(url, headers=rebound).json()["error"]["message"]
+    for refused in (
+        server.post(COMPLETIONS, json={"prompt": "a"}, headers=cross_site),
+        server.post(COMPLETIONS, content='{"prompt": "a"}', headers=cross_site | {"content-type": "text/plain"}),
+        httpx.get(url, headers=cross_site),
+        httpx.get(url, headers=rebound),
+    ):
+        assert refused.status_code == 403
+        assert "evil.example" in refused.json()["error"]["message"]
+        assert "access-control-allow-origin" not in refused.headers
+    assert "access-control-allow-origin" not in server.get("/v1/models").headers
+
+
+def test_pages_of_allowed_origins_use_the_server(start_server):
+    flags = ("--allowed-origins", "https://chat.example", "--allowed-origins", "http://localhost:3000")
+    server = start_server(*flags, VCLI_API_KEY="secret-key").wait_ready()
+    page = {"origin": "https://chat.example"}
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    with httpx.Client(base_url=server.url) as client:
+        preflight = client.options(COMPLETIONS, headers=page | asked)
+        assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, page["origin"])
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+        assert client.options(COMPLETIONS, headers={"origin": "https://evil.example"} | asked).status_code == 400
+        for key, status in (("secret-key", 200), ("wrong", 401)):
+            headers = page | {"authorization": f"Bearer {key}"}
+            reply = client.post(COMPLETIONS, json={"prompt": "a", "stream": True}, headers=headers)
+            assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (status, page["origin"])
+        for other in ("https://evil.example", "null", "https://chat.example.evil.example"):
+            headers = {"origin": other, "authorization": "Bearer secret-key"}
+            assert client.post(COMPLETIONS, json={"prompt": "a"}, headers=headers).status_code == 403
+
+
+def make_certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    certfile, keyfile = folder / f"{name}.pem", folder / f"{name}.key"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    command += ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=CA:TRUE"]
+    subprocess.run([*command, "-keyout", str(keyfile), "-out", str(certfile)], check=True, capture_output=True)
+    return certfile, keyfile
+
+
+def test_with_a_certificate_it_talks_https_and_takes_a_renewed_one(start_server, tmp_path):
+    certfile, keyfile = make_certificate(tmp_path, "first")
+    port = free_port()
+    flags = ("--ssl-certfile", str(certfile), "--ssl-keyfile", str(keyfile), "--admin-address", str(port))
+    server = start_server(*flags)
+    url, trusted = server.url.replace("http", "https"), ssl.create_default_context(cafile=certfile)
+    server.wait_until(lambda: f"admin routes on https://127.0.0.1:{port}" in server.log)
+    body = {"prompt": "a b", "max_tokens": 3, "stream": True}
+    assert "[DONE]" in httpx.post(url + COMPLETIONS, json=body, verify=trusted).text
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{server.url}/health")
+    with pytest.raises(httpx.ConnectError, match=r"self.signed"):
+        httpx.get(f"{url}/health")
+    renewed, its_key = make_certificate(tmp_path, "second")
+    renewed.replace(certfile)
+    both = ssl.create_default_context(cafile=certfile)
+    both.load_verify_locations(cadata=ssl.get_server_certificate(("127.0.0.1", port)))
+    refused = httpx.post(f"https://127.0.0.1:{port}/admin/reload", verify=both)
+    assert (refused.status_code, "--ssl-certfile" in refused.json()["error"]["message"]) == (400, True), "a foreign key"
+    its_key.replace(keyfile)
+    assert httpx.post(f"https://127.0.0.1:{port}/admin/reload", verify=both).status_code == 200
+    assert httpx.get(f"{url}/health", verify=ssl.create_default_context(cafile=certfile)).status_code == 200
+
+
+@pytest.mark.parametrize("what", ["nothing", "text", "no key"])
+def test_a_certificate_that_is_none_is_told_in_a_sentence(tmp_path, what):
+    file = tmp_path / "cert.pem"
+    if what == "text":
+        file.write_text("hello")
+    elif what == "no key":
+        file.write_bytes(make_certificate(tmp_path, "whole")[0].read_bytes())
+    with pytest.raises(UserError, match="no certificate with its key can be read"):
+        Certificate(file, None)
+
+
+def test_old_versions_of_tls_are_not_spoken(tmp_path):
+    assert Certificate(*make_certificate(tmp_path, "first")).context.minimum_version >= ssl.TLSVersion.TLSv1_2
+
+
+def test_an_encrypted_key_asks_nobody_for_its_password(tmp_path):
+    certfile, keyfile = make_certificate(tmp_path, "first")
+    encrypted = tmp_path / "encrypted.key"
+    command = ["openssl", "ec", "-in", str(keyfile), "-aes256", "-passout", "pass:secret", "-out", str(encrypted)]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(UserError, match="encrypted"):
+        Certificate(certfile, encrypted)
+
+
+def test_a_head_without_end_is_cut_short(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        received = b""
+        with contextlib.suppress(OSError):
+            for number in range(1000):  # 2 MB
+                connection.sendall(b"x-%d: " % number + b"a" * 2000 + b"\r\n")
+        with contextlib.suppress(OSError):
+            while part := connection.recv(4096):
+                received += part
+    assert number < 999 or received.startswith(b"HTTP/1.1 431")
+    assert server.get("/health", headers={"x-long": "a" * 30_000}).status_code == 200
+
+
+def test_a_slow_head_and_a_slow_body_are_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """One connection each: half a head, nothing at all, half a body; and one that is slow, but not too slow."""
+    monkeypatch.setattr(http, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(generation, "BODY_TIMEOUT_S", 0.3)
+
+    async def app(scope, receive, send) -> None:
+        try:
+            body = await generation.read_body(scope, receive)
+            await Response(body)(scope, receive, send)
+        except ApiError as error:
+            await Response(status_code=error.status)(scope, receive, send)
+
+    async def said(port: int, *parts: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    async def story() -> list[bytes]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            served = http.http_server(app, ServerConfig(), None)
+            serving = asyncio.create_task(served.serve(sockets=[listener]))
+            port, head = listener.getsockname()[1], b"POST / HTTP/1.1\r\nconnection: close\r\ncontent-length: 4\r\n"
+            try:
+                return await asyncio.wait_for(
+                    asyncio.gather(
+                        said(port, head),
+                        said(port),
+                        said(port, head + b"\r\nab"),
+                        said(port, head, b"\r\n", b"ab", b"cd"),
+                    ),
+                    30,
+                )
+            finally:
+                served.should_exit = True
+                await serving
+
+    half_head, nothing, half_body, whole = asyncio.run(story())
+    assert (half_head, nothing) == (b"", b"")
+    assert half_body.startswith(b"HTTP/1.1 408")
+    assert whole.startswith(b"HTTP/1.1 200")
+    assert whole.endswith(b"abcd")
 
 
 @pytest.mark.parametrize(

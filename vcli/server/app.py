@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.errors import UserError
 from vcli.server import chat
-from vcli.server.frame import BrowserCheck, KeyCheck, framed, json_response
+from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response
 from vcli.server.generation import ChatCompletions, ClientGoneError, Completions, Service, read_body
 from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
@@ -37,19 +38,27 @@ def make_app(service: Service) -> Starlette:
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         *_common_routes(endpoints),
     ]
-    return framed(routes, [Middleware(KeyCheck, service.keys)])
+    origins = service.config.allowed_origins
+    guards = [Middleware(OriginCheck, origins), Middleware(KeyCheck, service.keys)]
+    if origins:
+        methods, readable = ["GET", "POST"], ["retry-after", "x-request-id"]
+        cors = Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"], expose_headers=readable
+        )
+        guards.insert(0, cors)
+    return framed(routes, guards)
 
 
 def make_admin_app(service: Service) -> Starlette:
     """What operators see, on a listener of its own. A route here changes the server for everybody."""
     endpoints = Endpoints(service)
     routes = [
-        Route("/admin/reload-keys", endpoints.reload_keys, methods=["POST"]),
+        Route("/admin/reload", endpoints.reload, methods=["POST"]),
         *_common_routes(endpoints),
     ]
-    guards = [Middleware(KeyCheck, service.keys, admin=True)]
+    guards = [Middleware(OriginCheck), Middleware(KeyCheck, service.keys, admin=True)]
     if not service.keys.has_admin:
-        guards.insert(0, Middleware(BrowserCheck))
+        guards.insert(0, Middleware(HostCheck))
     return framed(routes, guards)
 
 
@@ -102,9 +111,11 @@ class Endpoints:
             prompt = await chat.decode_tokens(self.service.require_tokenizer(), asked.tokens)
         return json_response({"prompt": prompt})
 
-    async def reload_keys(self, request: Request) -> Response:
-        """Read --api-key-file again: for new keys, and against stolen ones."""
+    async def reload(self, request: Request) -> Response:
+        """Read --api-key-file and the certificate again: renewed ones, and without the keys that were stolen."""
         try:
+            if self.service.certificate is not None:
+                self.service.certificate.reload()
             self.service.keys.reload()
         except UserError as error:
             raise ApiError(400, str(error)) from None

@@ -1,5 +1,6 @@
 """Every knob of the HTTP side, once; the engine's own stand in engine/config.py."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,11 @@ class ServerConfig:
     admin_address: Annotated[
         str, "where to serve the admin's routes, as PORT of 127.0.0.1 or HOST:PORT; not served unless given"
     ] = ""
+    ssl_certfile: Annotated[Path | None, "PEM file with the server's certificate chain: it then talks HTTPS"] = None
+    ssl_keyfile: Annotated[Path | None, "PEM file with its private key, if --ssl-certfile does not hold it, too"] = None
+    allowed_origins: Annotated[
+        tuple[str, ...], "origins whose web pages may use the server (CORS), or *; may be repeated; none unless given"
+    ] = ()
     chat_template: Annotated[Path | None, "file with a chat template to use instead of the model's"] = None
     max_queue: Annotated[int, "requests that may wait beyond those that run; more are told to come back later"] = 1024
     max_queue_tokens: Annotated[int, "tokens that the prompts of requests which wait may have together"] = 1_000_000
@@ -40,6 +46,11 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ValueError("ssl_keyfile needs --ssl-certfile beside it")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"allowed_origins must be * or origins such as https://chat.example, got {origin!r}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue must not be negative, got {self.max_queue}")
         if self.max_queue_tokens < 0:

@@ -57,25 +57,40 @@ class KeyCheck:
         return tenant
 
 
-class BrowserCheck:
-    """Refuses what a web page makes its reader's browser send: pages must not reach what the reader can reach.
+class OriginCheck:
+    """Refuses what web pages make their readers' browsers send, but for pages of origins that are let in.
 
-    A page of another origin announces itself by the Origin header. One that had its own name resolve to this machine
-    (DNS rebinding) is of the same origin, and is known by that name: people write an address, or localhost.
+    A browser asks on behalf of a page what its reader may ask, who may sit on this machine: that it keeps the answer
+    from the page (CORS) is too late for the work done. It says the page's origin with whatever changes something.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_origins: Sequence[str] = ()) -> None:
+        self.app = app
+        self.allowed_origins = allowed_origins
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "*" not in self.allowed_origins:
+            origin = header(scope, b"origin").decode("latin-1")
+            if origin and origin not in self.allowed_origins:
+                message = f"pages of {origin[:100]!r} may not use this server: --allowed-origins would say which may"
+                return await error_response(ApiError(403, message, code="origin_refused"))(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+class HostCheck:
+    """Answers to addresses and localhost only, for listeners that trust whoever can reach them.
+
+    A page whose host's name was made to resolve to this machine (DNS rebinding) is no page of another origin to its
+    browser, but it is known by that name.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            if header(scope, b"origin"):
-                error = ApiError(403, "admin routes are not for web pages: leave the Origin header out")
-                return await error_response(error)(scope, receive, send)
-            host = header(scope, b"host").decode("latin-1")
-            if not _is_address(host):
-                message = f"admin routes answer to an address or localhost, not to the name {host[:100]!r}"
-                return await error_response(ApiError(403, message))(scope, receive, send)
+        if scope["type"] == "http" and not _is_address(host := header(scope, b"host").decode("latin-1")):
+            message = f"admin routes answer to an address or localhost, not to the name {host[:100]!r}"
+            return await error_response(ApiError(403, message, code="host_refused"))(scope, receive, send)
         return await self.app(scope, receive, send)
 
 

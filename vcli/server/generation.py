@@ -36,9 +36,11 @@ from vcli.server.protocol import (
     decode,
 )
 from vcli.server.replies import DONE, ChatReply, CompletionReply, Reply, error_event
+from vcli.server.tls import Certificate
 
 MAX_BODY_BYTES = 32 * 2**20
 MAX_DEADLINE_DIGITS = 9  # in milliseconds: eleven days
+BODY_TIMEOUT_S = 60.0
 
 log = logging.getLogger("vcli")
 
@@ -49,6 +51,7 @@ class Service:
 
     config: ServerConfig
     keys: Keys
+    certificate: Certificate | None
     engine: AsyncEngine
     model_name: str
     model_root: str  # the folder, file or name that the model was loaded from
@@ -281,11 +284,18 @@ class ClientGoneError(Exception):
 
 
 async def read_body(scope: Scope, receive: Receive) -> bytes:
-    """The whole request body. Raises ApiError for one that is too large, ClientGoneError if it never comes."""
+    """The whole request body. Raises ApiError for one that is too large or slow, ClientGoneError if it never comes."""
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    too_large = ApiError(413, f"the request body is larger than {MAX_BODY_BYTES >> 20} MiB: send less at once")
     if length.isdigit() and int(length) > MAX_BODY_BYTES:
-        raise too_large
+        raise _too_large()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await _read_parts(receive)
+    except TimeoutError:
+        raise ApiError(408, f"the request body did not come within {BODY_TIMEOUT_S:g} s: send it faster") from None
+
+
+async def _read_parts(receive: Receive) -> bytes:
     parts: list[bytes] = []
     num_bytes = 0
     while True:
@@ -295,9 +305,13 @@ async def read_body(scope: Scope, receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         num_bytes += len(parts[-1])
         if num_bytes > MAX_BODY_BYTES:
-            raise too_large
+            raise _too_large()
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+def _too_large() -> ApiError:
+    return ApiError(413, f"the request body is larger than {MAX_BODY_BYTES >> 20} MiB: send less at once")
 
 
 def deadline_s(scope: Scope) -> float | None:

@@ -13,13 +13,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import setproctitle
-import uvicorn
 import uvloop
-from starlette.applications import Starlette
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
@@ -33,12 +30,13 @@ from vcli.server.admission import Admission
 from vcli.server.app import make_admin_app, make_app
 from vcli.server.config import ServerConfig
 from vcli.server.generation import Service
+from vcli.server.http import LAST_WORDS_S, http_server, url_of
 from vcli.server.keys import Keys
 from vcli.server.metrics import Metrics
+from vcli.server.tls import Certificate
 from vcli.version import version
 
 WATCH_INTERVAL_S = 0.1
-LAST_WORDS_S = 2.0  # for replies that are already written to reach their clients
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,7 @@ class Plan:
     model_root: str
     chat_template: str | None
     keys: Keys
+    certificate: Certificate | None
     listener: socket.socket
     admin_listener: socket.socket | None
     link: EngineLink  # to the engine's process, which starts beside this one
@@ -87,6 +86,7 @@ class Lifetime:
         self.service = Service(
             config=plan.server,
             keys=plan.keys,
+            certificate=plan.certificate,
             engine=self.engine,
             model_name=plan.model_name,
             model_root=plan.model_root,
@@ -99,13 +99,17 @@ class Lifetime:
         self._hurry = asyncio.Event()
 
     async def run(self) -> int:
-        listeners = [(make_app, self.plan.listener), (make_admin_app, self.plan.admin_listener)]
-        servers = [(_http_server(make(self.service), self.plan.server), each) for make, each in listeners if each]
+        servers = [(make_app(self.service), self.plan.listener)]
+        if self.plan.admin_listener is not None:
+            servers.append((make_admin_app(self.service), self.plan.admin_listener))
+        running = [
+            (http_server(app, self.plan.server, self.service.certificate), listener) for app, listener in servers
+        ]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         await self.engine.start()
-        serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in servers]
+        serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in running]
         try:
             if await self._until_ready():
                 self._report()
@@ -113,7 +117,7 @@ class Lifetime:
             await self._drain()
         finally:
             died = self.engine.error if not self.signals else None
-            for http, _ in servers:
+            for http, _ in running:
                 http.should_exit = True
             await self.engine.shutdown()
             await asyncio.gather(*serving)
@@ -171,20 +175,16 @@ class Lifetime:
     def _report(self) -> None:
         now, ready = time.time(), self.engine.ready
         assert ready is not None
-        served = f"vcli {version()} serves {self.plan.model_name} on {url_of(self.plan.listener)}"
-        console.print(served, markup=False, style="bold")
-        if self.plan.admin_listener:
-            console.print(f"admin routes on {url_of(self.plan.admin_listener)}", markup=False)
+        url = url_of(self.plan.listener, is_tls=self.service.certificate is not None)
+        console.print(f"vcli {version()} serves {self.plan.model_name} on {url}", markup=False, style="bold")
+        if self.plan.admin_listener is not None:
+            url = url_of(self.plan.admin_listener, is_tls=self.service.certificate is not None)
+            console.print(f"admin routes on {url}", markup=False)
         for line in capacity_report(ready):
             console.print(line, markup=False)
         console.print(f"ready in {format_seconds(now - process_start_time())}", markup=False)
         if self.plan.server.explain_startup:
             print_table("start-up", ["process", "stage", "from s", "took s"], self.engine.timeline.rows(now))
-
-
-def url_of(listener: socket.socket) -> str:
-    address, port, *_ = listener.getsockname()
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
 def capacity_report(ready: Ready) -> list[str]:
@@ -195,29 +195,6 @@ def capacity_report(ready: Ready) -> list[str]:
         f"device {ready.device}, {ready.dtype}; up to {ready.max_num_seqs:,} requests run at once",
         f"KV cache holds {num_tokens:,} tokens: {num_full:,.1f} requests of the full {ready.max_model_len:,} tokens",
     ]
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: `Lifetime` has its own."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _http_server(app: Starlette, config: ServerConfig) -> _HttpServer:
-    settings = uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        log_config=None,  # through the root logger, which writes to stderr
-        log_level=config.uvicorn_log_level,
-        access_log=config.uvicorn_log_level in ("info", "debug"),
-        server_header=False,
-        timeout_graceful_shutdown=int(LAST_WORDS_S),
-    )
-    return _HttpServer(settings)
 
 
 def _allow_many_connections() -> None:
