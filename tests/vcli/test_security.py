@@ -14,7 +14,6 @@ from starlette.responses import Response
 from engine.errors import UserError
 from tests.vcli.conftest import Server, StartServer, free_port
 from vcli.server import generation, http
-from vcli.server.config import ServerConfig
 from vcli.server.protocol import ApiError
 from vcli.server.tls import Certificate
 
@@ -304,7 +303,7 @@ def test_a_slow_head_and_a_slow_body_are_not_waited_for(monkeypatch: pytest.Monk
 
     async def story() -> list[bytes]:
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            served = http.http_server(app, ServerConfig(), None)
+            served = http.http_server(app, None)
             serving = asyncio.create_task(served.serve(sockets=[listener]))
             port, head = listener.getsockname()[1], b"POST / HTTP/1.1\r\nconnection: close\r\ncontent-length: 4\r\n"
             try:

@@ -23,6 +23,7 @@ from vcli.server.generation import ChatCompletions, ClientGoneError, Completions
 from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
 from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, decode
+from vcli.server.request_log import RequestLog
 from vcli.version import version
 
 
@@ -46,7 +47,7 @@ def make_app(service: Service) -> Starlette:
             CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"], expose_headers=readable
         )
         guards.insert(0, cors)
-    return framed(routes, guards)
+    return framed(routes, _logged(service) + guards)
 
 
 def make_admin_app(service: Service) -> Starlette:
@@ -59,7 +60,11 @@ def make_admin_app(service: Service) -> Starlette:
     guards = [Middleware(OriginCheck), Middleware(KeyCheck, service.keys, admin=True)]
     if not service.keys.has_admin:
         guards.insert(0, Middleware(HostCheck))
-    return framed(routes, guards)
+    return framed(routes, _logged(service) + guards)
+
+
+def _logged(service: Service) -> list[Middleware]:
+    return [] if service.config.log_requests == "off" else [Middleware(RequestLog)]
 
 
 def _common_routes(endpoints: "Endpoints") -> list[Route]:

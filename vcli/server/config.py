@@ -38,10 +38,9 @@ class ServerConfig:
     ] = 60.0
     shutdown_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
     explain_startup: Annotated[bool, "when ready, print how long each part of the start took"] = False
-    uvicorn_log_level: Annotated[
-        Literal["critical", "error", "warning", "info", "debug"],
-        "what the HTTP layer logs; from info on, a line for every request",
-    ] = "warning"
+    log_requests: Annotated[
+        Literal["off", "lines", "text"], "log a line of JSON for each request; text: with its prompts and answers"
+    ] = "off"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -36,6 +36,7 @@ from vcli.server.protocol import (
     decode,
 )
 from vcli.server.replies import DONE, ChatReply, CompletionReply, Reply, error_event
+from vcli.server.request_log import note_generation
 from vcli.server.tls import Certificate
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -150,6 +151,8 @@ class GenerationEndpoint(ABC):
                             await self._send_whole(send, streams, reply)
             finally:
                 tenant.budget.spend(sum(stream.state.timings.num_output_tokens for stream in streams))
+                with_text = service.config.log_requests == "text"
+                note_generation(scope, reply.id, prompts, streams, with_text=with_text)
 
     @abstractmethod
     async def prompts(self, request: Any, ready: Ready) -> list[Prompt]:

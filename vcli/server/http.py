@@ -14,7 +14,6 @@ import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from vcli.server.config import ServerConfig
 from vcli.server.tls import Certificate
 
 MAX_HEAD_BYTES = 64 * 2**10  # of one request: its path and its headers
@@ -22,7 +21,7 @@ HEAD_TIMEOUT_S = 30.0
 LAST_WORDS_S = 2.0  # for replies that are already written to reach their clients
 
 
-def http_server(app: Starlette, config: ServerConfig, certificate: Certificate | None) -> uvicorn.Server:
+def http_server(app: Starlette, certificate: Certificate | None) -> uvicorn.Server:
     """A server of one listener, to be run by `serve(sockets=[...])`."""
     settings = uvicorn.Config(
         app,
@@ -30,8 +29,8 @@ def http_server(app: Starlette, config: ServerConfig, certificate: Certificate |
         ws="none",
         lifespan="off",
         log_config=None,  # through the root logger, which writes to stderr
-        log_level=config.uvicorn_log_level,
-        access_log=config.uvicorn_log_level in ("info", "debug"),
+        log_level="warning",
+        access_log=False,  # request_log.py has its own
         server_header=False,
         timeout_graceful_shutdown=int(LAST_WORDS_S),
     )

@@ -102,9 +102,7 @@ class Lifetime:
         servers = [(make_app(self.service), self.plan.listener)]
         if self.plan.admin_listener is not None:
             servers.append((make_admin_app(self.service), self.plan.admin_listener))
-        running = [
-            (http_server(app, self.plan.server, self.service.certificate), listener) for app, listener in servers
-        ]
+        running = [(http_server(app, self.service.certificate), listener) for app, listener in servers]
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
