@@ -1,7 +1,8 @@
 """A conversation becomes a prompt by the model's own chat template.
 
 Templates come with the model and are programs of a stranger: they run in jinja2's immutable sandbox and see plain data
-only (strings, numbers, lists, dicts). The helpers are the ones that Hugging Face's templates rely on.
+only (strings, numbers, lists, dicts). That does not bound their time and memory: the server renders them in a process
+of their own (vcli/server/templates.py). The helpers are the ones that Hugging Face's templates rely on.
 """
 
 import json
@@ -39,6 +40,8 @@ def render_chat(
         return _compile(template).render(add_generation_prompt=add_generation_prompt, **plain)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template does not parse: {error.message} (line {error.lineno})") from error
+    except MemoryError:
+        raise ValueError("the chat template takes too much memory") from None
     except Exception as error:  # a template is a program: it can fail in any way that Python can
         raise ValueError(f"the chat template refused the conversation: {error}") from error
 

@@ -36,6 +36,7 @@ tokens_per_minute = 100
 
 [narrow]
 keys = ["narrow-key"]
+min_priority = -2
 max_open_requests = 2
 
 [operators]
@@ -141,6 +142,13 @@ def test_a_tenant_has_so_many_requests_open(server):
         assert "2 open requests" in refused.json()["error"]["message"]
     server.wait_until(lambda: ask(server, "narrow-key").status_code == 200)
     assert ask(server, "narrow-key", n=3).status_code == 400
+
+
+def test_a_tenant_does_not_push_itself_before_others(server):
+    urgent = ask(server, "acme-key-1", priority=-1)
+    assert (urgent.status_code, urgent.json()["error"]["param"]) == (403, "priority")
+    assert [ask(server, "acme-key-1", priority=priority).status_code for priority in (0, 7)] == [200, 200]
+    assert [ask(server, "narrow-key", priority=priority).status_code for priority in (-2, -3)] == [200, 403]
 
 
 def test_keys_are_taken_back_while_the_server_runs(server, admin_port, keys_file):

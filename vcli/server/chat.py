@@ -1,7 +1,7 @@
 """What a client sends becomes token ids: texts, token ids, and conversations by the model's chat template.
 
-Tokenizing and templating run in threads, because a long prompt takes longer than other requests may wait. What always
-holds: a text that cannot fit in the context is refused before it is tokenized.
+Tokenizing runs in threads and templating in a process, because a long prompt takes longer than other requests may wait.
+What always holds: a text that cannot fit in the context is refused before it is tokenized.
 """
 
 import asyncio
@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from engine.chat_template import render_chat
 from engine.tokenizer import Tokenizer
 from vcli.server.protocol import ApiError, ChatMessage
+from vcli.server.templates import Templates
 
 MAX_TOKEN_LENGTH = 256  # characters; no tokenizer has longer tokens, but for runs of one and the same character
 
@@ -30,9 +30,7 @@ async def encode_texts(
 ) -> list[Prompt]:
     """Raises ApiError for a text that is longer than the context in any case."""
     for text in texts:
-        if len(text) > max_model_len * MAX_TOKEN_LENGTH:
-            message = f"prompt has {len(text):,} characters and --max-model-len is {max_model_len:,} tokens: shorten it"
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
+        _check_length(len(text), max_model_len, "prompt")
 
     def encode() -> list[Prompt]:
         return [Prompt(tokenizer.encode(text, add_special_tokens), text) for text in texts]
@@ -49,10 +47,12 @@ async def decode_tokens(tokenizer: Tokenizer, token_ids: list[int]) -> str:
 
 
 async def render(
+    templates: Templates,
     messages: list[ChatMessage],
     tokenizer: Tokenizer,
     template: str | None,
     *,
+    max_model_len: int,
     add_generation_prompt: bool,
     continue_final_message: bool,
     template_kwargs: dict[str, Any] | None,
@@ -60,15 +60,18 @@ async def render(
     """A conversation as the prompt that the model was trained on. Raises ApiError."""
     if template is None:
         raise ApiError(400, "the model has no chat template: use /v1/completions, or serve with --chat-template FILE")
+    if len(messages) > max_model_len:  # each would be a token at least
+        message = f"the conversation has {len(messages):,} messages and --max-model-len is {max_model_len:,} tokens"
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
     plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+    _check_length(sum(len(message["content"]) for message in plain), max_model_len, "messages")
     kwargs = template_kwargs or {}
     if taken := sorted(_RESERVED & kwargs.keys()):
         raise ApiError(400, f"chat_template_kwargs must not set {taken[0]}", param="chat_template_kwargs")
     try:
-        text = await asyncio.to_thread(
-            render_chat,
+        text = await templates.render(
             template,
-            plain,
+            messages=plain,
             add_generation_prompt=add_generation_prompt,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
@@ -77,6 +80,14 @@ async def render(
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from None
     return _cut_after(text, plain[-1]["content"]) if continue_final_message and plain else text
+
+
+def _check_length(num_characters: int, max_model_len: int, param: str) -> None:
+    if num_characters > max_model_len * MAX_TOKEN_LENGTH:
+        message = (
+            f"prompt has {num_characters:,} characters and --max-model-len is {max_model_len:,} tokens: shorten it"
+        )
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 _RESERVED = {"template", "messages", "add_generation_prompt", "bos_token", "eos_token", "tools"}

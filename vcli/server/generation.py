@@ -37,6 +37,7 @@ from vcli.server.protocol import (
 )
 from vcli.server.replies import DONE, ChatReply, CompletionReply, Reply, error_event
 from vcli.server.request_log import note_generation
+from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -57,6 +58,7 @@ class Service:
     model_name: str
     model_root: str  # the folder, file or name that the model was loaded from
     chat_template: str | None  # the operator's own; None: the model's
+    templates: Templates
     admission: Admission
     metrics: Metrics
 
@@ -94,9 +96,11 @@ class Service:
         tokenizer = self.require_tokenizer()
         continues = bool(request.continue_final_message)
         return await chat.render(
+            self.templates,
             request.messages or [],
             tokenizer,
             self.chat_template or tokenizer.chat_template,
+            max_model_len=self.require_ready().max_model_len,
             add_generation_prompt=not continues
             if request.add_generation_prompt is None
             else request.add_generation_prompt,
@@ -123,6 +127,7 @@ class GenerationEndpoint(ABC):
         service.check_model(request.model)
         request.refuse_unsupported()
         service.check_priority(request.priority)
+        tenant.check_priority(request.priority or 0)
         ready = service.require_ready()
         params = request.sampling_params(ready.default_sampling)
         num_sequences = request.num_prompts * params.n

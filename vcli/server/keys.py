@@ -7,6 +7,7 @@ A file (TOML) names the tenants, each with its keys and, where wanted, its limit
     requests_per_minute = 600
     tokens_per_minute = 200_000    # of prompts and answers
     max_open_requests = 64
+    min_priority = -1              # the most urgent that its requests may be; 0 unless given
 
     [operators]
     keys = ["sha256:2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"]    # the digest of the key
@@ -28,6 +29,7 @@ import msgspec
 
 from engine.errors import UserError
 from vcli.server.limits import Budget, Limits
+from vcli.server.protocol import ApiError
 
 MIN_KEY_LENGTH = 8  # characters: shorter ones are guessed
 
@@ -38,7 +40,14 @@ class Tenant:
 
     name: str
     is_admin: bool = False  # may use the admin listener
+    min_priority: int | None = None  # lower numbers go first; None: any
     budget: Budget = field(default_factory=lambda: Budget(Limits()))
+
+    def check_priority(self, priority: int) -> None:
+        """Raises ApiError for a request that would push itself before those of others."""
+        if self.min_priority is not None and priority < self.min_priority:
+            message = f"priority = {priority}: this key may ask for {self.min_priority} or more (lower goes first)"
+            raise ApiError(403, message, param="priority")
 
     def salt(self, cache_salt: str) -> str:
         """The salt of a request's prefix blocks: its own, apart from those of all other tenants."""
@@ -106,6 +115,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     requests_per_minute: _Count | None = None
     tokens_per_minute: _Count | None = None
     max_open_requests: _Count | None = None
+    min_priority: int = 0
 
 
 def _read(file: Path) -> dict[bytes, Tenant]:
@@ -121,7 +131,7 @@ def _read(file: Path) -> dict[bytes, Tenant]:
         if not re.fullmatch(r"[\w.@-]{1,64}", name):
             raise UserError(f"--api-key-file {file}: {name!r} is no name for a tenant: use up to 64 letters and digits")
         limits = Limits(entry.requests_per_minute, entry.tokens_per_minute, entry.max_open_requests)
-        tenant = Tenant(name, entry.is_admin, Budget(limits))
+        tenant = Tenant(name, entry.is_admin, entry.min_priority, Budget(limits))
         for key in entry.keys:
             digest = _digest_in(key, f"--api-key-file {file}, [{name}]")
             if tenants.setdefault(digest, tenant) is not tenant:

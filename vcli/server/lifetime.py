@@ -33,6 +33,7 @@ from vcli.server.generation import Service
 from vcli.server.http import LAST_WORDS_S, http_server, url_of
 from vcli.server.keys import Keys
 from vcli.server.metrics import Metrics
+from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
 from vcli.version import version
 
@@ -91,6 +92,7 @@ class Lifetime:
             model_name=plan.model_name,
             model_root=plan.model_root,
             chat_template=plan.chat_template,
+            templates=Templates(),
             admission=admission,
             metrics=metrics,
         )
@@ -119,6 +121,7 @@ class Lifetime:
                 http.should_exit = True
             await self.engine.shutdown()
             await asyncio.gather(*serving)
+            await self.service.templates.close()
         if died is not None:
             raise UserError(died)
         return 128 + self.signals[1] if len(self.signals) > 1 else 0
