@@ -9,7 +9,7 @@ STAGES = {
     "idle": "no request is there",
     "receive": "messages with new requests come in",
     "schedule": "which requests get how many tokens",
-    "prepare": "the batch becomes arrays, on their way to the device",
+    "prepare": "the batch becomes arrays, on their way to the device; copies of KV blocks begin",
     "forward": "the model: on a GPU its launch, on a CPU its computation",
     "sample": "tokens are drawn: on a GPU the launch of it",
     "wait": "for the device, which is what a GPU's host should do most",

@@ -153,6 +153,7 @@ class Worker:
     def run(self, batch: ScheduledBatch) -> StepResult | None:
         """Begin a batch's copies and launch its step, if it has one; the result is waited for when it is needed."""
         if self.host_cache is not None:
+            self.clock.enter("prepare")
             self.host_cache.copy(batch.paged_out, batch.paged_in)
         return self.runner.run(batch) if batch.requests else None
 
