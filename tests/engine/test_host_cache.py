@@ -1,4 +1,4 @@
-"""Copies between the cache and memory of the host, against lists. On a CPU: the order of things on a GPU is its own."""
+"""Copies between the cache and memory of the host, against lists."""
 
 import random
 
@@ -44,6 +44,45 @@ def test_a_random_walk_agrees_with_lists(dtype: torch.dtype, num_staged: int, mo
             device[block_id] = host[host_id]
         for block_id, expected in enumerate(device):
             assert torch.equal(cache[:, block_id].view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_staged", [1, 7, 128])
+@pytest.mark.parametrize("seed", range(2))
+def test_steps_and_copies_keep_their_order_however_late_a_stream_is(num_staged: int, seed: int, monkeypatch):
+    """Blocks are filled with numbers by steps that come late, into what was just evicted."""
+    num_blocks, num_host_blocks, num_steps, chance = 96, 64, 100, random.Random(seed)
+    cache = torch.zeros(16, num_blocks, 8, 16, 128, dtype=torch.int16, device="cuda")
+    block_bytes = cache[:, 0].nbytes
+    monkeypatch.setattr(host_cache, "STAGING_BYTES", num_staged * block_bytes)
+    copies = HostCache(cache, num_host_blocks * block_bytes)
+    device, host = [0] * num_blocks, [0] * num_host_blocks
+    is_wrong = torch.zeros(num_steps, dtype=torch.bool, device="cuda")
+
+    def upload(values: list[int]) -> Tensor:
+        return torch.tensor(values).pin_memory().to("cuda", non_blocking=True)  # waits for nothing
+
+    for step in range(num_steps):
+        num_out, num_in = chance.choice([0, 1, 3, 40]), chance.choice([0, 0, 2, 30])
+        evicted = chance.sample(range(num_blocks), num_out)
+        to_host = list(zip(evicted, chance.sample(range(num_host_blocks), num_out), strict=True))
+        targets = chance.sample(range(num_blocks), num_in)
+        to_device = list(zip(chance.sample(range(num_host_blocks), num_in), targets, strict=True))
+        copies.copy(to_host, to_device)
+        for block_id, host_id in to_host:
+            host[host_id] = device[block_id]
+        expected, is_known = upload(device), upload([block_id not in targets for block_id in range(num_blocks)])
+        differs = (cache.flatten(2) != expected[None, :, None]).any(2).any(0) & is_known  # the others are on their way
+        is_wrong[step] = differs.any()
+        torch.cuda._sleep(chance.choice([0, 0, 1_000_000, 3_000_000]))
+        for block_id in set(evicted) - set(targets):
+            device[block_id] = step
+            cache[:, block_id] = step
+        for host_id, block_id in to_device:
+            device[block_id] = host[host_id]
+        with torch.cuda.stream(copies._stream):
+            torch.cuda._sleep(chance.choice([0, 0, 1_000_000]))
+    assert not is_wrong.any()
 
 
 def test_measuring_leaves_the_cache_as_it_was():
