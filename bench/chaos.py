@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=64, help="tokens of a prompt, at most")
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--longest-life", type=float, default=2.0, help="seconds within which an engine is killed")
+    parser.add_argument("--share-loading", type=float, default=0.25, help="of the kills: before the engine has loaded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ties", action="store_true", help="another token is right if it is as good as the best")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
@@ -265,6 +266,7 @@ def main() -> None:
         input_len=asked.input_len,
         output_len=asked.output_len,
         longest_life_s=asked.longest_life,
+        share_loading=asked.share_loading,
         seed=asked.seed,
         has_ties=asked.ties,
     )
