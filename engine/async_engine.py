@@ -34,6 +34,7 @@ from engine.timeline import Timeline
 from engine.tokenizer import Tokenizer
 
 RESTART_WINDOW_S = 60.0  # in which an engine may die only so many times
+RESTART_POLL_S = 0.02
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # ends that no request brings about: operators, too little memory
 
 
@@ -74,6 +75,7 @@ class AsyncEngine:
         self.num_waiting_tokens = 0  # of the prompts whose first token has not come
         self._link = link
         self._engine_ready: messages.Ready | None = None  # the engine's part of being ready
+        self._is_restart_wanted = False
         self._has_served = False  # the engine at hand has come as far as running requests
         self._is_loaded = False  # this process's part
         self._failure: str | None = None  # the cause of an end that is about to be seen
@@ -168,6 +170,21 @@ class AsyncEngine:
                 if self._quarantine.on_trial is None:  # else it waits here, until the trials are over
                     self._link.send(request)
         return stream
+
+    async def restart(self) -> None:
+        """Put another engine in this one's place, which goes on with every unfinished request; return when it serves.
+
+        Raises EngineDeadError when none can be had, RuntimeError while one is loading already.
+        """
+        if self.error is None and (self._engine_ready is None or self._link is None):
+            raise RuntimeError("an engine is loading already")
+        if self.error is None and self._link is not None:
+            self._is_restart_wanted, self._engine_ready = True, None
+            self._link.kill()  # as after a crash: what it has not said yet, the next one says
+        while self.error is None and self._engine_ready is None:
+            await asyncio.sleep(RESTART_POLL_S)
+        if self.error is not None:
+            raise EngineDeadError(self.error)
 
     async def shutdown(self) -> None:
         """End the engine; streams still open end with EngineDeadError."""
@@ -382,12 +399,15 @@ class AsyncEngine:
             self._link.kill()
 
     def _end(self, returncode: int) -> None:
-        is_by_itself = self._failure is not None or returncode not in FROM_OUTSIDE
+        is_wanted, self._is_restart_wanted = self._is_restart_wanted, False
+        is_by_itself = not is_wanted and (self._failure is not None or returncode not in FROM_OUTSIDE)
         reason, self._failure = self._failure or describe_exit(returncode), None
         now = time.monotonic()
         self._recent_restarts = [moment for moment in self._recent_restarts if now - moment < RESTART_WINDOW_S]
         if self.ready is None or self._is_closing:
             self._die(reason)
+        elif is_wanted:
+            self._restart("a restart was asked for")
         elif is_by_itself and self._has_served and self._quarantine.on_trial is not None:
             self._convict(reason)
             self._restart(reason)

@@ -26,7 +26,7 @@ def module_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(search_path)}
 
 
-def die_with_parent() -> None:
+def die_with_parent(signal_number: int = signal.SIGTERM) -> None:
     """Ask the kernel to end this process when its parent ends, however that happens; also as Popen's preexec_fn."""
     if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal_number)

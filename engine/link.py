@@ -22,7 +22,7 @@ from engine import messages
 from engine.child import module_command, module_environment
 
 POLL_MS = 200  # how soon the death of a silent engine is noticed, where the system does not tell of it
-FAREWELL_S = 5.0  # for the engine to end by itself, and again after SIGTERM
+FAREWELL_S = 5.0  # for the engine to end by itself
 
 
 class EngineLink:
@@ -60,23 +60,20 @@ class EngineLink:
             self._wake_in.send(b"\0")
 
     def close(self, wait_s: float = FAREWELL_S) -> None:
-        """End the engine and wait for it: asked first, then told, then killed."""
+        """End the engine and wait for it: asked first, then killed."""
         self.send(messages.Shutdown())
-        for signal_number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                self.process.wait(wait_s)
-                break
-            except subprocess.TimeoutExpired:
-                self.kill(signal_number)
-                wait_s = FAREWELL_S
+        try:
+            self.process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
         self.process.wait()
         if self._thread is not None:
             self._thread.join()
 
-    def kill(self, signal_number: int = signal.SIGKILL) -> None:
-        """Signal the engine and whatever it started."""
+    def kill(self) -> None:
+        """End the engine, and whatever it started, at once."""
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal_number)
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def _run(self) -> None:
         try:

@@ -26,8 +26,9 @@ IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is stil
 def main(address: str) -> None:
     """Serve the API process behind `address` until it says stop."""
     setproctitle.setproctitle("vcli: engine 0")
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to act on
+    die_with_parent(signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the API process's to act on, also where all processes get them
+        signal.signal(number, signal.SIG_IGN)
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.setsockopt(zmq.SNDHWM, 0)

@@ -315,6 +315,26 @@ def test_streams_go_on_in_the_next_engine(folder: Path):
     run(story())
 
 
+def test_an_engine_can_be_replaced_as_often_as_one_wants(folder: Path):
+    async def story() -> None:
+        async with running(folder, max_restarts=0) as engine:
+            prompts = [[2 + i, 3 + i] for i in range(20)]
+            streams = [asyncio.create_task(tokens_of(engine.submit(each, params(max_tokens=60)))) for each in prompts]
+            for number in (1, 2):
+                await asyncio.sleep(0.1)
+                restarting = asyncio.create_task(engine.restart())
+                await asyncio.sleep(0)
+                assert engine.is_restarting
+                with pytest.raises(RuntimeError, match="loading already"):
+                    await engine.restart()
+                await restarting
+                assert not engine.is_restarting
+                assert engine.num_restarts == number
+            assert await asyncio.gather(*streams) == [prompt * 30 for prompt in prompts]
+
+    run(story())
+
+
 @pytest.mark.parametrize(("poison", "num_others"), [(DIES, 32), (FAILS, 3), (HANGS, 3)])
 def test_a_request_that_ends_engines_fails_alone(folder: Path, poison: int, num_others: int):
     async def story() -> None:
@@ -403,7 +423,7 @@ def test_submitting_before_the_model_is_loaded_is_an_error(folder: Path):
         with pytest.raises(RuntimeError, match="still loading"):
             engine.submit(FOX, params())
         await engine.shutdown()
-        assert engine.returncode == -signal.SIGTERM
+        assert engine.returncode == -signal.SIGKILL
         with pytest.raises(UserError, match="shut down"):
             await engine.wait_ready()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from engine.child import module_environment
@@ -29,6 +30,11 @@ class Server:
     @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The process that has the model: the oldest child."""
+        return min(psutil.Process(self.process.pid).children(), key=psutil.Process.create_time)
 
     @property
     def log(self) -> str:

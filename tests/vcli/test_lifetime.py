@@ -7,10 +7,9 @@ import threading
 import time
 
 import httpx
-import psutil
 import pytest
 
-from tests.vcli.conftest import Server
+from tests.vcli.conftest import Server, free_port
 
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "a b c", "max_tokens": 100, "ignore_eos": True}
@@ -134,8 +133,7 @@ def test_a_request_that_ends_engines_gets_a_reference_and_its_repeats_are_refuse
 
 
 def kill_engine(server: Server) -> None:
-    [engine] = psutil.Process(server.process.pid).children()
-    engine.kill()
+    server.engine.kill()
 
 
 def test_an_engine_that_dies_is_replaced_and_streams_go_on(start_server):
@@ -162,13 +160,48 @@ def test_an_engine_that_hangs_is_replaced(start_server):
     with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
         lines = stream.iter_lines()
         next(lines)
-        [engine] = psutil.Process(server.process.pid).children()
-        engine.suspend()
+        server.engine.suspend()
         events = [line for line in lines if line]
     assert events[-1] == "data: [DONE]"
     assert "the engine made no step for 1 s; the engine starts again (1 unfinished sequences)" in server.log
     time.sleep(1.5)  # an engine without work is silent, and lives
     assert server.metric("vcli:engine_restarts_total") == 1
+
+
+def test_an_operator_restarts_the_engine_and_streams_go_on(start_server):
+    port = free_port()
+    flags = ("--admin-address", str(port), "--max-restarts", "0")
+    server = start_server(*flags, FAKE_STEP_S="0.02", FAKE_LOAD_S="0.3").wait_ready()
+    admin = f"http://127.0.0.1:{port}/admin/restart-engine"
+    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        before = server.engine.pid
+        replies = [httpx.post(admin, timeout=30) for _ in range(2)]
+        events = [line for line in lines if line]
+    for reply in replies:
+        assert (reply.status_code, reply.json()["status"]) == (200, "restarted")
+        assert reply.json()["unfinished_sequences"] == 1
+    assert server.engine.pid != before
+    text = "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-1])
+    whole = server.post(COMPLETIONS, json=LONG).json()["choices"][0]["text"]
+    assert whole.endswith(text)
+    assert len(text.split()) == len(whole.split()) - 1, "all but the first token, which came before"
+    assert server.post("/admin/restart-engine").status_code == 404, "not here"
+
+
+def test_an_engine_that_dies_for_good_while_draining_is_no_good_end(start_server):
+    server = start_server("--max-restarts", "0", FAKE_STEP_S="0.05").wait_ready()
+    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: "may finish" in server.log)
+        kill_engine(server)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+    assert server.process.wait(20) == 1
+    assert "SIGKILL" in server.log.strip().splitlines()[-1]
 
 
 def test_an_engine_that_keeps_dying_ends_the_server(start_server):

@@ -88,11 +88,20 @@ def test_many_clients_at_once_are_all_answered(tiny):
     assert statuses == [200] * 100
 
 
-def test_sigterm_ends_server_and_engine(start_server, tiny_checkpoint):
+def test_sigterm_to_both_processes_lets_a_stream_finish_and_ends_them(start_server, tiny_checkpoint):
+    """A supervisor may signal the whole group of processes: the engine leaves it to its parent."""
     server = start_server(*SMALL, model=tiny_checkpoint("llama")).wait_ready()
-    [engine] = psutil.Process(server.process.pid).children()
-    assert server.end() == 0
+    engine = server.engine
+    body = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        engine.terminate()
+        server.process.terminate()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert server.process.wait(30) == 0
     assert not engine.is_running()
+    assert "the engine starts again" not in server.log
 
 
 def test_model_that_cannot_be_loaded_is_one_sentence_and_exit_code_1(tiny_checkpoint, tmp_path):

@@ -16,10 +16,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from engine.async_engine import EngineDeadError
 from engine.errors import UserError
 from vcli.server import chat
 from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response
-from vcli.server.generation import ChatCompletions, ClientGoneError, Completions, Service, read_body
+from vcli.server.generation import (
+    ChatCompletions,
+    ClientGoneError,
+    Completions,
+    Service,
+    engine_dead,
+    read_body,
+)
 from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
 from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, decode
@@ -55,6 +63,7 @@ def make_admin_app(service: Service) -> Starlette:
     endpoints = Endpoints(service)
     routes = [
         Route("/admin/reload", endpoints.reload, methods=["POST"]),
+        Route("/admin/restart-engine", endpoints.restart_engine, methods=["POST"]),
         *_common_routes(endpoints),
     ]
     guards = [Middleware(OriginCheck), Middleware(KeyCheck, service.keys, admin=True)]
@@ -147,6 +156,20 @@ class Endpoints:
             stage, fraction = engine.progress
             return json_response({"status": "restarting", "stage": stage, "percent": round(100 * fraction, 1)}, 503)
         return json_response({"status": "ready"})
+
+    async def restart_engine(self, request: Request) -> Response:
+        """Put another engine in this one's place; open streams go on in it. Answers when it serves."""
+        engine = self.service.engine
+        self.service.require_ready()
+        if engine.is_restarting:
+            raise ApiError(409, "the engine is restarting already: watch /ready", code="restarting")
+        num_unfinished, start = engine.num_unfinished, time.monotonic()
+        try:
+            await engine.restart()
+        except EngineDeadError as error:
+            raise engine_dead(error) from None
+        took_s = round(time.monotonic() - start, 3)
+        return json_response({"status": "restarted", "took_s": took_s, "unfinished_sequences": num_unfinished})
 
     async def version(self, request: Request) -> Response:
         return json_response({"version": version()})

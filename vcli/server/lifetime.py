@@ -116,7 +116,7 @@ class Lifetime:
                 await self._until_end()
             await self._drain()
         finally:
-            died = self.engine.error if not self.signals else None
+            died = self.engine.error
             for http, _ in running:
                 http.should_exit = True
             await self.engine.shutdown()

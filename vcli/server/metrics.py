@@ -125,7 +125,7 @@ class _StateCollector(Collector):
         yield self._gauge("host_kv_cache_usage_perc", "Share of the host's KV blocks that hold something.", usage)
         yield self._counter("kv_blocks_paged_out", "KV blocks copied to the host.", stats.num_blocks_paged_out)
         yield self._counter("kv_blocks_paged_in", "KV blocks copied back from the host.", stats.num_blocks_paged_in)
-        yield self._counter("engine_restarts", "Engines started after one that died.", self._engine.num_restarts)
+        yield self._counter("engine_restarts", "Engines started after the first one.", self._engine.num_restarts)
         quarantined = self._engine.num_quarantined
         yield self._counter("quarantined_requests", "Requests that ended the engine, run alone.", quarantined)
         rejections = CounterMetricFamily(
