@@ -3,10 +3,10 @@
 The engine runs in a process of its own. Its messages are decoded and turned into text on the link's thread, a whole
 step at a time, and reach the event loop with one call, so that the loop never waits for either. What is known about a
 request lives here, from `submit` until its last token or an abort: when the engine dies another one is started, and
-gets every unfinished request with the tokens that it has given. What always holds: a stream loses no token, and none
-comes twice. The tokens that follow are those that would have come, as far as a result does not depend on what else is
-in a batch: sampling is a function of seed and position. A request that ends engines is found, and fails alone
-(quarantine.py).
+gets every unfinished request with the tokens that it has given; its process stands by with the imports done. What
+always holds: a stream loses no token, and none comes twice. The tokens that follow are those that would have come, as
+far as a result does not depend on what else is in a batch: sampling is a function of seed and position. A request that
+ends engines is found, and fails alone (quarantine.py).
 """
 
 import asyncio
@@ -35,6 +35,7 @@ from engine.tokenizer import Tokenizer
 
 RESTART_WINDOW_S = 60.0  # in which an engine may die only so many times
 RESTART_POLL_S = 0.02
+STANDBY_AFTER_S = 0.5  # the first requests go before it
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # ends that no request brings about: operators, too little memory
 
 
@@ -74,6 +75,7 @@ class AsyncEngine:
         self.num_restarts = 0
         self.num_waiting_tokens = 0  # of the prompts whose first token has not come
         self._link = link
+        self._standby: EngineLink | None = None  # to a process that is ready to become the next engine
         self._engine_ready: messages.Ready | None = None  # the engine's part of being ready
         self._is_restart_wanted = False
         self._has_served = False  # the engine at hand has come as far as running requests
@@ -112,7 +114,7 @@ class AsyncEngine:
     @property
     def is_restarting(self) -> bool:
         """Requests can be submitted, and wait for an engine that loads again, or for the trial of others."""
-        return self.ready is not None and (self._engine_ready is None or self._quarantine.on_trial is not None)
+        return self.ready is not None and (self._engine_ready is None or self._quarantine.is_trying)
 
     @property
     def num_quarantined(self) -> int:
@@ -167,7 +169,7 @@ class AsyncEngine:
         with self._lock:
             for index, request in enumerate(requests):
                 self._sequences[request.request_id] = (stream, index)
-                if self._quarantine.on_trial is None:  # else it waits here, until the trials are over
+                if not self._quarantine.is_trying:  # else it waits here
                     self._link.send(request)
         return stream
 
@@ -195,6 +197,8 @@ class AsyncEngine:
             self._watch.cancel()
         self._failure = self._failure or "the engine was shut down"
         wait_s = 5.0 if self.ready else 0.0  # an engine that loads its model hears nothing
+        if self._standby is not None:
+            await asyncio.to_thread(self._standby.close, 0.0)
         await asyncio.to_thread(self._link.close, wait_s)
 
     def _free_id(self, request_id: str, n: int) -> str:
@@ -213,8 +217,8 @@ class AsyncEngine:
         """Forget a request, here and in the engine; how many of its sequences were still running."""
         with self._lock:
             running = self._forget(stream)
-            if stream.state is self._quarantine.on_trial:
-                self._go_on_trying()
+            if running and stream.state is self._quarantine.on_trial:
+                self._end_trial()
         return len(running)
 
     def _forget(self, stream: "RequestStream") -> list[str]:
@@ -225,10 +229,11 @@ class AsyncEngine:
             self._link.send(messages.Abort(running))
         return running
 
-    def _go_on_trying(self) -> None:
-        """The trial of a request is over: the next one is tried, or everybody goes on. The engine has nothing now."""
-        self._quarantine.go_on({stream.state for stream, _ in list(self._sequences.values())})
-        self._send_unfinished()
+    def _end_trial(self) -> None:
+        """Everybody goes on, unless there are others to be tried: they come when the engine has nothing."""
+        self._quarantine.acquit()
+        if not self._quarantine.is_between:
+            self._send_unfinished()
 
     def _send_unfinished(self) -> None:
         """Give an engine that has nothing the request that must run alone, or else all of them."""
@@ -294,6 +299,7 @@ class AsyncEngine:
                 start = time.perf_counter()
                 self._take(message.outputs, deltas)
                 self.detokenize_s += time.perf_counter() - start
+                self._go_on_trying(message.stats)
                 message.stats.count_on(self._stats_before)
                 if message.stats.num_steps > self.stats.num_steps:
                     for callback in self.on_step:
@@ -330,15 +336,18 @@ class AsyncEngine:
                     stopped.append(output.request_id)
         if stopped and self._link is not None:
             self._link.send(messages.Abort(stopped))
-        if self._quarantine.is_passed:
-            self._acquit()
 
-    def _acquit(self) -> None:
-        """The request on trial makes way for the next one, and comes again with the others."""
+    def _go_on_trying(self, stats: messages.EngineStats) -> None:
+        """Of trials: who has passed makes way, and comes again with the others; to an empty engine comes the next."""
+        if not self._quarantine.is_trying:
+            return
         with self._lock:
-            if self._quarantine.is_passed:  # it may have been aborted just now
+            if self._quarantine.is_passed:
                 self._withdraw(self._quarantine.on_trial)
-                self._go_on_trying()
+                self._end_trial()
+            if self._quarantine.is_between and not (stats.num_running or stats.num_waiting):
+                self._quarantine.try_next({stream.state for stream, _ in list(self._sequences.values())})
+                self._send_unfinished()
 
     def _withdraw(self, state: RequestState | None) -> None:
         """Take a request from the engine that goes on later, under other ids: what the engine gave since is lost."""
@@ -366,6 +375,7 @@ class AsyncEngine:
                     self.timeline.begin("engine", message.stage, message.time)
             elif isinstance(message, messages.Ready):
                 self._engine_ready, self._has_served = message, True
+                self._loop.call_later(STANDBY_AFTER_S, self._start_standby)
                 if not self._is_loaded:
                     self.progress = ("loading the tokenizer", 0.0)
                     self.timeline.begin("engine", "ready")
@@ -445,13 +455,17 @@ class AsyncEngine:
         self.progress = ("starting again", 0.0)
         self.stats = self._stats_before = self.stats.counts()
         self._engine_ready, self._has_served = None, False
-        self._link = EngineLink(self._link.command)
+        self._link, self._standby = self._standby or EngineLink(self._link.command), None
         self._link.open(self._on_messages, self._on_exit)
         self._link.send(self._next_start())
         self._quarantine.begin(dict.fromkeys(stream.state for stream, _ in self._unfinished()))
         self._send_unfinished()
         for callback in self.on_restart:
             callback(reason)
+
+    def _start_standby(self) -> None:
+        if self._link is not None and self._standby is None and self._max_restarts and not self._is_closing:
+            self._standby = EngineLink(self._link.command, is_standby=True)
 
     def _next_start(self) -> messages.Start:
         """What an engine is told that takes over: what the first one measured holds, as the requests rely on it."""

@@ -28,7 +28,8 @@ FAREWELL_S = 5.0  # for the engine to end by itself
 class EngineLink:
     """Owns the engine process and the socket to it."""
 
-    def __init__(self, command: list[str] | None = None) -> None:
+    def __init__(self, command: list[str] | None = None, *, is_standby: bool = False) -> None:
+        """command: of the process, to which the socket's address is added. A standby gets ready for its Start."""
         self._directory = tempfile.TemporaryDirectory(prefix="vcli-", dir=_short_temporary_directory())  # mode 0700
         self.command = command or module_command("engine.process")
         address = f"ipc://{self._directory.name}/engine.sock"
@@ -43,7 +44,11 @@ class EngineLink:
         self._wake_out.setblocking(False)
         # Started on the caller's thread: the engine ends when the thread that started it does. Its own session keeps
         # the terminal's Ctrl-C away from it.
-        self.process = subprocess.Popen([*self.command, address], env=module_environment(), start_new_session=True)
+        self.process = subprocess.Popen(
+            [*self.command, address, *(["standby"] if is_standby else [])],
+            env=module_environment(),
+            start_new_session=True,
+        )
         # Becomes readable when the process ends.
         self._exit_fd = os.pidfd_open(self.process.pid) if hasattr(os, "pidfd_open") else None
         self._thread: threading.Thread | None = None
@@ -69,6 +74,8 @@ class EngineLink:
         self.process.wait()
         if self._thread is not None:
             self._thread.join()
+        else:
+            self._release()
 
     def kill(self) -> None:
         """End the engine, and whatever it started, at once."""
@@ -82,6 +89,10 @@ class EngineLink:
             traceback.print_exc()
             self.kill()
         returncode = self.process.wait()
+        self._release()
+        self._on_exit(returncode)
+
+    def _release(self) -> None:
         if self._exit_fd is not None:
             os.close(self._exit_fd)
         self._socket.close()
@@ -89,7 +100,6 @@ class EngineLink:
         self._wake_in.close()
         self._wake_out.close()
         self._directory.cleanup()
-        self._on_exit(returncode)
 
     def _serve(self) -> None:
         poller = zmq.Poller()

@@ -1,12 +1,15 @@
-"""The engine's own process: `python -m engine.process ADDRESS`.
+"""The engine's own process: `python -m engine.process ADDRESS [standby]`.
 
 It owns nothing that the API process could not rebuild: it takes typed messages from the socket, steps while there is
-work, and sends tokens back. It ends when it is told to, when it fails, or when its parent is gone.
+work, and sends tokens back. It ends when it is told to, when it fails, or when its parent is gone. A standby imports
+what takes long, and waits until it is needed.
 """
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 
@@ -23,9 +26,9 @@ from engine.timeline import process_start_time
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 
 
-def main(address: str) -> None:
+def main(address: str, *, is_standby: bool = False) -> None:
     """Serve the API process behind `address` until it says stop."""
-    setproctitle.setproctitle("vcli: engine 0")
+    setproctitle.setproctitle("vcli: engine standby" if is_standby else "vcli: engine 0")
     die_with_parent(signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):  # the API process's to act on, also where all processes get them
         signal.signal(number, signal.SIG_IGN)
@@ -34,9 +37,12 @@ def main(address: str) -> None:
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
+    if is_standby:
+        threading.Thread(target=_import_ahead, daemon=True).start()
     try:
         start = messages.decode_to_engine(socket.recv())
         assert isinstance(start, messages.Start), start
+        setproctitle.setproctitle("vcli: engine 0")
         _serve(socket, EngineConfig(**start.config))
     except UserError as error:
         socket.send(messages.encode(messages.Failed(str(error))))
@@ -48,6 +54,13 @@ def main(address: str) -> None:
     finally:
         socket.close(linger=1000)
         context.term()
+
+
+def _import_ahead() -> None:
+    """Import torch and the engine, out of the way of the engine that works."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux a thread has a priority of its own
+    import engine.core  # noqa: F401
 
 
 def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
@@ -96,4 +109,4 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], is_standby="standby" in sys.argv[2:])

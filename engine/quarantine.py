@@ -31,7 +31,8 @@ class Quarantine:
     """Owns the trials of accused requests, and the names of the convicted ones."""
 
     def __init__(self) -> None:
-        self.on_trial: RequestState | None = None  # the one request that may be in the engine
+        self.on_trial: RequestState | None = None  # the one request that is in the engine
+        self.is_between = False  # two trials: the engine has not said yet that it has nothing
         self.num_convicted = 0
         self._accused: deque[RequestState] = deque()  # to be tried after it
         self._refused: dict[str, float] = {}  # reference of a request: time.monotonic() until which it is refused
@@ -47,7 +48,12 @@ class Quarantine:
         for state in self._accused:
             lived = state.timings.num_output_tokens - state.num_tokens_at_start
             state.num_trial_tokens = state.timings.num_output_tokens + lived + TRIAL_TOKENS * len(state.sequences)
-        self.on_trial = self._accused.popleft() if self._accused else None
+        self.on_trial, self.is_between = self._accused.popleft() if self._accused else None, False
+
+    @property
+    def is_trying(self) -> bool:
+        """Others than the one on trial have to wait."""
+        return self.on_trial is not None or self.is_between
 
     @property
     def is_passed(self) -> bool:
@@ -55,12 +61,16 @@ class Quarantine:
         state = self.on_trial
         return state is not None and (state.is_finished or state.timings.num_output_tokens >= state.num_trial_tokens)
 
-    def go_on(self, unfinished: set[RequestState]) -> None:
-        """Acquit the request on trial; the next one of those that still run takes its place."""
+    def acquit(self) -> None:
+        """End a trial. Until the engine has got rid of the request, its end would be nobody else's."""
         if self.on_trial is not None:
             self.on_trial.num_crashes = 0
+        self.on_trial, self.is_between = None, bool(self._accused)
+
+    def try_next(self, unfinished: set[RequestState]) -> None:
+        """Put the next one of those that still run on trial, if there is one."""
         self._accused = deque(state for state in self._accused if state in unfinished)
-        self.on_trial = self._accused.popleft() if self._accused else None
+        self.on_trial, self.is_between = self._accused.popleft() if self._accused else None, False
 
     def convict(self, reason: str) -> QuarantinedError:
         """The request on trial has ended the engine; the error for it and for its equals."""

@@ -315,6 +315,25 @@ def test_streams_go_on_in_the_next_engine(folder: Path):
     run(story())
 
 
+def test_a_process_stands_by_for_the_next_engine(folder: Path):
+    async def story() -> None:
+        async with running(folder) as engine:
+            stream = asyncio.create_task(tokens_of(engine.submit(FOX, params(max_tokens=40))))
+            await until(lambda: engine._standby is not None)
+            assert engine._link is not None
+            assert engine._standby is not None
+            standby = engine._standby.process
+            engine._link.kill()
+            await until(lambda: engine.num_restarts == 1 and not engine.is_restarting)
+            assert engine._link.process is standby
+            assert await stream == FOX * 8
+            await until(lambda: engine._standby is not None)
+            standby = engine._standby.process
+        assert standby.poll() is not None, "it ends with the engine"
+
+    run(story())
+
+
 def test_an_engine_can_be_replaced_as_often_as_one_wants(folder: Path):
     async def story() -> None:
         async with running(folder, max_restarts=0) as engine:
@@ -383,8 +402,9 @@ def test_a_trial_ends_when_its_client_leaves(folder: Path):
         async with running(folder, step_timeout_s=1.0) as engine:
             bad = engine.submit([HANGS, 3], params(max_tokens=20))
             waits = asyncio.create_task(tokens_of(engine.submit(FOX, params(max_tokens=20))))
-            await until(lambda: engine._quarantine.on_trial is bad.state)
+            await until(lambda: engine._quarantine.on_trial is bad.state and engine._engine_ready is not None)
             assert engine.is_restarting
+            await asyncio.sleep(0.3)  # it hangs already
             late = asyncio.create_task(tokens_of(engine.submit([7], params())))
             bad.abort()
             assert await waits == FOX * 4

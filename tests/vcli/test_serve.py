@@ -40,7 +40,9 @@ def test_default_model_knows_the_capital_of_france(default):
 def test_both_processes_say_what_they_are(tiny):
     api = psutil.Process(tiny.process.pid)
     assert api.cmdline()[0].startswith("vcli: api")
-    assert [child.cmdline()[0] for child in api.children()] == ["vcli: engine 0"]
+    assert tiny.engine.cmdline()[0] == "vcli: engine 0"
+    tiny.wait_until(lambda: len(api.children()) == 2)
+    tiny.wait_until(lambda: max(api.children(), key=lambda child: child.create_time()).cmdline()[0].endswith("standby"))
 
 
 def test_whole_streamed_and_batched_answers_are_the_same_tokens(tiny):
