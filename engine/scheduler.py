@@ -16,11 +16,10 @@ from collections.abc import Iterable
 
 from engine.batch import NewRow, ScheduledBatch, ScheduledRequest
 from engine.block_pool import BlockPool, PrefixHashes
+from engine.growth import AnswerLength, room_to_grow
 from engine.host_tier import HostTier
 from engine.messages import AddRequest, EngineStats, TokenLogprob, TokenOutput
 from engine.request import Request
-
-WATERMARK = 0.01  # share of the blocks kept free when a request is admitted, for the ones that run to grow into
 
 MIXED_TOKENS_PER_DECODE = 8  # tokens of a step that prefills beside decodes: prompts of 7 times their output keep up
 
@@ -58,6 +57,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # in order of service, like running
         self.running: list[Request] = []
         self.free_rows = deque(range(max_num_seqs))
+        self.answer_length = AnswerLength()
         self.in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that draw a token
         self.stats = EngineStats(num_blocks=num_blocks, num_host_blocks=num_host_blocks)
         self._num_arrivals = 0
@@ -221,8 +221,8 @@ class Scheduler:
         num_tokens = min(len(request.token_ids) - num_cached, budget)
         # Room for all it has, not for the first chunk alone: fewer requests are admitted just to be preempted.
         num_needed = -(-len(request.token_ids) // self.block_size) - len(prefix)
-        reserve = int(WATERMARK * self.pool.num_blocks) if self.running else 0
-        if num_needed + reserve > self.pool.num_free - sum(map(self.pool.is_free, prefix)):
+        num_free = self.pool.num_free - sum(map(self.pool.is_free, prefix))
+        if num_needed > num_free or (self.running and num_needed + self._growth_beside(request) > num_free):
             return 0
         if self._brings_back(request, budget):
             return 0  # found in the cache by the next step
@@ -239,6 +239,21 @@ class Scheduler:
         self.stats.prefix_cache_queries += len(request.token_ids)
         self.stats.prefix_cache_hits += num_cached
         return num_tokens
+
+    def _growth_beside(self, newcomer: Request) -> int:
+        """Blocks that the running requests will need, and a newcomer beyond those for what it has.
+
+        Without them a newcomer would be admitted just to be preempted, or to have others preempted.
+        """
+        num_due, ends = 0, []
+        for request in (*self.running, newcomer):
+            num_blocks = -(-request.num_tokens // self.block_size)
+            if request is not newcomer:
+                num_due += num_blocks - len(request.block_ids)
+            num_own = num_blocks - request.num_cached_tokens // self.block_size  # others may hold on to the rest
+            num_left = self.answer_length.remaining(request.num_output_tokens, request.max_tokens)
+            ends.append((num_own, num_left))
+        return num_due + room_to_grow(ends, self.block_size)
 
     def _find_prefix(self, request: Request) -> list[int]:
         if request.params.prompt_logprobs is not None:
@@ -295,6 +310,8 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
+        if reason in ("stop", "length"):
+            self.answer_length.add(request.num_output_tokens)
         del self.requests[request.request_id]
         if request.row >= 0:
             self._release(request)

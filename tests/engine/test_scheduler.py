@@ -188,6 +188,7 @@ def test_sequences_of_one_prompt_share_its_full_blocks(caching: bool):
 
 def test_the_latest_arrival_gives_way_when_blocks_run_out():
     scheduler, device, results = make_scheduler(num_blocks=10, max_model_len=36), Device(), deque()
+    scheduler.answer_length.add(1)  # so that nobody expects them to be as long as they are
     for name in ("a", "b", "c"):
         scheduler.add(request(name, [ord(name)] * 9, max_tokens=20, ignore_eos=True))
     finished: list[str] = []
@@ -241,6 +242,7 @@ def test_waste_counts_the_empty_ends_of_last_blocks():
 def crowd(**options) -> tuple[Scheduler, Device, list[TokenOutput]]:
     """Three requests that have no room together, and what came of them."""
     scheduler, device = make_scheduler(num_blocks=10, max_model_len=36, **options), Device()
+    scheduler.answer_length.add(1)  # so that nobody expects them to be as long as they are
     for name in ("a", "b", "c"):
         scheduler.add(request(name, [ord(name)] * 9, max_tokens=20, ignore_eos=True))
     return scheduler, device, run(scheduler, device)
@@ -405,3 +407,39 @@ def test_less_than_four_percent_of_the_cache_is_wasted_on_a_realistic_mix_of_len
         used += scheduler.stats.num_slots_used
         scheduler.update([1] * sum(step.samples for step in batch.requests), {}, {})
     assert 0 < 1 - used / allocated < 0.04
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "prompt", "answer", "max_tokens"),
+    [
+        (400, (10, 60), (100, 300), None),
+        (400, (10, 60), (100, 300), 300),
+        (400, (80, 120), (80, 120), None),
+        (1000, (1, 4), (200, 300), None),
+        (150, (10, 100), (100, 400), None),
+    ],
+)
+def test_under_any_load_little_is_computed_twice(num_blocks, prompt, answer, max_tokens):
+    """Ten times what fits wants to run at once; how long answers become is told by nobody."""
+    scheduler = make_scheduler(
+        num_blocks=num_blocks,
+        max_model_len=500,
+        max_num_seqs=200,
+        max_num_batched_tokens=500,
+        max_prefill_chunk=250,
+        enable_prefix_caching=False,
+    )
+    draw, num_answer_tokens, num_computed = random.Random(0), dict[str, int](), 0
+    for index in range(200):
+        num_answer_tokens[str(index)] = draw.randint(*answer)
+        scheduler.add(request(str(index), [1] * draw.randint(*prompt), max_tokens=max_tokens))
+    while scheduler.has_work:
+        batch = scheduler.schedule()
+        num_computed += batch.num_tokens
+        drawing = scheduler.in_flight[0]
+        scheduler.update([r.num_output_tokens < num_answer_tokens[r.request_id] for r in drawing], {}, {})
+        if not batch.num_tokens % 50:
+            scheduler.check()
+    num_useful = scheduler.stats.prompt_tokens + scheduler.stats.generation_tokens
+    assert num_computed < 1.25 * num_useful
+    assert scheduler.stats.num_preemptions < 200
