@@ -27,6 +27,7 @@ from bench.environment import environment
 from bench.report import markdown_table
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.errors import UserError
+from engine.growth import AnswerLength
 from engine.messages import AddRequest
 from engine.sampling_params import SamplingParams
 
@@ -124,6 +125,8 @@ def run(core: "EngineCore", requests: list[AddRequest]) -> tuple[dict[str, list[
 def measure(core: "EngineCore", work: Work, way: str) -> tuple[Row, list[list[int]]]:
     """The row of a kind of work, and the tokens of its requests."""
     run(core, work.before)
+    core.scheduler.answer_length = AnswerLength()
+    core.scheduler.answer_length.add(1)  # whoever expects short answers lets a crowd in, and has to preempt
     before = counts(core)
     tokens, first, steps = run(core, work.requests)
     gained = {name: value - before[name] for name, value in counts(core).items()}

@@ -342,10 +342,22 @@ arrivals = st.lists(
     st.sampled_from(["fcfs", "priority"]),
     st.sampled_from([0, 2, 10, 60]),
     st.integers(1, 3),
+    st.integers(1, 40),
     st.randoms(use_true_random=False),
 )
 def test_every_request_gets_its_own_tokens_whatever_happens_around_it(
-    arrivals, num_blocks, max_num_seqs, budget, chunk, depth, caching, policy, num_host_blocks, min_paged_in, chance
+    arrivals,
+    num_blocks,
+    max_num_seqs,
+    budget,
+    chunk,
+    depth,
+    caching,
+    policy,
+    num_host_blocks,
+    min_paged_in,
+    answer_length,
+    chance,
 ):
     max_model_len = min(40, num_blocks * BLOCK)
     scheduler = make_scheduler(
@@ -359,6 +371,7 @@ def test_every_request_gets_its_own_tokens_whatever_happens_around_it(
         num_host_blocks=num_host_blocks,
         min_paged_in=min_paged_in,
     )
+    scheduler.answer_length.add(answer_length)  # expects too little, and preempts, or too much, and waits
     prefixes = [[p + 1] * 30 for p in range(3)]
     device, results, outputs = Device(chance=chance), deque(), []
     requests, aborts = {}, {}
