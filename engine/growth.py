@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 FIRST_GUESS = 256  # tokens of an answer, before any has ended
 MEMORY = 64  # answers after which one counts for about a third
-LONGER_STILL = 0.05  # an answer longer than others goes on for so large a share of what it has
+LONGER_STILL = 0.05  # an answer longer than others goes on for so large a share of what it has, no longer than others
 ROOM = 0.9  # of the peak: with less there are more preemptions, with more the cache is less full; 0.9 gave most tokens
 
 
@@ -25,10 +25,15 @@ class AnswerLength:
         self._count += 1
         self.mean += (num_tokens - self.mean) / min(self._count, MEMORY)
 
+    @property
+    def longest(self) -> float:
+        """No answer is expected to get more tokens than that."""
+        return max(self.mean, 1.0)
+
     def remaining(self, num_tokens: int, max_tokens: int) -> int:
         """Tokens that one of num_tokens so far will still get, of max_tokens at most in all."""
-        expected = max(self.mean - num_tokens, LONGER_STILL * num_tokens, 1.0)
-        return min(int(expected), max_tokens - num_tokens)
+        still = min(LONGER_STILL * num_tokens, self.mean)
+        return min(int(max(self.mean - num_tokens, still, 1.0)), max_tokens - num_tokens)
 
 
 def room_to_grow(requests: Iterable[tuple[int, int]], block_size: int) -> int:

@@ -58,6 +58,9 @@ class Scheduler:
         self.running: list[Request] = []
         self.free_rows = deque(range(max_num_seqs))
         self.answer_length = AnswerLength()
+        self._put_off: Request | None = (
+            None  # for want of room to grow: nothing changes until somebody gives blocks back
+        )
         self.in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that draw a token
         self.stats = EngineStats(num_blocks=num_blocks, num_host_blocks=num_host_blocks)
         self._num_arrivals = 0
@@ -214,7 +217,7 @@ class Scheduler:
 
     def _admit(self, request: Request, budget: int) -> int:
         """Move the first waiting request to running, with its known prefix; how many tokens it may compute, or 0."""
-        if not self.free_rows or request.num_in_flight:
+        if not self.free_rows or request.num_in_flight or request is self._put_off:
             return 0
         prefix = self._find_prefix(request)
         num_cached = len(prefix) * self.block_size
@@ -222,7 +225,10 @@ class Scheduler:
         # Room for all it has, not for the first chunk alone: fewer requests are admitted just to be preempted.
         num_needed = -(-len(request.token_ids) // self.block_size) - len(prefix)
         num_free = self.pool.num_free - sum(map(self.pool.is_free, prefix))
-        if num_needed > num_free or (self.running and num_needed + self._growth_beside(request) > num_free):
+        if num_needed > num_free:
+            return 0
+        if self.running and not self._leaves_room(request, num_needed, num_free - num_needed):
+            self._put_off = request
             return 0
         if self._brings_back(request, budget):
             return 0  # found in the cache by the next step
@@ -240,20 +246,21 @@ class Scheduler:
         self.stats.prefix_cache_hits += num_cached
         return num_tokens
 
-    def _growth_beside(self, newcomer: Request) -> int:
-        """Blocks that the running requests will need, and a newcomer beyond those for what it has.
+    def _leaves_room(self, newcomer: Request, num_blocks: int, num_free: int) -> bool:
+        """Whether the running requests and a newcomer, which takes num_blocks, can grow into what is free then.
 
-        Without them a newcomer would be admitted just to be preempted, or to have others preempted.
+        If not it would be admitted just to be preempted, or to have others preempted. Nobody who runs lacks blocks for
+        tokens that it has: this step has given them out, or there would be nothing left for a newcomer.
         """
-        num_due, ends = 0, []
-        for request in (*self.running, newcomer):
-            num_blocks = -(-request.num_tokens // self.block_size)
-            if request is not newcomer:
-                num_due += num_blocks - len(request.block_ids)
-            num_own = num_blocks - request.num_cached_tokens // self.block_size  # others may hold on to the rest
-            num_left = self.answer_length.remaining(request.num_output_tokens, request.max_tokens)
-            ends.append((num_own, num_left))
-        return num_due + room_to_grow(ends, self.block_size)
+        expected = self.answer_length
+        if (len(self.running) + 1) * expected.longest <= num_free * self.block_size:
+            return True  # as mostly: what follows takes longer than a step is scheduled
+        ends = [(num_blocks, expected.remaining(newcomer.num_output_tokens, newcomer.max_tokens))]
+        for request in self.running:
+            # The prefix that it was given may be others', too.
+            num_own = len(request.block_ids) - request.num_cached_tokens // self.block_size
+            ends.append((num_own, expected.remaining(request.num_output_tokens, request.max_tokens)))
+        return room_to_grow(ends, self.block_size) <= num_free
 
     def _find_prefix(self, request: Request) -> list[int]:
         if request.params.prompt_logprobs is not None:
@@ -321,6 +328,7 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Take a running request's blocks and row. Steps in flight may still write there: later ones come after."""
         self.running.remove(request)
+        self._put_off = None
         self.pool.free(request.block_ids)
         request.block_ids = []
         self.free_rows.append(request.row)

@@ -40,4 +40,5 @@ def test_answers_are_expected_to_be_as_long_as_those_before():
     assert length.remaining(0, 10_000) == pytest.approx(100, abs=1)
     assert length.remaining(80, 10_000) == pytest.approx(20, abs=1)
     assert length.remaining(400, 10_000) == 20, "longer than all others: a while yet"
+    assert length.remaining(9_000, 10_000) == pytest.approx(100, abs=1), "but no longer than others from their start"
     assert length.remaining(400, 401) == 1
