@@ -25,13 +25,12 @@ class EngineCore:
             max_num_seqs=worker.max_num_seqs,
             max_num_batched_tokens=worker.max_num_batched_tokens,
             max_prefill_chunk=worker.max_prefill_chunk,
-            num_host_blocks=worker.num_host_blocks,
-            min_paged_in=worker.min_paged_in,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
             eos_token_ids=worker.model_config.eos_token_ids,
         )
         self.scheduler.stats.stage_seconds = self.clock.seconds
+        self._look_for_host_tier()
         self.ready = Ready(
             max_model_len=worker.max_model_len,
             num_blocks=worker.num_blocks,
@@ -68,6 +67,7 @@ class EngineCore:
     def step(self) -> list[TokenOutput]:
         """Launch a step, then take in the oldest one in flight once there are enough of them."""
         self.clock.enter("schedule")
+        self._look_for_host_tier()
         batch = self.scheduler.schedule()
         result = self.worker.run(batch)
         if result is not None:
@@ -79,3 +79,8 @@ class EngineCore:
         drawn = self._in_flight.popleft().wait()
         self.clock.enter("update")
         return self.scheduler.update(*drawn)
+
+    def _look_for_host_tier(self) -> None:
+        """Memory of the host is there some time after the start."""
+        if self.scheduler.host_tier is None and self.worker.num_host_blocks:
+            self.scheduler.add_host_tier(self.worker.num_host_blocks, self.worker.min_paged_in)

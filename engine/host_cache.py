@@ -6,6 +6,8 @@ its own, beside the steps. `copy` says what waits for what.
 """
 
 import contextlib
+import math
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from engine.host_tier import Copies
 from engine.layers.host_memory import HostMemory, pin, unpin
 
 STAGING_BYTES = 256 << 20  # blocks that a chunk of 2048 tokens takes from others, of an 8B model
+SLAB_BYTES = 256 << 20  # pinned at a time
+PAGE_BYTES = 4096
 
 
 class HostCache:
@@ -48,10 +52,19 @@ class HostCache:
         self._staging = torch.empty(num_staged, num_parts, words, dtype=torch.int64, device=cache.device)
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None  # the end of the copies that the next step waits for
+        self._pinned: PinnedSlabs | None = None
         if cache.is_cuda:
-            pin(self._blocks)
-            weakref.finalize(self, unpin, self._blocks.data_ptr()).atexit = False
             self._stream = torch.cuda.Stream(cache.device)
+            self._pinned = PinnedSlabs(self._blocks)
+
+    def prepare(self) -> None:
+        """Pin the memory, which takes seconds, on a thread of its own; `is_ready` tells when it is done."""
+        if self._pinned is not None:
+            self._pinned.pin_the_rest()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._pinned is None or self._pinned.is_whole
 
     def copy(self, to_host: Copies, to_device: Copies) -> None:
         """Begin the copies that go with the next step: first those to the host, then those to the device.
@@ -66,8 +79,9 @@ class HostCache:
             self._to_device(some)
 
     def seconds_per_block(self) -> float:
-        """How long a block takes to the host and back, where the device does nothing else."""
-        copies = [(i, i) for i in range(len(self._staging))]
+        """How long a block takes to the host and back, beside nothing else; before any block is in use."""
+        num_pinned = self.num_blocks if self._pinned is None else self._pinned.num_first
+        copies = [(i, i) for i in range(min(len(self._staging), num_pinned))]
         seconds = []
         for _ in range(3):
             start = time.perf_counter()
@@ -121,3 +135,42 @@ class HostCache:
         if self._stream is not None:
             blocks = blocks.pin_memory().to(self._parts.device, non_blocking=True)
         return (blocks[:, None] + self._first_lines).flatten()
+
+
+class PinnedSlabs:
+    """Owns the pinning of large memory: of its first slab at once, of the others on a thread.
+
+    A copy must not cross from one slab to the next, so that each ends where an entry does. They end where pages do,
+    too, for a page is pinned once.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        """memory: [entries, ...], contiguous, from the beginning of a page."""
+        entry_bytes = memory[0].nbytes
+        step = PAGE_BYTES // math.gcd(entry_bytes, PAGE_BYTES)
+        self._slabs = memory.split(-(-SLAB_BYTES // (entry_bytes * step)) * step)
+        self.num_first = len(self._slabs[0])  # entries that are pinned from the start
+        self.is_whole = False
+        self._addresses: list[int] = []
+        weakref.finalize(self, _unpin_all, self._addresses).atexit = False
+        self._pin(self._slabs[0])
+
+    def pin_the_rest(self) -> None:
+        """Begin to pin the other slabs; `is_whole` tells when that is done."""
+        threading.Thread(target=self._pin_all, name="pinning memory", daemon=True).start()
+
+    def _pin_all(self) -> None:
+        for slab in self._slabs[1:]:
+            self._pin(slab)
+        self.is_whole = True
+
+    def _pin(self, slab: Tensor) -> None:
+        # The system gives memory when it is touched, which nobody waits for; the driver lets others wait.
+        slab.view(torch.uint8).view(-1)[::PAGE_BYTES].zero_()
+        pin(slab)
+        self._addresses.append(slab.data_ptr())
+
+
+def _unpin_all(addresses: list[int]) -> None:
+    for address in addresses:
+        unpin(address)

@@ -36,8 +36,6 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prefill_chunk: int,
-        num_host_blocks: int = 0,
-        min_paged_in: int = 1,
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
         eos_token_ids: Iterable[int] = (),
@@ -45,7 +43,7 @@ class Scheduler:
         assert max_model_len <= num_blocks * block_size, "a request of full length must fit"
         assert max_num_seqs <= max_num_batched_tokens, "every running request must get its token"
         self.pool = BlockPool(num_blocks, block_size)
-        self.host_tier = HostTier(self.pool, num_host_blocks, min_paged_in) if num_host_blocks else None
+        self.host_tier: HostTier | None = None
         self.block_size = block_size
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -62,8 +60,13 @@ class Scheduler:
             None  # for want of room to grow: nothing changes until somebody gives blocks back
         )
         self.in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that draw a token
-        self.stats = EngineStats(num_blocks=num_blocks, num_host_blocks=num_host_blocks)
+        self.stats = EngineStats(num_blocks=num_blocks)
         self._num_arrivals = 0
+
+    def add_host_tier(self, num_blocks: int, min_paged_in: int) -> None:
+        """From now on, the host keeps what the device forgets."""
+        self.host_tier = HostTier(self.pool, num_blocks, min_paged_in)
+        self.stats.num_host_blocks = num_blocks
 
     def add(self, message: AddRequest) -> None:
         """Queue a request. Its prompt is shorter than max_model_len: the front door has seen to that."""

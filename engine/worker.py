@@ -78,7 +78,8 @@ class Worker:
 
     @property
     def num_host_blocks(self) -> int:
-        return self.host_cache.num_blocks if self.host_cache else 0
+        """Blocks in memory of the host, once it is ready."""
+        return self.host_cache.num_blocks if self.host_cache and self.host_cache.is_ready else 0
 
     def _set_limits(self, config: EngineConfig) -> None:
         """How much a step may hold. Raises UserError for limits that do not go together."""
@@ -137,6 +138,7 @@ class Worker:
             return
         # What comes back does so beside a step, which the request waits for.
         self.host_cache, self.min_paged_in = host_cache, math.ceil(self._seconds_of_step(1) / (compute_s - copy_s))
+        host_cache.prepare()
 
     def _seconds_of_step(self, num_tokens: int) -> float:
         """How long a step of one prompt takes, of which nothing is left behind in use."""

@@ -1,6 +1,8 @@
 """Copies between the cache and memory of the host, against lists."""
 
+import gc
 import random
+import time
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from engine import host_cache
 from engine.errors import UserError
-from engine.host_cache import HostCache
+from engine.host_cache import HostCache, PinnedSlabs
+from engine.layers.host_memory import HostMemory
 
 NUM_PARTS, NUM_BLOCKS, NUM_HOST_BLOCKS = 4, 12, 7
 
@@ -83,6 +86,29 @@ def test_steps_and_copies_keep_their_order_however_late_a_stream_is(num_staged: 
         with torch.cuda.stream(copies._stream):
             torch.cuda._sleep(chance.choice([0, 0, 1_000_000]))
     assert not is_wrong.any()
+
+
+@pytest.mark.parametrize("entry_words", [512 * 4, 512 * 3, 24, 1000])
+def test_slabs_end_where_blocks_and_pages_do_and_all_are_pinned_once(entry_words: int, monkeypatch):
+    monkeypatch.setattr(host_cache, "SLAB_BYTES", 40_000)
+    memory = HostMemory().empty((1000, entry_words), torch.int64)
+    assert memory.data_ptr() % 4096 == 0
+    pinned: dict[int, int] = {}
+    monkeypatch.setattr(host_cache, "pin", lambda slab: pinned.update({slab.data_ptr(): slab.nbytes}))
+    monkeypatch.setattr(host_cache, "unpin", pinned.pop)
+    slabs = PinnedSlabs(memory)
+    assert 0 < slabs.num_first < 1000
+    assert not slabs.is_whole
+    slabs.pin_the_rest()
+    while not slabs.is_whole:
+        time.sleep(0.001)
+    ends = [start + size for start, size in pinned.items()]
+    assert list(pinned) == [memory.data_ptr(), *ends[:-1]]
+    assert ends[-1] == memory.data_ptr() + memory.nbytes
+    assert all(start % 4096 == 0 and (start - memory.data_ptr()) % memory[0].nbytes == 0 for start in pinned)
+    del slabs
+    gc.collect()
+    assert not pinned
 
 
 def test_measuring_leaves_the_cache_as_it_was():

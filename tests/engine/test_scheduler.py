@@ -98,7 +98,11 @@ def make_scheduler(**options) -> Scheduler:
         "max_prefill_chunk": 6,
         "eos_token_ids": [EOS],
     }
-    return Scheduler(**(defaults | options))
+    host = options.pop("num_host_blocks", 0), options.pop("min_paged_in", 1)
+    scheduler = Scheduler(**(defaults | options))
+    if host[0]:
+        scheduler.add_host_tier(*host)
+    return scheduler
 
 
 def request(name: str, prompt: list[int], **params) -> AddRequest:
