@@ -17,8 +17,10 @@ LIBRARIES ?= gptqmodel llm-compressor autoawq auto-gptq aiperf
 serve: setup
 	$(BIN)/vcli serve $(ARGS)
 
+# Kernels are compiled and emulated by a process for each core. What starts servers and measures runs one by one.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest tests/engine/ops -n auto
+	$(BIN)/python -m pytest tests --ignore tests/engine/ops
 
 lint: setup
 	$(BIN)/ruff check .
