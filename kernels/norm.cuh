@@ -17,12 +17,14 @@ constexpr int kMaxGroups = 128;  // so dim is at most 32,768, half of it in floa
 // Where in its row a thread's piece i begins.
 __device__ inline int place(int i) { return static_cast<int>(i * blockDim.x + threadIdx.x) * kWidth; }
 
-// Every thread gets the sum over the block of what its threads have for each of their pieces.
-__device__ inline float norm_sum(const float (&sums)[kNormVecs], int dim) {
-  __shared__ float of_group[kMaxGroups];
+// Every thread gets the sum over the block of what its threads have for each of their pieces. Of two calls one after the
+// other, one is with `turn` 0 and one with 1.
+template <int kVecs> __device__ inline float norm_sum(const float (&sums)[kVecs], int dim, int turn = 0) {
+  __shared__ float of_groups[2][kMaxGroups];
+  float(&of_group)[kMaxGroups] = of_groups[turn];
   const int lane = threadIdx.x % 32, num_groups = ceil_div(dim, 32 * kWidth);
 #pragma unroll
-  for (int i = 0; i < kNormVecs; ++i) {
+  for (int i = 0; i < kVecs; ++i) {
     const int group = static_cast<int>(i * blockDim.x + threadIdx.x) / 32;
     if (group >= num_groups) break;
     const float sum = team_sum<32>(sums[i]);
@@ -32,6 +34,25 @@ __device__ inline float norm_sum(const float (&sums)[kNormVecs], int dim) {
   float sum = 0.0f;
   for (int group = lane; group < num_groups; group += 32) sum += of_group[group];
   return team_sum<32>(sum);
+}
+
+// A piece of a row, the residual added where kAdds, and the sum of its squares. `residual` is where the new one goes.
+template <bool kAdds>
+__device__ inline float add_row(float (&own)[kWidth], uint4 x, uint4 before, Scalar* residual) {
+  unpack_vec<Scalar>(x, own);
+  if constexpr (kAdds) {
+    float added[kWidth];
+    unpack_vec<Scalar>(before, added);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) own[j] += added[j];
+    const uint4 bits = pack_vec<Scalar>(own);
+    store_bits(residual, bits);
+    unpack_vec<Scalar>(bits, own);  // as rounded
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) sum += own[j] * own[j];
+  return sum;
 }
 
 // This thread's pieces of y.
@@ -54,18 +75,8 @@ __device__ inline void norm_row(uint4 (&y)[kNormVecs], const Scalar* x, Scalar* 
   for (int i = 0; i < kNormVecs; ++i) {
     if (place(i) >= dim) continue;
     float own[kWidth];
-    unpack_vec<Scalar>(y[i], own);
-    if constexpr (kAdds) {
-      float added[kWidth];
-      unpack_vec<Scalar>(before[i], added);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) own[j] += added[j];
-      y[i] = pack_vec<Scalar>(own);
-      store_bits(residual + row + place(i), y[i]);
-      unpack_vec<Scalar>(y[i], own);  // as rounded
-    }
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) sums[i] += own[j] * own[j];
+    sums[i] = add_row<kAdds>(own, y[i], before[i], residual + row + place(i));
+    if constexpr (kAdds) y[i] = pack_vec<Scalar>(own);
   }
   const float factor = rsqrtf(norm_sum(sums, dim) / dim + eps);
 #pragma unroll

@@ -31,7 +31,8 @@ DECODES = [(1, 1), (1, 16), (1, 17), (1, 400)]
 
 def rows() -> None:
     for weight_dtype in (BF16, F32):
-        cases.check_norms("cuda", BF16, weight_dtype, rows=3, dim=576)
+        for num_rows, dim in ((3, 576), (500, 4096)):
+            cases.check_norms("cuda", BF16, weight_dtype, num_rows, dim)
     for kind in ("silu", "gelu_tanh"):
         cases.check_gated_activation("cuda", BF16, kind, rows=3, dim=1096)
     for kv_dtype in (BF16, E4M3):

@@ -59,6 +59,13 @@ def test_norms(dtype, weight_dtype, dim):
     cases.check_norms("cpu", dtype, weight_dtype, rows=3, dim=dim)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "rows", "dim"), [(BF16, BF16, 900, 64), (F16, F32, 210, 584), (F32, F32, 25, 2048)]
+)
+def test_norms_of_more_rows_than_blocks(dtype, weight_dtype, rows, dim):
+    cases.check_norms("cpu", dtype, weight_dtype, rows, dim)
+
+
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_gated_activation(dtype, kind):
