@@ -80,6 +80,7 @@ class Soak:
         self.num_failures += 1
         if len(self.failures) < NUM_SHOWN:
             self.failures.append(what)
+            print(what, file=sys.stderr)
 
     def summary(self) -> dict[str, Any]:
         return {"is_sound": self.is_sound, "growth": self.growth, **asdict(self)}

@@ -1,7 +1,8 @@
 """The two endpoints that generate: /v1/chat/completions and /v1/completions.
 
-Each call reads top to bottom in `__call__`: read, check, tokenize, enter, submit, reply. They are plain ASGI
-applications, so that one function holds a request from its first byte to its last.
+Each call reads top to bottom in `_answer`: check, enter, tokenize, submit, reply. They are plain ASGI applications, so
+that one function holds a request from its first byte to its last; that of a client that may come back runs in a task
+of its own (replay.py), and the client follows it.
 """
 
 import asyncio
@@ -9,7 +10,8 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,7 +23,7 @@ from engine.messages import Ready
 from engine.quarantine import REFUSED_S, QuarantinedError
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
-from vcli.server import chat, streaming
+from vcli.server import chat, replay, streaming
 from vcli.server.admission import RETRY_LATER_S, Admission, Place
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
@@ -61,6 +63,7 @@ class Service:
     templates: Templates
     admission: Admission
     metrics: Metrics
+    replays: replay.Replays = field(default_factory=replay.Replays)
 
     def require_ready(self) -> Ready:
         """Raises ApiError while the model loads and after the engine's death."""
@@ -118,12 +121,25 @@ class GenerationEndpoint(ABC):
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service, arrival_time = self.service, time.monotonic()
-        tenant: Tenant = scope["tenant"]
+        arrival_time, owner, replays = time.monotonic(), scope["tenant"].name, self.service.replays
+        if (event_id := replay.last_event_id(scope)) is not None:
+            followed, number = replays.find(event_id, owner)
+            await followed.follow(number, receive, send)
+            return
         try:
             request: GenerationRequest = decode(self.decoder, await read_body(scope, receive))
         except ClientGoneError:
             return
+        answer = partial(self._answer, scope, request, arrival_time)
+        if not request.stream or not (grace_s := replay.grace_s(scope)):
+            await answer(receive, send)
+        else:
+            await replays.start(answer, grace_s, owner).follow(1, receive, send)
+
+    async def _answer(
+        self, scope: Scope, request: GenerationRequest, arrival_time: float, receive: Receive, send: Send
+    ) -> None:
+        service, tenant = self.service, scope["tenant"]
         service.check_model(request.model)
         request.refuse_unsupported()
         service.check_priority(request.priority)
