@@ -1,14 +1,15 @@
 """What good and bad clients send to a server, as bytes: sound requests, and all that can be wrong with one.
 
-A visit is drawn from a number alone, so that any of them can be made again. Bad ones are of five kinds: clients that
-leave (in the middle of a stream, before an answer, in the middle of their own request), values that no field should
-have, bodies with bytes changed at random, heads that are no HTTP, and prompts whose logits are NaN.
+A visit is drawn from a number alone, so that any of them can be made again. Some good clients lose their connection and
+come back for the rest. Bad ones are of five kinds: clients that leave (in the middle of a stream, before an answer, in
+the middle of their own request), values that no field should have, bodies with bytes changed at random, heads that are
+no HTTP, and prompts whose logits are NaN.
 """
 
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -60,6 +61,8 @@ class Visit:
     patience_s: float = 60.0  # after which it leaves
     may_be_no_http: bool = False  # the server may close the connection without a word
     must_fail: bool = False  # with logits that are NaN
+    comes_back: bool = False  # after it has left, for the rest
+    body: bytes = b""  # of a sound request, to know it by
 
 
 class Visitors:
@@ -74,6 +77,7 @@ class Visitors:
         self._kinds: list[tuple[float, Callable[[random.Random], Visit]]] = [
             (40, lambda draw: draw.choice(self.sound)),
             (12, self._leaver),
+            (6, self._returner),
             (6, self._half_sent),
             (20, self._strange_values),
             (20, self._changed_bytes),
@@ -96,8 +100,8 @@ class Visitors:
         if index % 3 == 2:
             del body["prompt"]
             body |= {"messages": [{"role": "user", "content": f"number {index}"}], "logprobs": index % 2 == 0}
-            return Visit("sound", post(CHAT, body), is_sound=True)
-        return Visit("sound", post(COMPLETIONS, body), is_sound=True)
+            return _sound_visit(CHAT, body)
+        return _sound_visit(COMPLETIONS, body)
 
     def _body(self, draw: random.Random, **options: Any) -> dict[str, Any]:
         prompt = [draw.randrange(3, self.vocab_size) for _ in range(draw.choice([1, 5, 20, 60]))]
@@ -111,6 +115,12 @@ class Visitors:
         if body["stream"]:
             return Visit("leaves a stream", post(COMPLETIONS, body), num_events=draw.randint(0, 6))
         return Visit("leaves before the answer", post(COMPLETIONS, body), patience_s=draw.uniform(0, 0.1))
+
+    def _returner(self, draw: random.Random) -> Visit:
+        streams = [each for each in self.sound if b'"stream": true' in each.body]
+        visit, header = draw.choice(streams), b"\r\nx-reconnect-grace-ms: 30000\r\n"
+        data = visit.data.replace(b"\r\n", header, 1)
+        return replace(visit, kind="comes back", data=data, num_events=draw.randint(1, 4), comes_back=True)
 
     def _half_sent(self, draw: random.Random) -> Visit:
         whole = post(COMPLETIONS, self._body(draw, max_tokens=8))
@@ -151,7 +161,7 @@ class Visitors:
                 (COMPLETIONS, body),
                 (COMPLETIONS, body | {"prompt": ["one", "two three"], "seed": 5, "top_p": 0.9, "min_tokens": 1}),
                 (CHAT, {"messages": messages, "max_tokens": 4, "logprobs": True, "top_logprobs": 2}),
-                (CHAT, {"messages": messages, "stream": True, "stream_options": {"include_usage": True}, "n": 2}),
+                (CHAT, {"messages": messages, "stream": True, "max_tokens": 4, "stream_options": {}, "n": 2}),
                 ("/tokenize", {"prompt": "hello world", "return_token_strs": True}),
                 ("/tokenize", {"messages": messages, "add_generation_prompt": True}),
                 ("/detokenize", {"tokens": [5, 6, 7]}),
@@ -162,6 +172,10 @@ class Visitors:
 def post(path: str, body: dict[str, Any], headers: list[bytes] | None = None) -> bytes:
     """A request with this body; surrogates and numbers that JSON does not have stay what Python makes of them."""
     return _with_head(path, json.dumps(body).encode(), headers or [])
+
+
+def _sound_visit(path: str, body: dict[str, Any]) -> Visit:
+    return Visit("sound", post(path, body), is_sound=True, body=json.dumps(body).encode())
 
 
 def _with_head(path: str, content: bytes, headers: list[bytes]) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from bench.hostile import Visit, Visitors
 from bench.soak import Answer, Plan, Soak, _Run, log_errors
 
-SOUND = Visit("sound", b"sound", is_sound=True)
+SOUND = Visit("sound", b"", is_sound=True, body=b"sound")
 
 
 def whole(status: int, body: dict) -> Answer:
@@ -49,6 +49,8 @@ RIGHT = whole(200, choice("a b", reason="stop"))
         (Visit("changed bytes", b""), whole(400, ERROR), True),
         (Visit("changed bytes", b""), whole(400, {"detail": "no"}), False),
         (Visit("changed bytes", b""), whole(500, ERROR), False),
+        (Visit("changed bytes", b""), whole(503, ERROR), False),
+        (Visit("strange values", b"x-request-deadline-ms: 1\r\n"), whole(503, ERROR), True),
         (Visit("changed bytes", b""), whole(200, choice("whatever")), True),
         (Visit("changed bytes", b""), streamed(json.dumps(choice("a")), json.dumps(ERROR)), False),
         (Visit("changed bytes", b""), Answer(), False),
@@ -61,7 +63,7 @@ RIGHT = whole(200, choice("a b", reason="stop"))
 )
 def test_an_answer_is_right_or_not(visit, answer, is_right):
     run = _Run("http://localhost:1", psutil.Process(), Plan(spoilt_token=9))
-    run.expected[SOUND.data] = RIGHT.texts()
+    run.expected[SOUND.body] = RIGHT.texts()
     assert (run._wrong(visit, answer) is None) == is_right
 
 
@@ -88,6 +90,6 @@ def test_visits_can_be_made_again_and_are_of_all_kinds():
     assert visits == [again.visit(number) for number in range(1000)]
     assert visits != [Visitors(seed=4, spoilt_token=9).visit(number) for number in range(1000)]
     kinds = Counter(visit.kind for visit in visits)
-    assert len(kinds) == 8
+    assert len(kinds) == 9
     assert kinds["NaN logits"] > 0
     assert kinds["sound"] > 300
