@@ -195,45 +195,86 @@ def test_another_tenant_does_not_get_the_stream(start_server, tmp_path):
     assert seen.is_whole
 
 
-def test_as_much_is_kept_as_may_be_needed_and_no_more():
-    """Of 4 MB a client is sent half; it has not come back when the rest is made."""
-    event, num_events = b"data: " + b"x" * 10_000 + b"\n\n", 400
-    sent: list[bytes] = []
-    is_away, may_go_on = asyncio.Event(), asyncio.Event()
+def test_the_openai_client_reads_events_with_ids(server):
+    events = server.client.completions.create(
+        model="", prompt="a b c", max_tokens=20, stream=True, extra_body={"ignore_eos": True}, extra_headers=GRACE
+    )
+    whole = server.client.completions.create(model="", prompt="a b c", max_tokens=20, extra_body={"ignore_eos": True})
+    assert "".join(event.choices[0].text for event in events) == whole.choices[0].text
 
-    async def make(receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"cmpl-1")]})
-        for number in range(num_events):
-            if number == num_events // 2:
-                await may_go_on.wait()
-            await send({"type": "http.response.body", "body": event, "more_body": number < num_events - 1})
-            await asyncio.sleep(0)
 
-    async def receive() -> dict[str, str]:
-        await is_away.wait()
+class Client:
+    """One that notes what it is sent, and leaves when it is told to."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+        self.is_away = asyncio.Event()
+
+    @property
+    def numbers(self) -> list[int]:
+        lines = self.sent.split(b"\n")
+        return [int(line.rsplit(b"-", 1)[1]) for line in lines if line.startswith(b"id: ")]
+
+    async def receive(self) -> dict[str, str]:
+        await self.is_away.wait()
         return {"type": "http.disconnect"}
 
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message.get("body", b""))
+    async def send(self, message: dict[str, Any]) -> None:
+        self.sent += message.get("body", b"")
+
+
+async def make_events(name: str, num_events: int, pause: asyncio.Event, send: Any) -> None:
+    """Events of 10 kB each; half of them after a pause."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", name.encode())]})
+    for number in range(1, num_events + 1):
+        event = b"data: " + b"x" * 10_000 + b"\n\n"
+        await send({"type": "http.response.body", "body": event, "more_body": number < num_events})
+        if number == num_events // 2:
+            await pause.wait()
+
+
+def test_as_much_is_kept_as_may_be_needed_and_no_more():
+    """Of 4 MB a client is sent half; it has not come back when the rest is made."""
 
     async def story() -> None:
-        replays = Replays()
-        following = asyncio.create_task(replays.start(make, 30.0, "").follow(1, receive, send))
-        while b"".join(sent).count(b"id: ") < num_events // 2:
+        replays, first, second, pause = Replays(), Client(), Client(), asyncio.Event()
+        replay = replays.start(lambda _, send: make_events("cmpl-1", 400, pause, send), 30.0, "")
+        following = asyncio.create_task(replay.follow(1, first.receive, first.send))
+        while len(first.numbers) < 200:
             await asyncio.sleep(0.001)
-        is_away.set()
-        may_go_on.set()
+        first.is_away.set()
         await following
-        replay, number = replays.find(f"cmpl-1-{num_events // 2 - 10}", "")
+        pause.set()
+        await asyncio.sleep(0.1)
         with pytest.raises(ApiError, match="no stream goes on"):
             replays.find("cmpl-1-20", "")
-        kept_before = sum(len(each) for each in replay._events[: num_events // 2 - replay._first + 1])
-        assert kept_before <= KEPT_BYTES
-        sent.clear()
-        is_away.clear()
-        await replay.follow(number, receive, send)
-        numbers = [line.rsplit(b"-", 1)[1] for line in b"".join(sent).split(b"\n") if line.startswith(b"id: ")]
-        assert [int(each) for each in numbers] == list(range(number, num_events + 1))
-        assert sum(map(len, replay._events)) <= KEPT_BYTES
+        replay, number = replays.find("cmpl-1-190", "")
+        assert sum(map(len, replay._events[: 200 - replay._first + 1])) <= KEPT_BYTES
+        await replay.follow(number, second.receive, second.send)
+        assert second.numbers == list(range(191, 401))
+        assert sum(map(len, replay._events)) == replays._num_bytes <= KEPT_BYTES
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+
+
+def test_streams_that_are_over_go_early_when_all_of_them_together_are_too_much(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("vcli.server.replay.MOST_BYTES", 260_000)
+
+    async def story() -> None:
+        replays, pause, waiting = Replays(), asyncio.Event(), asyncio.Event()
+        pause.set()
+        started = [("a", pause), ("b", waiting), ("c", pause), ("d", pause)]  # 100 kB each, of b the half
+        for name, its_pause in started:
+            client = Client()
+            replay = replays.start(lambda _, send, n=name, p=its_pause: make_events(n, 10, p, send), 30.0, "")
+            following = asyncio.create_task(replay.follow(1, client.receive, client.send))
+            await asyncio.sleep(0.05)
+            client.is_away.set()
+            await following
+        assert list(replays._by_id) == ["b", "c", "d"], "the first that was over has gone"
+        waiting.set()
+        await asyncio.sleep(0.05)
+        assert list(replays._by_id) == ["b", "d"], "b has grown, and nobody has been sent the rest of it"
+        assert replays._num_bytes == sum(replay._num_bytes for replay in replays._by_id.values())
 
     asyncio.run(asyncio.wait_for(story(), 30))

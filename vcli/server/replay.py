@@ -17,7 +17,8 @@ from vcli.server import streaming
 from vcli.server.protocol import ApiError
 
 MAX_GRACE_MS = 60_000
-KEPT_BYTES = 1 << 20
+KEPT_BYTES = 1 << 20  # of one stream, beyond what its client has not been sent
+MOST_BYTES = 256 << 20  # of all streams; then those that are over go early
 MAX_NUMBER_DIGITS = 9
 
 log = logging.getLogger("vcli")
@@ -49,10 +50,11 @@ class Replays:
 
     def __init__(self) -> None:
         self._by_id: dict[str, Replay] = {}
+        self._num_bytes = 0
 
     def start(self, make: Callable[[Receive, Send], Awaitable[None]], grace_s: float, owner: str) -> "Replay":
         """A stream that `make` sends. owner: the tenant, who alone may follow it."""
-        return Replay(make, grace_s, owner, self._by_id)
+        return Replay(self, make, grace_s, owner)
 
     def find(self, event_id: str, owner: str) -> "tuple[Replay, int]":
         """A stream, and the number of the event after this one. Raises ApiError if it is not there (any more)."""
@@ -64,26 +66,35 @@ class Replays:
             raise ApiError(404, message, code="stream_gone")
         return replay, int(number) + 1
 
+    def add(self, replay: "Replay") -> None:
+        self._by_id[replay.id] = replay
+
+    def remove(self, replay: "Replay") -> None:
+        self._by_id.pop(replay.id, None)
+
+    def count(self, num_bytes: int) -> None:
+        """So many more bytes are kept, or fewer."""
+        self._num_bytes += num_bytes
+        while self._num_bytes > MOST_BYTES and (oldest := next(filter(Replay.is_over, self._by_id.values()), None)):
+            oldest.forget()
+
 
 class Replay:
     """One reply's events, and whoever follows them: one connection at a time, the latest."""
 
     def __init__(
-        self,
-        make: Callable[[Receive, Send], Awaitable[None]],
-        grace_s: float,
-        owner: str,
-        by_id: "dict[str, Replay]",
+        self, replays: Replays, make: Callable[[Receive, Send], Awaitable[None]], grace_s: float, owner: str
     ) -> None:
         self.owner = owner
+        self.id = ""  # of the reply, once it has begun
+        self._replays = replays
         self._grace_s = grace_s
-        self._by_id = by_id
-        self._id = ""
         self._head: Message | None = None
         self._events: list[bytes] = []
         self._first = 1  # number of the first one that is kept
         self._num_bytes = 0  # of the kept ones
-        self._num_sent = 0  # to followers
+        self._num_sent = 0  # number of the last one that a follower has been sent
+        self._num_sent_bytes = 0  # of those that are kept and sent
         self._is_complete = False
         self._follower: object | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -95,6 +106,10 @@ class Replay:
     def has_after(self, number: int) -> bool:
         """Is all that comes after this event kept?"""
         return self._first - 1 <= number < self._first + len(self._events)
+
+    def is_over(self) -> bool:
+        """Nothing more comes, and nobody follows."""
+        return self._is_complete and self._follower is None
 
     async def follow(self, number: int, receive: Receive, send: Send) -> None:
         """Send a client the events from this number on. Raises ApiError if the reply never begins."""
@@ -116,8 +131,8 @@ class Replay:
                     if events := self._events[number - self._first :]:
                         number += len(events)
                         await streaming.send_events(send, b"".join(events))
-                        self._num_sent = max(self._num_sent, number - 1)
-                        self._drop_oldest()
+                        if self._follower is follower:  # else somebody else may have less
+                            self._note_sent(number - 1)
                     elif self._is_complete:
                         break
                     else:
@@ -135,12 +150,15 @@ class Replay:
     def _leave(self, follower: object) -> None:
         if self._follower is follower:
             self._follower = None
-            self._timer = asyncio.get_running_loop().call_later(self._grace_s, self._abandon)
+            self._timer = asyncio.get_running_loop().call_later(self._grace_s, self.forget)
             self._tell()
 
-    def _abandon(self) -> None:
-        self._abandoned.set()
-        self._by_id.pop(self._id, None)
+    def forget(self) -> None:
+        """Nobody comes back: the request ends, and what is kept of it goes."""
+        if not self._abandoned.is_set():
+            self._abandoned.set()
+            self._replays.remove(self)
+            self._replays.count(-self._num_bytes)
 
     def _tell(self) -> None:
         """Wake up all who wait for news."""
@@ -156,25 +174,33 @@ class Replay:
     async def _keep(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._head = message
-            self._id = next(value for name, value in message["headers"] if name == b"x-request-id").decode()
-            self._by_id[self._id] = self
-        else:
+            self.id = next(value for name, value in message["headers"] if name == b"x-request-id").decode()
+            self._replays.add(self)
+        elif not self._abandoned.is_set():
+            num_bytes_before = self._num_bytes
             for event in message["body"].split(b"\n\n"):
                 if event and not event.startswith(b":"):  # each follower gets comments of its own
                     number = self._first + len(self._events)
-                    self._events.append(b"id: %s-%d\n%s\n\n" % (self._id.encode(), number, event))
+                    self._events.append(b"id: %s-%d\n%s\n\n" % (self.id.encode(), number, event))
                     self._num_bytes += len(self._events[-1])
             self._is_complete = not message.get("more_body")
-            self._drop_oldest()
+            self._replays.count(self._num_bytes - num_bytes_before)
         self._tell()
 
-    def _drop_oldest(self) -> None:
-        num_dropped = 0
-        while self._num_bytes > KEPT_BYTES and self._first + num_dropped <= self._num_sent:
-            self._num_bytes -= len(self._events[num_dropped])
+    def _note_sent(self, number: int) -> None:
+        """A follower has been sent all up to this event: what is too long ago is dropped."""
+        for event in self._events[self._num_sent - self._first + 1 : max(number - self._first + 1, 0)]:
+            self._num_sent_bytes += len(event)
+        self._num_sent = max(self._num_sent, number)
+        num_dropped = num_bytes = 0
+        while self._num_sent_bytes - num_bytes > KEPT_BYTES:
+            num_bytes += len(self._events[num_dropped])
             num_dropped += 1
         del self._events[:num_dropped]
         self._first += num_dropped
+        self._num_bytes -= num_bytes
+        self._num_sent_bytes -= num_bytes
+        self._replays.count(-num_bytes)
 
     def _on_done(self, task: "asyncio.Future[None]") -> None:
         self._is_complete = True
