@@ -132,7 +132,7 @@ def test_a_stream_goes_on_over_the_death_of_the_engine_while_its_client_is_away(
 def test_after_the_grace_time_the_request_is_aborted_and_forgotten(server):
     aborted = server.metric('vcli:request_success_total{finished_reason="abort"')
     seen, patient = Seen(), Seen()
-    body = LONG | {"max_tokens": 400}
+    body = LONG | {"max_tokens": 150}
     read(server, COMPLETIONS, body, seen, most=2, **{"X-Reconnect-Grace-Ms": "300"})
     read(server, COMPLETIONS, body, patient, most=2)
     server.wait_until(lambda: server.metric('vcli:request_success_total{finished_reason="abort"') == aborted + 1)
