@@ -118,7 +118,7 @@ class Visitors:
 
     def _returner(self, draw: random.Random) -> Visit:
         streams = [each for each in self.sound if b'"stream": true' in each.body]
-        visit, header = draw.choice(streams), b"\r\nx-reconnect-grace-ms: 30000\r\n"
+        visit, header = draw.choice(streams), b"\r\nx-reconnect-grace-ms: 3000\r\n"
         data = visit.data.replace(b"\r\n", header, 1)
         return replace(visit, kind="comes back", data=data, num_events=draw.randint(1, 4), comes_back=True)
 
