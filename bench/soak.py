@@ -34,6 +34,7 @@ from engine.errors import UserError
 
 MAX_GROWTH = 0.05  # of resident memory after the warm-up
 WARM_UP = 0.25  # share of the visits
+WATCHED = ("vcli: api", "vcli: engine 0")  # not an engine on standby, which may still be importing
 NUM_SAMPLES = 400  # of memory
 SETTLE_S = 20.0  # for the last streams that nobody reads to be ended
 CACHE = ["--kv-cache-memory", "64MiB"]  # all of it is used in the warm-up: it takes no memory before
@@ -214,9 +215,10 @@ class _Run:
 
     def _resident(self) -> dict[str, int]:
         resident = {}
-        for process in [self.server, *self.server.children(recursive=True)]:
+        for process in [self.server, *self.server.children()]:
             with contextlib.suppress(psutil.Error):
-                resident[_title(process)] = process.memory_info().rss
+                if (title := _title(process)) in WATCHED:
+                    resident[title] = process.memory_info().rss
         return resident
 
     async def _settle(self) -> None:

@@ -2,15 +2,12 @@
 
 import asyncio
 import json
-import os
 import random
-import signal
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from tests.vcli.conftest import Server
@@ -121,9 +118,7 @@ def test_a_stream_goes_on_over_the_death_of_the_engine_while_its_client_is_away(
     undisturbed, seen = Seen(), Seen()
     read(server, COMPLETIONS, LONG, undisturbed)
     read(server, COMPLETIONS, LONG, seen, most=5)
-    children = psutil.Process(server.process.pid).children()
-    [engine] = [child for child in children if "fake_engine" in " ".join(child.cmdline())]
-    os.kill(engine.pid, signal.SIGKILL)
+    server.engine.kill()
     read(server, COMPLETIONS, LONG, seen)
     assert seen.texts == undisturbed.texts
     assert server.metric("vcli:engine_restarts_total") == 1
