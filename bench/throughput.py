@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.workloads import BenchRequest, warm_up_requests
 from engine.core import EngineCore
+from engine.errors import UserError
 from engine.messages import AddRequest
 from engine.sampling_params import SamplingParams
 
@@ -40,7 +41,10 @@ class Step:
 def measure(
     core: EngineCore, requests: list[BenchRequest], on_progress: Callable[[int, int], None] = lambda done, tokens: None
 ) -> list[Step]:
-    """Run all requests, whose prompts are token ids, to their end. `on_progress` gets finished requests and tokens."""
+    """Run all requests, whose prompts are token ids, to their end. `on_progress` gets finished requests and tokens.
+
+    Raises UserError for a model whose logits are NaN.
+    """
     clock = time.perf_counter
     before = reported = clock()
     for index, request in enumerate(requests):
@@ -74,6 +78,8 @@ def measure(
         num_prompt_tokens = launched.popleft() - num_decoded
         steps.append(Step(seconds, num_prompt_tokens, num_new, stats.num_slots_allocated, stats.num_slots_used))
         num_tokens += num_new
+        if any(output.finish_reason == "error" for output in outputs):
+            raise UserError("the model's logits are NaN or infinite, and what it makes is no measure of anything")
         num_done += sum(output.finish_reason is not None for output in outputs)
         if now - reported > PROGRESS_PERIOD_S or not core.has_work:
             reported = now

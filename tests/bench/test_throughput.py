@@ -10,6 +10,8 @@ from bench.throughput import Step, decode_steps, measure, throughput_metrics
 from bench.workloads import BenchRequest, random_requests
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.errors import UserError
+from tests.conftest import SPOILT_TOKEN
 
 
 def test_prefill_and_decode_are_told_apart_by_step():
@@ -25,6 +27,12 @@ def test_prefill_and_decode_are_told_apart_by_step():
     assert figures["decode_throughput"] == 4.0
     assert figures["kv_waste_perc"] == pytest.approx(100 * (12 + 10 + 8) / 32 / 3)
     assert figures["peak_kv_waste_perc"] == pytest.approx(37.5)
+
+
+def test_a_model_that_makes_nan_is_not_measured(spoilt_checkpoint):
+    core = EngineCore(EngineConfig(model=str(spoilt_checkpoint), device="cpu", kv_cache_memory=1 << 20))
+    with pytest.raises(UserError, match="NaN"):
+        measure(core, [BenchRequest(output_len=9, prompt=[5, SPOILT_TOKEN])])
 
 
 def test_a_tiny_model_is_measured_offline_and_against_transformers(tiny_checkpoint):
