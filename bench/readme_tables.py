@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import paging
 from bench.figures import PEER
 from bench.quality_report import quality_section
 from bench.report import describe_machine, describe_workload, format_figure, markdown_table
@@ -16,6 +17,7 @@ from engine.errors import UserError
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
 KERNELS_BEGIN, KERNELS_END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
+PAGING_BEGIN, PAGING_END = "<!-- paging:begin -->", "<!-- paging:end -->"
 QUALITY_BEGIN, QUALITY_END = "<!-- quality:begin -->", "<!-- quality:end -->"
 
 
@@ -33,6 +35,8 @@ def update_readme(results_folder: Path, readme: Path) -> bool:
         updated = _put_between(updated, SPEED_BEGIN, SPEED_END, "\n\n".join(map(speed_section, paths)), readme)
     if paths := paths_of("kernels"):
         updated = _put_between(updated, KERNELS_BEGIN, KERNELS_END, "\n\n".join(map(kernels_section, paths)), readme)
+    if paths := paths_of("paging"):
+        updated = _put_between(updated, PAGING_BEGIN, PAGING_END, "\n\n".join(map(paging_section, paths)), readme)
     if paths := paths_of("quality"):
         updated = _put_between(updated, QUALITY_BEGIN, QUALITY_END, quality_section(paths), readme)
     if updated != text:
@@ -133,4 +137,18 @@ def kernels_section(path: Path) -> str:
         f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}; revision {(env['git_revision'] or '-')[:9]}. "
         f"Ceilings: read {read:.2f} TB/s, copy {copied:.2f} TB/s, bf16 matrix product {flops:.0f} TFLOP/s.\n\n"
         f"{markdown_table(columns, rows)}\n\n```bash\n{env['command']}\n```"
+    )
+
+
+def paging_section(path: Path) -> str:
+    """What the README says of a file of bench/paging.py."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    env, facts = values["environment"], values["facts"]
+    copied, computed = (facts["block_seconds"][how] * 1e6 for how in ("copied", "computed"))
+    return (
+        f"{env['gpu'] or env['cpu']}, torch {env['torch']}; revision {(env['git_revision'] or '-')[:9]}. "
+        f"{facts['num_cache_tokens']:,} tokens of cache, {facts['num_host_tokens']:,} behind it. A block takes "
+        f"{copied:,.0f} us to the host and back, and {computed:,.0f} us to be computed; fewer than "
+        f"{facts['min_paged_in']:,} in a row are computed.\n\n"
+        f"{paging.table(values['rows'])}\n\n```bash\n{env['command']}\n```"
     )

@@ -129,6 +129,7 @@ class Worker:
         copy_s = host_cache.seconds_per_block()
         num_tokens = min(self.max_num_batched_tokens, self.max_prefill_chunk, self.max_model_len - 1)
         compute_s = self._seconds_of_step(num_tokens) / num_tokens * BLOCK_SIZE
+        self.block_seconds = {"copied": copy_s, "computed": compute_s}
         if copy_s >= compute_s:
             print(
                 f"vcli: engine: --host-kv-memory is not used: {BLOCK_SIZE} tokens take {copy_s * 1e6:,.0f} us to the "

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from bench import paging
+from bench import readme_tables as tables
 from engine.host_cache import HostCache
 
 SMALL = ["--input-len", "40", "--output-len", "24", "--prefix-len", "96", "--max-model-len", "256"]
@@ -22,11 +23,20 @@ def test_each_kind_of_work_is_done_both_ways_with_the_same_tokens(tiny_checkpoin
 
     rows = {(row["work"], row["way"]): row for row in result["rows"]}
     assert list(rows) == [(work, way) for work in ("crowd", "return", "steady") for way in paging.WAYS]
-    crowd, crowd_with_host, again, again_with_host, *_ = rows.values()
+    crowd, crowd_with_host, again, again_with_host, _, steady_with_host = rows.values()
     assert crowd["num_preemptions"] > 0
     assert crowd_with_host["num_blocks_paged_out"] > 0
+    assert steady_with_host["num_blocks_paged_out"] > 0
     assert crowd["num_blocks_paged_out"] == again["num_blocks_paged_in"] == 0
     assert again["num_prefix_hits"] < again_with_host["num_prefix_hits"] <= again_with_host["num_looked_up"]
+
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "".join(f"{mark}\n" for mark in (tables.BEGIN, tables.END, tables.PAGING_BEGIN, tables.PAGING_END))
+    )
+    assert tables.update_readme(tmp_path, readme)
+    assert "512 tokens of cache, 4,096 behind it. A block takes 0 us to the host and back" in readme.read_text()
+    assert "| return | from the host | " in readme.read_text()
     assert f"{result['num_equal']} of {result['num_requests']} requests have the same tokens" in capsys.readouterr().out
 
 
