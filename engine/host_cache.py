@@ -22,9 +22,7 @@ from engine.host_tier import Copies
 from engine.layers.host_memory import HostMemory, pin, unpin
 
 STAGING_BYTES = 256 << 20  # blocks that a chunk of 2048 tokens takes from others, of an 8B model
-SLAB_BYTES = (
-    64 << 20
-)  # pinned at a time: a launch waits up to 4 ms for it on an H200's host, 7 ms for four times as much
+SLAB_BYTES = 64 << 20  # pinned at a time: launches wait for it up to 4 ms on an H200's host, 7 ms for 256 MiB
 PAGE_BYTES = 4096
 
 
@@ -49,7 +47,7 @@ class HostCache:
         if num_bytes > (available := psutil.virtual_memory().available):
             raise UserError(f"--host-kv-memory {num_bytes:,} is more than the {available:,} bytes that are free")
         self._blocks = HostMemory().empty((self.num_blocks, num_parts, words), torch.int64)
-        self._first_lines = torch.arange(num_parts, device=cache.device) * num_device_blocks
+        self._first_lines = torch.arange(num_parts) * num_device_blocks
         num_staged = min(max(STAGING_BYTES // self.block_bytes, 1), self.num_blocks, num_device_blocks)
         self._staging = torch.empty(num_staged, num_parts, words, dtype=torch.int64, device=cache.device)
         self._stream: torch.cuda.Stream | None = None
@@ -133,10 +131,8 @@ class HostCache:
 
     def _lines(self, block_ids: list[int]) -> Tensor:
         """Where the parts of blocks lie in the cache, those of a block side by side."""
-        blocks = torch.tensor(block_ids)
-        if self._stream is not None:
-            blocks = blocks.pin_memory().to(self._parts.device, non_blocking=True)
-        return (blocks[:, None] + self._first_lines).flatten()
+        lines = (torch.tensor(block_ids)[:, None] + self._first_lines).flatten()
+        return lines if self._stream is None else lines.pin_memory().to(self._parts.device, non_blocking=True)
 
 
 class PinnedSlabs:
