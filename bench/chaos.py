@@ -41,6 +41,7 @@ from engine.errors import UserError
 
 TIE = 0.25  # how far below the best one, in nats, a token may be that rounding has chosen: bf16 logits have 8 bits
 POLL_S = 0.02
+LOADING_S = 0.6  # within which one that loads is killed
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Plan:
     num_streams: int = 64  # under way at any time
     input_len: int = 64  # tokens, at most
     output_len: int = 64
-    longest_life_s: float = 2.0  # an engine is killed at a random moment of its first so many seconds
+    longest_life_s: float = 2.0  # an engine that serves is killed at a random moment of its first so many seconds
     share_loading: float = 0.25  # of the kills: before the engine has loaded
     seed: int = 0
     has_ties: bool = False
@@ -204,7 +205,7 @@ class _Run:
                 is_loading = bool(self.kills) and self.random.random() < self.plan.share_loading
                 if not is_loading:
                     await self._until_ready(session)
-                await asyncio.sleep(self.random.uniform(0.0, self.plan.longest_life_s))
+                await asyncio.sleep(self.random.uniform(0.0, LOADING_S if is_loading else self.plan.longest_life_s))
                 for pid in self._engines():
                     os.kill(pid, signal.SIGKILL)
                     self.killed.add(pid)
@@ -252,7 +253,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64, help="under way at any time")
     parser.add_argument("--input-len", type=int, default=64, help="tokens of a prompt, at most")
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--longest-life", type=float, default=2.0, help="seconds within which an engine is killed")
+    parser.add_argument("--longest-life", type=float, default=2.0, help="seconds in which one that serves is killed")
     parser.add_argument("--share-loading", type=float, default=0.25, help="of the kills: before the engine has loaded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ties", action="store_true", help="another token is right if it is as good as the best")

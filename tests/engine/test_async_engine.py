@@ -354,7 +354,7 @@ def test_an_engine_can_be_replaced_as_often_as_one_wants(folder: Path):
     run(story())
 
 
-@pytest.mark.parametrize(("poison", "num_others"), [(DIES, 32), (FAILS, 3), (HANGS, 3)])
+@pytest.mark.parametrize(("poison", "num_others"), [(DIES, 5), (FAILS, 5), (HANGS, 5)])
 def test_a_request_that_ends_engines_fails_alone(folder: Path, poison: int, num_others: int):
     async def story() -> None:
         async with running(folder, step_timeout_s=1.0) as engine:

@@ -100,12 +100,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start_server(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[StartServer]:
-    """start_server(*flags, **environment): `vcli serve` with the fake engine, or with `model=...` the real one."""
+    """start_server(*flags, **environment): `vcli serve` with the fake engine, or with `model=...` the real one.
+
+    `script` stands for `vcli` instead.
+    """
     started: list[Server] = []
 
-    def start(*flags: str, model: Path | None = None, port: int | None = None, **environment: str) -> Server:
-        script = Path(__file__).with_name("serve_with_fake_engine.py")
-        command = [sys.executable, "-m", "vcli"] if model else [sys.executable, str(script)]
+    def start(
+        *flags: str, model: Path | None = None, script: Path | None = None, port: int | None = None, **environment: str
+    ) -> Server:
+        script = script or (None if model else Path(__file__).with_name("serve_with_fake_engine.py"))
+        command = [sys.executable, str(script)] if script else [sys.executable, "-m", "vcli"]
         port = port or free_port()
         log_file = tmp_path_factory.mktemp("server") / "log"
         with log_file.open("wb") as log:

@@ -1,16 +1,22 @@
 """The engine is killed again and again, and no stream loses a token or gets one twice."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx
 import pytest
 
 from bench import chaos
+from tests.vcli.serve_with_poison import POISON
 from vcli.server import streaming
+
+SERVE_WITH_POISON = Path(__file__).with_name("serve_with_poison.py")
 
 
 def test_streams_do_not_notice_that_the_engine_is_killed(default_model):
     """`python -m bench.chaos` is the longer form."""
-    plan = chaos.Plan(num_kills=20, input_len=8, output_len=16, longest_life_s=0.6, share_loading=0.8)
+    plan = chaos.Plan(num_kills=20, input_len=8, output_len=16, longest_life_s=1.5, share_loading=0.8)
     small = ["--kv-cache-memory", "128MiB", "--max-num-batched-tokens", "256"]
     result = chaos.run([str(default_model), "--device", "cpu", "--dtype", "float32", *small], plan)
 
@@ -20,6 +26,33 @@ def test_streams_do_not_notice_that_the_engine_is_killed(default_model):
     assert (result.num_missing, result.num_extra, result.num_other) == (0, 0, 0), "the same tokens as undisturbed"
     assert result.num_tokens == plan.output_len * (plan.num_streams + result.num_streams)
     assert result.num_tokens_counted == result.num_tokens, "the counter goes on in the next engine"
+
+
+def test_a_request_that_ends_engines_fails_alone_and_32_streams_go_on(start_server, tiny_checkpoint):
+    flags = ("--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "16MiB")
+    server = start_server(*flags, model=tiny_checkpoint("llama"), script=SERVE_WITH_POISON).wait_ready()
+
+    def ask(prompt: list[int], index: int = 0) -> httpx.Response:
+        asked = {"prompt": prompt, "max_tokens": 200, "temperature": index % 2, "seed": index, "ignore_eos": True}
+        return server.post("/v1/completions", json=asked | {"return_token_ids": True})
+
+    def ask_all() -> list[list[int]]:
+        replies = pool.map(lambda index: ask([5 + index] * 20, index), range(32))
+        return [reply.json()["choices"][0]["token_ids"] for reply in replies]
+
+    with ThreadPoolExecutor(33) as pool:
+        undisturbed = ask_all()
+        disturbed = pool.submit(lambda: list(ask_all()))
+        server.wait_until(lambda: server.metric("vcli:num_requests_running") == 32)
+        poisoned = ask([POISON, 7, 7])
+        assert disturbed.result(120) == undisturbed
+    assert (poisoned.status_code, poisoned.json()["error"]["code"]) == (500, "quarantined")
+    assert "ended by SIGABRT" in poisoned.json()["error"]["message"]
+    assert ask([POISON, 7, 7]).status_code == 422
+    assert ask([7, POISON, 7]).status_code == 200
+    assert server.metric("vcli:quarantined_requests_total") == 1
+    assert server.metric("vcli:engine_restarts_total") == 3, "twice with the others, once alone"
+    assert server.metric("vcli:num_requests_running") == 0
 
 
 def test_a_silent_stream_is_kept_alive(monkeypatch: pytest.MonkeyPatch):
