@@ -36,7 +36,7 @@ from bench.environment import environment
 from bench.metrics import RequestRecord
 from bench.run_async import run_async
 from bench.server import running_server
-from bench.workloads import BenchRequest
+from bench.workloads import Answer, BenchRequest
 from engine.errors import UserError
 
 TIE = 0.25  # how far below the best one, in nats, a token may be that rounding has chosen: bf16 logits have 8 bits
@@ -70,7 +70,7 @@ class Chaos:
     num_killed_under: int = 0  # streams that were open at a kill
     num_missing: int = 0  # tokens that never came
     num_extra: int = 0
-    num_other: int = 0  # streams with other tokens than undisturbed
+    num_other: int = 0  # streams with other tokens or another text than undisturbed
     num_wrong: int = 0  # of those, the ones that no tie explains
     errors: list[str] = field(default_factory=list)
     duration_s: float = 0.0
@@ -132,11 +132,11 @@ class _Run:
                 for slot in range(self.plan.num_streams)
             ]
             undisturbed = await asyncio.gather(*map(self._exchange, range(self.plan.num_streams)))
-            for record, token_ids in undisturbed:
-                self.result.num_tokens += len(token_ids)
+            for record, answer in undisturbed:
+                self.result.num_tokens += len(answer.token_ids)
                 if record.error:
                     raise UserError(f"a request failed before anything was killed: {record.error}")
-            self.expected = [token_ids for _, token_ids in undisturbed]
+            self.expected = [answer for _, answer in undisturbed]
             usual_s = statistics.median(gap for record, _ in undisturbed for gap in _gaps(record))
 
             start = time.perf_counter()
@@ -152,31 +152,31 @@ class _Run:
             self.result.num_tokens_counted = _read_counter(await self.clients[0].get("/metrics"))
         return self.result
 
-    async def _exchange(self, slot: int) -> tuple[RequestRecord, list[int]]:
-        record, answer = await self.clients[slot].exchange(self.requests[slot])
-        return record, answer.token_ids
+    async def _exchange(self, slot: int) -> tuple[RequestRecord, Answer]:
+        return await self.clients[slot].exchange(self.requests[slot])
 
     async def _go_on(self, slot: int, killing: "asyncio.Task[None]", usual_s: float) -> None:
         """One stream after the other, until enough engines have been killed."""
         while True:
-            record, token_ids = await self._exchange(slot)
-            await self._judge(slot, record, token_ids)
+            record, answer = await self._exchange(slot)
+            await self._judge(slot, record, answer)
             self._note_pauses(record, usual_s)
             if killing.done() or record.error:
                 return
 
-    async def _judge(self, slot: int, record: RequestRecord, token_ids: list[int]) -> None:
+    async def _judge(self, slot: int, record: RequestRecord, answer: Answer) -> None:
         result, expected = self.result, self.expected[slot]
+        excess = len(answer.token_ids) - len(expected.token_ids)
         result.num_streams += 1
-        result.num_tokens += len(token_ids)
+        result.num_tokens += len(answer.token_ids)
         result.num_killed_under += bisect_right(self.kills, record.ended) > bisect_right(self.kills, record.sent)
-        result.num_missing += max(0, len(expected) - len(token_ids))
-        result.num_extra += max(0, len(token_ids) - len(expected))
+        result.num_missing += max(0, -excess)
+        result.num_extra += max(0, excess)
         if record.error:
             result.errors.append(record.error)
-        if token_ids != expected:
+        if answer != expected:
             result.num_other += 1
-            result.num_wrong += not (self.plan.has_ties and await self._is_greedy(slot, token_ids))
+            result.num_wrong += not (self.plan.has_ties and await self._is_greedy(slot, answer.token_ids))
 
     async def _is_greedy(self, slot: int, token_ids: list[int]) -> bool:
         """Is every token the best one after those before it, but for ties?"""
@@ -279,7 +279,7 @@ def main() -> None:
         print(json.dumps(report["result"], indent=2))
         if asked.output:
             output.write(asked.output, {".json": lambda: json.dumps(report, indent=1) + "\n"})
-    except UserError as error:
+    except (UserError, aiohttp.ClientError) as error:  # a server that gave up answers nobody
         sys.exit(f"bench.chaos: {error}")
     sys.exit(0 if result.is_whole else 3)
 

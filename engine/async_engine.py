@@ -35,6 +35,7 @@ from engine.tokenizer import Tokenizer
 
 RESTART_WINDOW_S = 60.0  # in which an engine may die only so many times
 RESTART_POLL_S = 0.02
+LOADING_TIMEOUT_S = 120.0  # of silence, from an engine that loads what another one had loaded before
 STANDBY_AFTER_S = 0.5  # the first requests go before it
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # ends that no request brings about: operators, too little memory
 
@@ -86,6 +87,7 @@ class AsyncEngine:
         self._max_restarts = max_restarts
         self._recent_restarts: list[float] = []  # by time.monotonic()
         self._step_timeout_s = step_timeout_s
+        self._loading_timeout_s = max(step_timeout_s, LOADING_TIMEOUT_S)
         self._last_sign = 0.0  # of life, or of new work, by time.monotonic()
         self._watch: asyncio.Task[None] | None = None
         self._start: messages.Start | None = None  # what the first engine was told
@@ -440,10 +442,13 @@ class AsyncEngine:
                     callback(stream.state.request_id, error)
 
     async def _watch_steps(self) -> None:
-        """End an engine that has work and makes no step; another one takes its place."""
+        """End an engine that has work and makes no step, or loads again and does not get on; another one takes over."""
         while True:
             await asyncio.sleep(self._step_timeout_s / 10)
             silence_s = time.monotonic() - self._last_sign
+            if self.ready is not None and self._engine_ready is None and silence_s > self._loading_timeout_s:
+                self._fail(f"the engine said nothing for {silence_s:.0f} s while it was loading again")
+                self._last_sign = time.monotonic()
             if self._sequences and self._engine_ready is not None and silence_s > self._step_timeout_s:
                 self._fail(f"the engine made no step for {silence_s:.0f} s")
                 self._engine_ready = None
@@ -453,6 +458,7 @@ class AsyncEngine:
         assert self._link is not None
         self.num_restarts += 1
         self.progress = ("starting again", 0.0)
+        self._last_sign = time.monotonic()
         self.stats = self._stats_before = self.stats.counts()
         self._engine_ready, self._has_served = None, False
         self._link, self._standby = self._standby or EngineLink(self._link.command), None

@@ -89,6 +89,7 @@ class SequenceState:
         """Take in new tokens. What comes after a stop string is dropped."""
         token_ids, finish_reason = output.token_ids, output.finish_reason
         self.stop_reason = output.stop_reason
+        prompt_logprobs = None if self.token_ids else output.prompt_logprobs  # preempted, it has them computed again
         text = ""
         if self._detokenizer is not None:
             text = self._add_text(token_ids, finish_reason)
@@ -107,12 +108,15 @@ class SequenceState:
             logprobs=logprobs,
             finish_reason=finish_reason,
             stop_reason=self.stop_reason,
-            prompt_logprobs=output.prompt_logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def unfinished_request(self) -> AddRequest:
         """What makes another engine go on where this sequence is."""
-        return msgspec.structs.replace(self.request, output_token_ids=self.token_ids)
+        params = self.request.params
+        if self.token_ids:  # the prompt's log probabilities came with the first one
+            params = msgspec.structs.replace(params, prompt_logprobs=None)
+        return msgspec.structs.replace(self.request, params=params, output_token_ids=self.token_ids)
 
     def result(self) -> CompletionOutput:
         has_logprobs = self.request.params.logprobs is not None

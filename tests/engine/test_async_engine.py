@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from engine import async_engine
 from engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
 from engine.config import EngineConfig
 from engine.errors import UserError
@@ -330,6 +331,25 @@ def test_a_process_stands_by_for_the_next_engine(folder: Path):
             await until(lambda: engine._standby is not None)
             standby = engine._standby.process
         assert standby.poll() is not None, "it ends with the engine"
+
+    run(story())
+
+
+def test_an_engine_that_hangs_while_it_loads_again_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(async_engine, "LOADING_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(async_engine, "STANDBY_AFTER_S", 60.0)
+
+    async def story() -> None:
+        async with running(folder, step_timeout_s=0.5) as engine:
+            stream = asyncio.create_task(tokens_of(engine.submit(FOX, params(max_tokens=40))))
+            assert engine._link is not None
+            engine._link.command = [*FAKE_ENGINE, "loads forever"]
+            engine._link.kill()
+            await until(lambda: engine.num_restarts == 1)
+            engine._link.command = [*FAKE_ENGINE, "serves"]
+            assert await stream == FOX * 8
+            assert engine.num_restarts == 2
+            assert engine.num_quarantined == 0
 
     run(story())
 

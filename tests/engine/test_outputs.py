@@ -104,6 +104,10 @@ def test_prompt_logprobs_are_asked_for_and_given_once():
     assert [sequence.request.params.prompt_logprobs for sequence in state.sequences] == [1, None]
     assert give(state, "a", 0, prompt_logprobs=[None, *logprobs(2)]).prompt_logprobs == [None, *logprobs(2)]
     assert give(state, "b", 0).prompt_logprobs is None
+    assert give(state, "c", 0, prompt_logprobs=logprobs(3)).prompt_logprobs is None, "computed again after a preemption"
+    [again, other] = [sequence.unfinished_request() for sequence in state.sequences]
+    assert (again.params.prompt_logprobs, len(again.output_token_ids)) == (None, 3)
+    assert other.output_token_ids == []
     assert state.result().prompt_logprobs == [None, *logprobs(2)]
 
 

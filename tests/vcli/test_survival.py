@@ -23,7 +23,7 @@ def test_streams_do_not_notice_that_the_engine_is_killed(default_model):
     assert result.num_kills == 20
     assert result.num_killed_under >= plan.num_streams
     assert result.errors == []
-    assert (result.num_missing, result.num_extra, result.num_other) == (0, 0, 0), "the same tokens as undisturbed"
+    assert (result.num_missing, result.num_extra, result.num_other) == (0, 0, 0), "tokens and texts as undisturbed"
     assert result.num_tokens == plan.output_len * (plan.num_streams + result.num_streams)
     assert result.num_tokens_counted == result.num_tokens, "the counter goes on in the next engine"
 
