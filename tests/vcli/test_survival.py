@@ -16,7 +16,7 @@ SERVE_WITH_POISON = Path(__file__).with_name("serve_with_poison.py")
 
 def test_streams_do_not_notice_that_the_engine_is_killed(default_model):
     """`python -m bench.chaos` is the longer form."""
-    plan = chaos.Plan(num_kills=20, input_len=8, output_len=16, longest_life_s=1.5, share_loading=0.8)
+    plan = chaos.Plan(num_kills=20, input_len=8, output_len=16, longest_life_s=2.0, share_loading=0.9)
     small = ["--kv-cache-memory", "128MiB", "--max-num-batched-tokens", "256"]
     result = chaos.run([str(default_model), "--device", "cpu", "--dtype", "float32", *small], plan)
 
