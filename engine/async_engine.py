@@ -72,7 +72,7 @@ class AsyncEngine:
         self.on_step: list[Callable[[messages.EngineStats], None]] = []  # called after each step, on the link's thread
         self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
         self.on_restart: list[Callable[[str], None]] = []  # called on the loop, with why the engine died
-        self.on_conviction: list[Callable[[str, QuarantinedError], None]] = []  # likewise, with a request's id
+        self.on_conviction: list[Callable[[RequestState, QuarantinedError], None]] = []  # called on the loop
         self.num_restarts = 0
         self.num_waiting_tokens = 0  # of the prompts whose first token has not come
         self._link = link
@@ -439,7 +439,7 @@ class AsyncEngine:
                 self._forget(stream)
                 self._end_alone(stream, error)
                 for callback in self.on_conviction:
-                    callback(stream.state.request_id, error)
+                    callback(stream.state, error)
 
     async def _watch_steps(self) -> None:
         """End an engine that has work and makes no step, or loads again and does not get on; another one takes over."""

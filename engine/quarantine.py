@@ -15,10 +15,12 @@ import msgspec
 from engine.errors import RequestFailedError
 from engine.messages import AddRequest, encode
 from engine.outputs import RequestState
+from engine.sampling_params import SamplingParams
 
 NUM_CRASHES = 2  # at which a request must have been running to be tried
 TRIAL_TOKENS = 16  # for each of its sequences
 REFUSED_S = 600.0
+DEFAULTS = SamplingParams()
 
 
 class QuarantinedError(RequestFailedError):
@@ -81,8 +83,8 @@ class Quarantine:
         self._refused[reference] = now + REFUSED_S
         self.num_convicted += 1
         return QuarantinedError(
-            f"this request ended the engine, and did it again when it ran alone ({reason}); "
-            f"the log has more under its reference, {reference}"
+            f"this request ended the engine, and did it again when it ran alone ({reason}); the log has its size and "
+            f"parameters, under the reference {reference}"
         )
 
     def is_refused(self, request: AddRequest) -> bool:
@@ -94,8 +96,22 @@ class Quarantine:
         if self.is_refused(request):
             raise QuarantinedError(
                 "a request like this one ended the engine when it ran alone, and is refused for "
-                f"{REFUSED_S / 60:.0f} minutes; the log has more under its reference, {reference_of(request)}"
+                f"{REFUSED_S / 60:.0f} minutes; the log has more under the reference {reference_of(request)}"
             )
+
+
+def describe(state: RequestState) -> str:
+    """A request for the log: its sizes and parameters that are numbers, and nothing that its client wrote."""
+    request = state.sequences[0].request
+    numbers = {
+        name: value
+        for name, value in msgspec.structs.asdict(request.params).items()
+        if isinstance(value, int | float) and value != getattr(DEFAULTS, name)
+    }
+    return (
+        f"{state.request_id} (reference {reference_of(request)}: {state.timings.num_prompt_tokens:,} prompt tokens, "
+        f"{len(state.sequences)} sequences with {state.timings.num_output_tokens:,} tokens given, {numbers})"
+    )
 
 
 def reference_of(request: AddRequest) -> str:

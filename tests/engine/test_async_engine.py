@@ -379,7 +379,7 @@ def test_a_request_that_ends_engines_fails_alone(folder: Path, poison: int, num_
     async def story() -> None:
         async with running(folder, step_timeout_s=1.0) as engine:
             convicted = []
-            engine.on_conviction.append(lambda request_id, error: convicted.append((request_id, str(error))))
+            engine.on_conviction.append(lambda state, error: convicted.append((state.request_id, str(error))))
             prompts = [[2 + i, 3 + i] for i in range(num_others)]
             streams = [asyncio.create_task(tokens_of(engine.submit(each, params(max_tokens=60)))) for each in prompts]
             bad = engine.submit([poison, 3], params(max_tokens=50), request_id="bad")

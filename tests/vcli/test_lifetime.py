@@ -124,7 +124,7 @@ def test_a_request_that_ends_engines_gets_a_reference_and_its_repeats_are_refuse
     assert [reply.status_code for reply in replies] == [200, 200]
     assert (bad.status_code, bad.json()["error"]["code"]) == (500, "quarantined")
     reference = bad.json()["error"]["message"].rsplit(maxsplit=1)[-1]
-    assert reference in server.log
+    assert f"(reference {reference}: 5 prompt tokens, 1 sequences with 0 tokens given, " in server.log
     assert (again.status_code, again.json()["error"]["code"]) == (422, "quarantined")
     assert reference in again.json()["error"]["message"]
     assert int(again.headers["retry-after"]) > 0

@@ -23,7 +23,8 @@ from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.link import EngineLink
 from engine.messages import Ready
-from engine.quarantine import QuarantinedError
+from engine.outputs import RequestState
+from engine.quarantine import QuarantinedError, describe
 from engine.timeline import Timeline, process_start_time
 from vcli.console import console, format_seconds, print_table
 from vcli.server.admission import Admission
@@ -170,8 +171,8 @@ class Lifetime:
         num_open = self.engine.num_unfinished
         console.print(f"vcli: {reason}; the engine starts again ({num_open} unfinished sequences)", markup=False)
 
-    def _report_conviction(self, request_id: str, error: QuarantinedError) -> None:
-        console.print(f"vcli: {request_id} is refused from now on: {error}", markup=False)
+    def _report_conviction(self, state: RequestState, error: QuarantinedError) -> None:
+        console.print(f"vcli: refused from now on: {describe(state)}: {error}", markup=False)
 
     def _report(self) -> None:
         now, ready = time.time(), self.engine.ready
