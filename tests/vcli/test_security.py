@@ -85,7 +85,12 @@ def test_probes_need_no_key(server):
 @pytest.mark.parametrize("key", ["acme-key-1", "acme-key-2", "the-admins-key"])
 def test_each_key_of_the_file_opens_every_route_of_clients(server, key):
     assert server.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}, **with_key(key)).status_code == 200
-    assert {server.get(path, **with_key(key)).status_code for path in ("/v1/models", "/metrics", "/version")} == {200}
+    assert {server.get(path, **with_key(key)).status_code for path in ("/v1/models", "/version")} == {200}
+
+
+def test_what_tells_of_other_tenants_is_for_admins(server):
+    assert server.get("/metrics", **with_key("acme-key-1")).status_code == 403
+    assert server.get("/metrics", **with_key("the-admins-key")).status_code == 200
 
 
 def test_the_admins_listener_opens_to_the_admins_key_alone(server, admin_port):

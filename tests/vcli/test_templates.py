@@ -79,7 +79,10 @@ def test_a_template_without_measure_ends_alone(monkeypatch: pytest.MonkeyPatch, 
     with_templates(story)
 
 
-def test_the_process_can_open_nothing_and_has_so_much_memory():
+def test_the_process_can_open_nothing_has_so_much_memory_and_knows_no_secrets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VCLI_API_KEY", "a-secret")
+    monkeypatch.setenv("HF_TOKEN", "a-secret")
+
     async def story(rendered: Templates) -> None:
         await rendered.render(USUAL, messages=HELLO)
         [process] = psutil.Process().children()
@@ -87,6 +90,7 @@ def test_the_process_can_open_nothing_and_has_so_much_memory():
         assert process.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
         assert process.rlimit(psutil.RLIMIT_AS) == (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES)
         assert not process.net_connections()
+        assert "a-secret" not in process.environ().values()
         await rendered.close()
         assert not process.is_running()
 

@@ -52,8 +52,8 @@ class KeyCheck:
         if tenant is None:
             message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
             raise ApiError(401, message, code="invalid_api_key")
-        if self.admin and not tenant.is_admin:
-            raise ApiError(403, "this key is not for admin routes: use one whose tenant has is_admin = true")
+        if (self.admin or scope["path"] == "/metrics") and not (tenant.is_admin or tenant is ANYONE):
+            raise ApiError(403, f"{scope['path'][:100]} is for admins: use the key of a tenant with is_admin = true")
         return tenant
 
 

@@ -16,6 +16,7 @@ from vcli.server.template_process import LENGTH_BYTES
 TIMEOUT_S = 10.0  # a usual template takes less than a millisecond
 MAX_REPLY_BYTES = 128 * 2**20
 READ_BYTES = 2**20  # at once: a long prompt comes in few pieces
+VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  # keys and tokens stay here
 
 
 class Templates:
@@ -57,10 +58,10 @@ class Templates:
 
 
 async def _start() -> asyncio.subprocess.Process:
-    command = module_command("vcli.server.template_process")
-    pipe = subprocess.PIPE
+    command, pipe = module_command("vcli.server.template_process"), subprocess.PIPE
+    environment = {name: value for name, value in module_environment().items() if name in VARIABLES}
     return await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=pipe, limit=READ_BYTES, env=module_environment(), start_new_session=True
+        *command, stdin=pipe, stdout=pipe, limit=READ_BYTES, env=environment, start_new_session=True
     )
 
 
