@@ -104,6 +104,14 @@ def test_garbage_is_a_bad_request(server, path, body):
     assert reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 30, "-1" + "0" * 4000, "1.5e308", "[" * 900 + "]" * 900, '"\\u0000"'])
+def test_any_value_goes_to_a_template_that_does_not_use_it(server, value):
+    message = HELLO[0] | {"tool_calls": [{"x": "VALUE"}]}
+    body = {"messages": [message], "max_tokens": 1, "chat_template_kwargs": {"x": "VALUE"}}
+    reply = server.post(CHAT, content=json.dumps(body).replace('"VALUE"', value))
+    assert reply.status_code in (200, 400), reply.text
+
+
 def test_too_large_a_body_is_refused_before_it_is_sent(server):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:

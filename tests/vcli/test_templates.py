@@ -1,6 +1,7 @@
 """Templates that try to take the server with them, and some that do not."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 
 import psutil
@@ -12,7 +13,7 @@ from vcli.server.template_process import MAX_MEMORY_BYTES
 from vcli.server.templates import Templates
 
 HELLO = [{"role": "user", "content": "hellö \U0001f642"}]
-USUAL = "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content | tojson }}{% endfor %}"
+USUAL = "{{ bos_token }}{{ extra }}{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 DOUBLED = "{% set x %}{{ x }}{{ x }}{% endset %}"
 
 
@@ -30,7 +31,11 @@ def with_templates(story: Callable[[Templates], Awaitable[None]]) -> None:
 def test_a_prompt_is_what_the_template_makes_anywhere_else():
     async def story(rendered: Templates) -> None:
         conversations = [[{"role": "user", "content": "x" * length}] for length in (0, 1, 100_000, 5_000_000)]
-        variables = {"bos_token": "<s>", "add_generation_prompt": False, "extra": {"a": [1, None, 0.5]}}
+        variables = {
+            "bos_token": "<s>",
+            "add_generation_prompt": False,
+            "extra": {"a": [1, None, 0.5, 10**30, -(10**30)]},
+        }
         for messages in [HELLO, *conversations]:
             assert await rendered.render(USUAL, messages=messages, **variables) == render_chat(
                 USUAL, messages, **variables
@@ -93,6 +98,19 @@ def test_the_process_can_open_nothing_has_so_much_memory_and_knows_no_secrets(mo
         assert "a-secret" not in process.environ().values()
         await rendered.close()
         assert not process.is_running()
+
+    with_templates(story)
+
+
+def test_what_is_nested_too_deeply_is_refused():
+    async def story(rendered: Templates) -> None:
+        for depth in (1, 100, 300, 1000, 3000, 100_000):
+            nested: list = []
+            for _ in range(depth):
+                nested = [nested]
+            with contextlib.suppress(ValueError):  # or it is rendered
+                await rendered.render("{{ extra | tojson }}", messages=HELLO, extra=nested)
+        assert await rendered.render("a", messages=HELLO) == "a"
 
     with_templates(story)
 

@@ -30,11 +30,11 @@ def main() -> None:
     render_chat("{{ strftime_now('%Z') }}{{ [1] | tojson }}", [])  # what is loaded at first use is loaded now
     _give_up_rights()
     while (request := _read_frame(sys.stdin.buffer)) is not None:
-        template, variables = msgspec.msgpack.decode(request, type=tuple[str, dict])
+        template, variables = msgspec.json.decode(request, type=tuple[str, dict])
         try:
-            reply = msgspec.msgpack.encode((True, render_chat(template, **variables)))
+            reply = msgspec.json.encode((True, render_chat(template, **variables)))
         except ValueError as error:
-            reply = msgspec.msgpack.encode((False, str(error)))
+            reply = msgspec.json.encode((False, str(error)))
         sys.stdout.buffer.write(len(reply).to_bytes(LENGTH_BYTES, "big") + reply)
         sys.stdout.buffer.flush()
 

@@ -28,7 +28,10 @@ class Templates:
 
     async def render(self, template: str, **variables: Any) -> str:
         """`engine.chat_template.render_chat` elsewhere. Raises ValueError."""
-        request = msgspec.msgpack.encode((template, variables))
+        try:
+            request = msgspec.json.encode((template, variables))  # unlike msgpack it has room for every whole number
+        except RecursionError:
+            raise ValueError("messages and template arguments are nested too deeply") from None
         async with self._turn:
             process = self._process = self._process or await _start()
             try:
@@ -74,4 +77,4 @@ async def _exchange(process: asyncio.subprocess.Process, request: bytes) -> tupl
     length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
     if length > MAX_REPLY_BYTES:
         raise ValueError(f"the chat template made a prompt of {length >> 20:,} MiB: at most {MAX_REPLY_BYTES >> 20}")
-    return msgspec.msgpack.decode(await process.stdout.readexactly(length), type=tuple[bool, str])
+    return msgspec.json.decode(await process.stdout.readexactly(length), type=tuple[bool, str])
