@@ -206,13 +206,14 @@ class _Run:
                 if not is_loading:
                     await self._until_ready(session)
                 await asyncio.sleep(self.random.uniform(0.0, LOADING_S if is_loading else self.plan.longest_life_s))
-                for pid in self._engines():
-                    os.kill(pid, signal.SIGKILL)
-                    self.killed.add(pid)
-                    self.kills.append(time.perf_counter())
-                    self.result.num_kills += 1
-                    self.result.num_kills_loading += is_loading
-                    _show(self.result)
+                while (pid := next(self._engines(), None)) is None:
+                    await asyncio.sleep(POLL_S)
+                os.kill(pid, signal.SIGKILL)
+                self.killed.add(pid)
+                self.kills.append(time.perf_counter())
+                self.result.num_kills += 1
+                self.result.num_kills_loading += is_loading
+                _show(self.result)
 
     async def _until_ready(self, session: aiohttp.ClientSession) -> None:
         while True:

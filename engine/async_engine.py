@@ -461,7 +461,10 @@ class AsyncEngine:
         self._last_sign = time.monotonic()
         self.stats = self._stats_before = self.stats.counts()
         self._engine_ready, self._has_served = None, False
-        self._link, self._standby = self._standby or EngineLink(self._link.command), None
+        if self._standby is not None and self._standby.is_warm:
+            self._link, self._standby = self._standby, None
+        else:  # one that imports at its leisure would be late
+            self._link = EngineLink(self._link.command)
         self._link.open(self._on_messages, self._on_exit)
         self._link.send(self._next_start())
         self._quarantine.begin(dict.fromkeys(stream.state for stream, _ in self._unfinished()))
@@ -470,7 +473,12 @@ class AsyncEngine:
             callback(reason)
 
     def _start_standby(self) -> None:
-        if self._link is not None and self._standby is None and self._max_restarts and not self._is_closing:
+        if self._link is None or self._max_restarts == 0 or self._is_closing:
+            return
+        if self._standby is not None and self._standby.process.poll() is not None:
+            self._standby.close(0.0)
+            self._standby = None
+        if self._standby is None:
             self._standby = EngineLink(self._link.command, is_standby=True)
 
     def _next_start(self) -> messages.Start:

@@ -59,6 +59,11 @@ class EngineLink:
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
         self._thread.start()
 
+    @property
+    def is_warm(self) -> bool:
+        """Has a standby said that it is ready? To be asked before `open`."""
+        return self.process.poll() is None and bool(self._socket.poll(0))
+
     def send(self, message: messages.ToEngine) -> None:
         self._outbox.append(message)
         with contextlib.suppress(OSError):  # full: the thread is about to wake anyway; closed: nobody is left to tell

@@ -38,7 +38,7 @@ def main(address: str, *, is_standby: bool = False) -> None:
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
     if is_standby:
-        threading.Thread(target=_import_ahead, daemon=True).start()
+        _import_ahead(socket)
     try:
         start = messages.decode_to_engine(socket.recv())
         assert isinstance(start, messages.Start), start
@@ -56,11 +56,18 @@ def main(address: str, *, is_standby: bool = False) -> None:
         context.term()
 
 
-def _import_ahead() -> None:
-    """Import torch and the engine, out of the way of the engine that works."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux a thread has a priority of its own
-    import engine.core  # noqa: F401
+def _import_ahead(socket: zmq.Socket) -> None:
+    """Import torch and the engine, out of the way of the engine that works, and say so."""
+
+    def run() -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux it is the thread's own
+        import engine.core  # noqa: F401
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    socket.send(messages.encode(messages.Progress("standing by", 1.0, time.time())))
 
 
 def _serve(socket: zmq.Socket, config: EngineConfig) -> None:

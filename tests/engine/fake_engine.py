@@ -16,9 +16,11 @@ VOCAB_SIZE, MAX_MODEL_LEN = 512, 64
 DIES, FAILS, STOPS, KILLS_ITSELF, HANGS = 501, 502, 503, 504, 505  # first prompt token
 
 
-def main(address: str, mode: str) -> None:
+def main(address: str, mode: str, *, is_standby: bool) -> None:
     socket = zmq.Context().socket(zmq.PAIR)
     socket.connect(address)
+    if is_standby:
+        socket.send(messages.encode(messages.Progress("standing by", 1.0, time.time())))
     start = messages.decode_to_engine(socket.recv())
     assert isinstance(start, messages.Start)
     if mode == "dies loading":
@@ -88,4 +90,4 @@ def fail(socket: zmq.Socket, why: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[2], sys.argv[1])
+    main(sys.argv[2], sys.argv[1], is_standby="standby" in sys.argv[3:])

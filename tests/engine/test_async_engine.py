@@ -324,11 +324,16 @@ def test_a_process_stands_by_for_the_next_engine(folder: Path):
             assert engine._link is not None
             assert engine._standby is not None
             standby = engine._standby.process
+            await until(lambda: engine._standby is not None and engine._standby.is_warm)
             engine._link.kill()
             await until(lambda: engine.num_restarts == 1 and not engine.is_restarting)
             assert engine._link.process is standby
             assert await stream == FOX * 8
             await until(lambda: engine._standby is not None)
+            standby = engine._standby.process
+            standby.kill()
+            await engine.restart()
+            await until(lambda: engine._standby is not None and engine._standby.process is not standby)
             standby = engine._standby.process
         assert standby.poll() is not None, "it ends with the engine"
 
