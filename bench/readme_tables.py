@@ -144,9 +144,10 @@ def paging_section(path: Path) -> str:
     """What the README says of a file of bench/paging.py."""
     values = json.loads(path.read_text(encoding="utf-8"))
     env, facts = values["environment"], values["facts"]
+    revision = (env["git_revision"] or "-")[:9] + ("+" if env["git_dirty"] else "")
     copied, computed = (facts["block_seconds"][how] * 1e6 for how in ("copied", "computed"))
     return (
-        f"{env['gpu'] or env['cpu']}, torch {env['torch']}; revision {(env['git_revision'] or '-')[:9]}. "
+        f"{env['gpu'] or env['cpu']}, torch {env['torch']}; revision {revision}. "
         f"{facts['num_cache_tokens']:,} tokens of cache, {facts['num_host_tokens']:,} behind it. A block takes "
         f"{copied:,.0f} us to the host and back, and {computed:,.0f} us to be computed; fewer than "
         f"{facts['min_paged_in']:,} in a row are computed.\n\n"
