@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from engine.errors import UserError
 from tests.vcli.conftest import Server, StartServer, free_port
-from vcli.server import generation, http
+from vcli.server import bodies, http
 from vcli.server.protocol import ApiError
 from vcli.server.tls import Certificate
 
@@ -296,11 +296,11 @@ def test_a_head_without_end_is_cut_short(server):
 def test_a_slow_head_and_a_slow_body_are_not_waited_for(monkeypatch: pytest.MonkeyPatch):
     """One connection each: half a head, nothing at all, half a body; and one that is slow, but not too slow."""
     monkeypatch.setattr(http, "HEAD_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(generation, "BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT_S", 0.3)
 
     async def app(scope, receive, send) -> None:
         try:
-            body = await generation.read_body(scope, receive)
+            body = await bodies.read_body(scope, receive)
             await Response(body)(scope, receive, send)
         except ApiError as error:
             await Response(status_code=error.status)(scope, receive, send)

@@ -6,7 +6,7 @@ errors) is in frame.py.
 
 import time
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -19,18 +19,12 @@ from starlette.routing import Route
 from engine.async_engine import EngineDeadError
 from engine.errors import UserError
 from vcli.server import chat
+from vcli.server.bodies import ClientGoneError
 from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response
-from vcli.server.generation import (
-    ChatCompletions,
-    ClientGoneError,
-    Completions,
-    Service,
-    engine_dead,
-    read_body,
-)
+from vcli.server.generation import ChatCompletions, Completions, Service, engine_dead
 from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
-from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest, decode
+from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest
 from vcli.server.request_log import RequestLog
 from vcli.version import version
 
@@ -85,6 +79,9 @@ def _common_routes(endpoints: "Endpoints") -> list[Route]:
     ]
 
 
+Asked = TypeVar("Asked")
+
+
 class Endpoints:
     """The endpoints that answer at once."""
 
@@ -101,7 +98,7 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a prompt, or of a conversation by the chat template."""
-        asked = decode(_TOKENIZE, await _body(request))
+        asked = await self._read(_TOKENIZE, request)
         self.service.check_model(asked.model)
         ready = self.service.require_ready()
         if (asked.prompt is None) == (asked.messages is None):
@@ -118,7 +115,7 @@ class Endpoints:
         return json_response(reply)
 
     async def detokenize(self, request: Request) -> Response:
-        asked = decode(_DETOKENIZE, await _body(request))
+        asked = await self._read(_DETOKENIZE, request)
         self.service.check_model(asked.model)
         self.service.require_ready()
         with self._counted(request):
@@ -182,6 +179,12 @@ class Endpoints:
         tenant: Tenant = request.scope["tenant"]
         return tenant.budget.enter(1, self.service.admission.reject)
 
+    async def _read(self, decoder: msgspec.json.Decoder[Asked], request: Request) -> Asked:
+        try:
+            return await self.service.bodies.read(decoder, request.scope, request.receive)
+        except ClientGoneError:
+            raise ApiError(400, "the body never came") from None  # nobody reads it
+
     def _model_entry(self) -> dict[str, Any]:
         ready = self.service.engine.ready
         return {
@@ -197,10 +200,3 @@ class Endpoints:
 
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
-
-
-async def _body(request: Request) -> bytes:
-    try:
-        return await read_body(request.scope, request.receive)
-    except ClientGoneError:
-        return b"{}"  # whatever it is answered, nobody reads it

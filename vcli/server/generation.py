@@ -25,6 +25,7 @@ from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from vcli.server import chat, replay, streaming
 from vcli.server.admission import RETRY_LATER_S, Admission, Place
+from vcli.server.bodies import Bodies, ClientGoneError
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
 from vcli.server.keys import Keys, Tenant
@@ -35,16 +36,13 @@ from vcli.server.protocol import (
     CompletionRequest,
     GenerationRequest,
     TokenizeRequest,
-    decode,
 )
 from vcli.server.replies import DONE, ChatReply, CompletionReply, Reply, error_event
 from vcli.server.request_log import note_generation
 from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
 
-MAX_BODY_BYTES = 32 * 2**20
 MAX_DEADLINE_DIGITS = 9  # in milliseconds: eleven days
-BODY_TIMEOUT_S = 60.0
 
 log = logging.getLogger("vcli")
 
@@ -64,6 +62,7 @@ class Service:
     admission: Admission
     metrics: Metrics
     replays: replay.Replays = field(default_factory=replay.Replays)
+    bodies: Bodies = field(default_factory=Bodies)
 
     def require_ready(self) -> Ready:
         """Raises ApiError while the model loads and after the engine's death."""
@@ -127,7 +126,7 @@ class GenerationEndpoint(ABC):
             await followed.follow(number, receive, send)
             return
         try:
-            request: GenerationRequest = decode(self.decoder, await read_body(scope, receive))
+            request: GenerationRequest = await self.service.bodies.read(self.decoder, scope, receive)
         except ClientGoneError:
             return
         answer = partial(self._answer, scope, request, arrival_time)
@@ -301,41 +300,6 @@ class Completions(GenerationEndpoint):
         if prompt.text is not None:
             return prompt.text
         return await chat.decode_tokens(self.service.require_tokenizer(), prompt.token_ids)
-
-
-class ClientGoneError(Exception):
-    """The client left before it had said what it wants."""
-
-
-async def read_body(scope: Scope, receive: Receive) -> bytes:
-    """The whole request body. Raises ApiError for one that is too large or slow, ClientGoneError if it never comes."""
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
-        raise _too_large()
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            return await _read_parts(receive)
-    except TimeoutError:
-        raise ApiError(408, f"the request body did not come within {BODY_TIMEOUT_S:g} s: send it faster") from None
-
-
-async def _read_parts(receive: Receive) -> bytes:
-    parts: list[bytes] = []
-    num_bytes = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        parts.append(message.get("body", b""))
-        num_bytes += len(parts[-1])
-        if num_bytes > MAX_BODY_BYTES:
-            raise _too_large()
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-def _too_large() -> ApiError:
-    return ApiError(413, f"the request body is larger than {MAX_BODY_BYTES >> 20} MiB: send less at once")
 
 
 def deadline_s(scope: Scope) -> float | None:

@@ -7,6 +7,7 @@ holds: this process owns the engine's, and never ends before it.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -113,6 +114,7 @@ class Lifetime:
         serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in running]
         try:
             if await self._until_ready():
+                gc.freeze()  # what is there stays: collections need not look at it, which took 20 ms of the loop's time
                 self._report()
                 await self._until_end()
             await self._drain()
