@@ -31,6 +31,9 @@ class EngineConfig:
         int | None,
         "tokens in a step that prefills beside many decodes, beside few half as many; default: what takes 45 ms",
     ] = None
+    target_itl_s: Annotated[
+        float | None, "pause between two tokens of a stream to keep: sizes the prefill chunk beside decodes as they go"
+    ] = None
     gpu_memory_utilization: Annotated[float, "share of the GPU's memory to use for weights and KV cache"] = 0.9
     kv_cache_memory: Annotated[int | None, "bytes for the KV cache, instead of what is free"] = None
     host_kv_memory: Annotated[
@@ -62,6 +65,10 @@ class EngineConfig:
             raise ValueError("host_kv_memory keeps blocks of the prefix cache: leave out --no-enable-prefix-caching")
         if self.max_model_len == 1:
             raise ValueError("max_model_len must be at least 2, a prompt token and an output token, got 1")
+        if self.target_itl_s is not None and not self.target_itl_s > 0:
+            raise ValueError(f"target_itl_s must be more than 0, got {self.target_itl_s:g}")
+        if self.target_itl_s is not None and self.max_prefill_chunk is not None:
+            raise ValueError("target_itl_s sizes the prefill chunk: leave max_prefill_chunk out")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}")
         if not -(2**63) <= self.seed < 2**63:

@@ -25,6 +25,7 @@ class EngineCore:
             max_num_seqs=worker.max_num_seqs,
             max_num_batched_tokens=worker.max_num_batched_tokens,
             max_prefill_chunk=worker.max_prefill_chunk,
+            target_itl_s=config.target_itl_s,
             enable_prefix_caching=config.enable_prefix_caching,
             policy=config.scheduling_policy,
             eos_token_ids=worker.model_config.eos_token_ids,
@@ -46,7 +47,8 @@ class EngineCore:
         )
         # A GPU works on one step while the host prepares the next; a CPU would only wait for itself.
         self.max_in_flight = 2 if worker.device.type == "cuda" else 1
-        self._in_flight: deque[StepResult] = deque()
+        self._in_flight: deque[tuple[StepResult, ScheduledBatch, float]] = deque()  # with the time of the step's start
+        self._last_end = 0.0  # of a step
 
     @property
     def has_work(self) -> bool:
@@ -67,17 +69,22 @@ class EngineCore:
     def step(self) -> list[TokenOutput]:
         """Launch a step, then take in the oldest one in flight once there are enough of them."""
         self.clock.enter("schedule")
+        start = self.clock.since
         self._look_for_host_tier()
         batch = self.scheduler.schedule()
         result = self.worker.run(batch)
         if result is not None:
             self.batch = batch
-            self._in_flight.append(result)
+            self._in_flight.append((result, batch, start))
         if not self._in_flight or (batch.requests and len(self._in_flight) < self.max_in_flight):
             return []
         self.clock.enter("wait")
-        drawn = self._in_flight.popleft().wait()
+        result, batch, start = self._in_flight.popleft()
+        drawn = result.wait()
         self.clock.enter("update")
+        # A device begins with a step when it is launched, or when it has ended the one before.
+        self.scheduler.note_time(batch, self.clock.since - max(start, self._last_end))
+        self._last_end = self.clock.since
         return self.scheduler.update(*drawn)
 
     def _look_for_host_tier(self) -> None:

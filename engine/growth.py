@@ -7,8 +7,9 @@ Scheduler for LLM Serving under SLA Guarantees", ASPLOS 2025). How long answers 
 
 from collections.abc import Iterable
 
+from engine.recent import RecentMean
+
 FIRST_GUESS = 256  # tokens of an answer, before any has ended
-MEMORY = 64  # answers after which one counts for about a third
 LONGER_STILL = 0.05  # an answer longer than others goes on for so large a share of what it has, no longer than others
 ROOM = 0.9  # of the peak: with less there are more preemptions, with more the cache is less full; 0.9 gave most tokens
 
@@ -17,13 +18,15 @@ class AnswerLength:
     """What is known of the number of tokens in an answer."""
 
     def __init__(self) -> None:
-        self.mean = float(FIRST_GUESS)
-        self._count = 0
+        self._seen = RecentMean()
 
     def add(self, num_tokens: int) -> None:
         """Learn from an answer that has ended by itself."""
-        self._count += 1
-        self.mean += (num_tokens - self.mean) / min(self._count, MEMORY)
+        self._seen.add(num_tokens)
+
+    @property
+    def mean(self) -> float:
+        return self._seen.value if self._seen.count else FIRST_GUESS
 
     @property
     def longest(self) -> float:

@@ -20,6 +20,9 @@ from engine.growth import AnswerLength, room_to_grow
 from engine.host_tier import HostTier
 from engine.messages import AddRequest, EngineStats, TokenLogprob, TokenOutput
 from engine.request import Request
+from engine.step_time import StepTime
+
+TARGET_SHARE = 0.85  # of the pause to keep, for a step beside decodes: half of the steps take longer than was foretold
 
 MIXED_TOKENS_PER_DECODE = 8  # tokens of a step that prefills beside decodes: prompts of 7 times their output keep up
 
@@ -36,6 +39,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_prefill_chunk: int,
+        target_itl_s: float | None = None,
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
         eos_token_ids: Iterable[int] = (),
@@ -48,6 +52,8 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_prefill_chunk = max_prefill_chunk
+        self.target_itl_s = target_itl_s
+        self.step_time = StepTime()  # known with a target alone
         self.enable_prefix_caching = enable_prefix_caching
         self.policy = policy
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -193,11 +199,21 @@ class Scheduler:
         self._measure()
         return outputs
 
+    def note_time(self, batch: ScheduledBatch, seconds: float) -> None:
+        """Learn what a step has taken, for the target."""
+        if self.target_itl_s is not None:
+            num_decodes = sum(request.num_tokens == 1 for request in batch.requests)
+            self.step_time.add(num_decodes, batch.num_tokens - num_decodes, seconds)
+
     def _prefill_beside(self, num_decodes: int) -> int:
         """Prompt tokens for a step that also decodes: many decodes end soon, and prompts must come in as fast.
 
         Decodes beside a prompt cost little, since the weights are read anyway; a longer step costs them their pace.
         """
+        if self.target_itl_s is not None:
+            num_in_time = self.step_time.prompt_tokens_within(TARGET_SHARE * self.target_itl_s)
+            if num_in_time is not None:
+                return max(num_in_time, self.block_size)  # prompts move on in any case
         most = self.max_prefill_chunk
         num_tokens = min(most, max(most // 2, MIXED_TOKENS_PER_DECODE * num_decodes))
         return max(num_tokens - num_decodes, most // 4, 1)

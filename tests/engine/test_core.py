@@ -92,6 +92,13 @@ def test_greedy_tokens_equal_those_of_transformers(tiny_checkpoint, family: str,
     assert stats.prefix_cache_hits > 0
 
 
+def test_a_target_for_the_pause_changes_chunks_and_no_tokens(tiny_checkpoint):
+    folder = tiny_checkpoint("llama")
+    core = make_core(folder, target_itl_s=1e-6)
+    assert generate(core, make_prompts()) == generate(make_core(folder), make_prompts())
+    assert core.scheduler.step_time.prompt_tokens_within(1e-6) == 0, "steps have been timed, and take longer"
+
+
 def test_seeded_draws_do_not_depend_on_the_batch_or_a_restart(tiny_checkpoint):
     folder = tiny_checkpoint("llama")
     params = {"temperature": 0.9, "top_p": 0.95, "seed": 11}

@@ -154,6 +154,30 @@ def test_decodes_keep_their_pace_while_a_long_prompt_is_computed():
         assert scheduler.stats.batch_tokens <= 1 + scheduler.max_prefill_chunk
 
 
+@pytest.mark.parametrize(("target_s", "num_prompt_tokens"), [(0.200, 300), (0.050, 60), (0.001, BLOCK)])
+def test_prompts_are_computed_in_chunks_that_keep_the_pause_between_tokens(target_s, num_prompt_tokens):
+    """A step takes 10 ms, and half a millisecond for each token of a prompt; nobody has told the scheduler."""
+    scheduler = make_scheduler(
+        num_blocks=1000, max_model_len=3000, max_num_batched_tokens=400, max_prefill_chunk=100, target_itl_s=target_s
+    )
+    scheduler.add(request("short", [1, 2], max_tokens=500, ignore_eos=True))
+    device, results, chunks = Device(), deque(), []
+    for index in range(60):
+        if index == 3:
+            scheduler.add(request("long", [1] * 2500, max_tokens=2, ignore_eos=True))
+        batch = scheduler.schedule()
+        num_decodes = sum(each.num_tokens == 1 for each in batch.requests)
+        chunks.append(batch.num_tokens - num_decodes)
+        scheduler.note_time(batch, 0.010 + 0.0005 * chunks[-1])
+        results.append(device.run(batch))
+        scheduler.update(results.popleft(), {}, {})
+        if num_decodes and chunks[-1] and index > 5:
+            break
+    assert chunks[3] == 49, "at first as without a target"
+    assert chunks[-1] == pytest.approx(num_prompt_tokens, abs=25)
+    assert chunks[-1] == BLOCK or 0.010 + 0.0005 * chunks[-1] <= target_s
+
+
 def test_a_repeated_prompt_computes_only_what_the_cache_lacks():
     scheduler, device = make_scheduler(), Device()
     prompt = list(range(1, 12))
