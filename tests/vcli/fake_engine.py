@@ -1,6 +1,7 @@
 """An engine process without a model: it answers by repeating the prompt's tokens, over the real messages.
 
-FAKE_STEP_S and FAKE_LOAD_S set its pace; a request with cache_salt "die" ends the process, "fail" makes it report why.
+FAKE_STEP_S, FAKE_SEQUENCE_S (more for each sequence of a step) and FAKE_LOAD_S set its pace; a request with cache_salt
+"die" ends the process, "fail" makes it report why.
 """
 
 import os
@@ -56,8 +57,9 @@ def main(address: str) -> None:
                 requests[message.request_id] = message
                 done[message.request_id] = len(message.output_token_ids)
         if requests:
-            time.sleep(float(os.environ.get("FAKE_STEP_S", "0.001")))
             running = list(requests.values())[: config["max_num_seqs"]]
+            each_s = float(os.environ.get("FAKE_SEQUENCE_S", "0"))
+            time.sleep(float(os.environ.get("FAKE_STEP_S", "0.001")) + each_s * len(running))
             outputs = [next_output(request, done) for request in running]
             for output in outputs:
                 if output.finish_reason:

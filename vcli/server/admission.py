@@ -22,7 +22,7 @@ from vcli.server.protocol import ApiError
 RETRY_SOON_S = 1
 RETRY_LATER_S = 5  # a model loads or a server restarts in the meantime
 LONGEST_RETRY_S = 600
-WAIT_MARGIN = 1.25  # a wait takes longer than was foretold about as often as not
+MARGIN = 1.25  # things take longer than was foretold about as often as not, and an answer that is late is all in vain
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Place:
 
     admission: "Admission"
     max_tokens: int | None  # of each sequence
+    num_open: int  # sequences when it came, its own among them
     num_ends: int  # of other sequences that it has to wait for
     arrival_time: float  # time.monotonic()
     deadline_s: float | None  # from then on, for the whole answer
@@ -109,7 +110,7 @@ class Admission:
             message = f"the queue is full ({self.num_open:,} open requests, at most {limit:,})"
             raise self._reject_full("queue_full", message)
         num_ends = self._num_ends(num_sequences, priority)
-        place = Place(self, max_tokens, num_ends, arrival_time, deadline_s)
+        place = Place(self, max_tokens, self.num_open + num_sequences, num_ends, arrival_time, deadline_s)
         self._check_deadline(place, 0)
         self.num_open += num_sequences
         self._open_by_priority[priority] += num_sequences
@@ -149,19 +150,15 @@ class Admission:
             raise self._reject_full("queue_tokens_full", message)
 
     def _check_deadline(self, place: Place, num_prompt_tokens: int) -> None:
-        """Raises ApiError for an answer that would come too late.
-
-        Whoever need not wait may try: what is known was learned under more load, and is learned anew only by trying.
-        """
-        if place.deadline_s is None or not place.num_ends:
+        """Raises ApiError for an answer that would come too late."""
+        if place.deadline_s is None:
             return
-        wait_s = WAIT_MARGIN * self.forecast.wait_s(place.num_ends, self._num_places)
-        own_s = self.forecast.prefill_s(num_prompt_tokens) + self.forecast.decode_s(place.max_tokens)
-        needed_s = wait_s + own_s
+        wait_s = self.forecast.wait_s(place.num_ends, self._num_places)
+        needed_s = MARGIN * (wait_s + self.forecast.answer_s(num_prompt_tokens, place.max_tokens, place.num_open))
         left_s = place.arrival_time + place.deadline_s - time.monotonic()
         if needed_s > left_s:
             message = f"the answer would take about {needed_s:.2g} s and the request gives {place.deadline_s:g} s"
-            raise self._put_off("deadline_unreachable", 429, message, min(needed_s - left_s, wait_s))
+            raise self._put_off("deadline_unreachable", 429, message, needed_s - left_s)
 
     def _reject_full(self, reason: str, message: str) -> ApiError:
         return self._put_off(reason, 429, message, self._half_of_the_queue_s())
@@ -187,4 +184,5 @@ class Admission:
         return self._engine.ready.max_num_seqs if self._engine.ready else 1
 
     def _learn(self, timings: RequestTimings) -> None:
-        self.forecast.note(timings, others_wait=self._engine.stats.num_waiting > 0)
+        stats = self._engine.stats
+        self.forecast.note(timings, stats.num_running, others_wait=stats.num_waiting > 0)

@@ -18,16 +18,16 @@ class Forecast:
         self._token_s = RecentMean()
         self._place_s = RecentMean()  # for which a sequence holds its place in the batch
         self._gap_s = RecentMean()  # between two ends, while others wait
-        self._prefill_s = (
-            RecentLine()
-        )  # by prompt tokens; of those in the prefix cache, too: as many will be there again
+        self._prefill_s = RecentLine()  # by prompt tokens, those in the prefix cache as well: as many will be there
+        self._num_running = RecentMean()  # sequences, when one ended
         self._last_end: float | None = None  # since which others have waited
 
-    def note(self, timings: RequestTimings, others_wait: bool) -> None:
-        """Learn from a request that has ended, all of its sequences with it."""
+    def note(self, timings: RequestTimings, num_running: int, others_wait: bool) -> None:
+        """Learn from a request that has ended, all of its sequences with it. num_running: sequences beside it."""
         if not timings.first_token_time:
             return
         num_sequences = max(len(timings.finish_reasons), 1)
+        self._num_running.add(num_running + num_sequences, num_sequences)
         self._place_s.add(timings.last_token_time - timings.scheduled_time, num_sequences)
         self._prefill_s.add(timings.num_prompt_tokens, timings.first_token_time - timings.scheduled_time)
         if (num_later := timings.num_output_tokens - num_sequences) > 0:
@@ -42,6 +42,15 @@ class Forecast:
     def wait_s(self, num_ends: int, num_places: int) -> float:
         """Until so many of the sequences that are in have ended. num_places: that run at once."""
         return num_ends * (self._gap_s.value if self._gap_s.count else self._place_s.value / num_places)
+
+    def answer_s(self, num_prompt_tokens: int, max_tokens: int | None, num_running: int) -> float:
+        """From a sequence's start to its last token, so many running, itself among them.
+
+        Where fewer run than did when it was learned it takes less, in proportion at best: so that some are always let
+        in, and it is learned anew.
+        """
+        load = min(num_running / self._num_running.value, 1.0) if self._num_running.count else 1.0
+        return load * (self.prefill_s(num_prompt_tokens) + self.decode_s(max_tokens))
 
     def prefill_s(self, num_prompt_tokens: int) -> float:
         """From a sequence's start to its first token."""
