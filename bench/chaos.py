@@ -41,6 +41,7 @@ from engine.errors import UserError
 
 TIE = 0.25  # how far below the best one, in nats, a token may be that rounding has chosen: bf16 logits have 8 bits
 POLL_S = 0.02
+ON_THE_WAY_S = 0.5  # tokens may come so long after the end of the engine that made them
 LOADING_S = 0.6  # within which one that loads is killed
 
 
@@ -115,6 +116,7 @@ class _Run:
         self.requests = [self._request(slot) for slot in range(plan.num_streams)]
         self.kills: list[float] = []  # times, by time.perf_counter()
         self.killed: set[int] = set()
+        self.num_checks = 0  # requests of ours that drew one token each
         self.result = Chaos()
 
     def _request(self, slot: int) -> BenchRequest:
@@ -149,7 +151,8 @@ class _Run:
             finally:
                 killing.cancel()
             self.result.duration_s = round(time.perf_counter() - start, 1)
-            self.result.num_tokens_counted = _read_counter(await self.clients[0].get("/metrics"))
+            counted = _read_counter(await self.clients[0].get("/metrics"))
+            self.result.num_tokens_counted = counted - self.num_checks
         return self.result
 
     async def _exchange(self, slot: int) -> tuple[RequestRecord, Answer]:
@@ -177,6 +180,7 @@ class _Run:
         if answer != expected:
             result.num_other += 1
             result.num_wrong += not (self.plan.has_ties and await self._is_greedy(slot, answer.token_ids))
+            self.num_checks += self.plan.has_ties
 
     async def _is_greedy(self, slot: int, token_ids: list[int]) -> bool:
         """Is every token the best one after those before it, but for ties?"""
@@ -192,12 +196,9 @@ class _Run:
         return max(below) <= TIE
 
     def _note_pauses(self, record: RequestRecord, usual_s: float) -> None:
-        arrivals = [moment for moment, _ in record.chunks]
-        for before, after in itertools.pairwise(arrivals):
-            num_kills = bisect_right(self.kills, after) - bisect_right(self.kills, before)
-            if num_kills:
-                pauses = self.result.pauses_s if num_kills == 1 else self.result.long_pauses_s
-                pauses.append(max(0.0, after - before - usual_s))
+        alone, together = pauses([moment for moment, _ in record.chunks], self.kills)
+        self.result.pauses_s += [max(0.0, pause - usual_s) for pause in alone]
+        self.result.long_pauses_s += [max(0.0, pause - usual_s) for pause in together]
 
     async def _kill(self) -> None:
         async with aiohttp.ClientSession() as session:
@@ -228,6 +229,27 @@ class _Run:
             with contextlib.suppress(psutil.Error):
                 if child.pid not in self.killed and child.cmdline()[:1] == ["vcli: engine 0"]:
                     yield child.pid
+
+
+def pauses(arrivals: list[float], kills: list[float]) -> tuple[list[float], list[float]]:
+    """The silences of a stream that one kill made, and those in which several came. Times are of one clock, in order.
+
+    What is on its way when the engine ends still arrives: the silence is the longest one that begins until soon after.
+    """
+    if not arrivals:
+        return [], []
+    silences = dict[tuple[float, float], None]()
+    for kill in kills[bisect_right(kills, arrivals[0]) : bisect_right(kills, arrivals[-1])]:
+        first = bisect_right(arrivals, kill) - 1
+        last = max(first + 1, min(bisect_right(arrivals, kill + ON_THE_WAY_S), len(arrivals) - 1))
+        gaps = list(itertools.pairwise(arrivals[first : last + 1]))
+        if gaps:
+            silences[max(gaps, key=lambda gap: gap[1] - gap[0])] = None
+    alone, together = list[float](), list[float]()
+    for before, after in silences:
+        num_kills = bisect_right(kills, after) - bisect_right(kills, before - ON_THE_WAY_S)
+        (alone if num_kills <= 1 else together).append(after - before)
+    return alone, together
 
 
 def _gaps(record: RequestRecord) -> list[float]:
