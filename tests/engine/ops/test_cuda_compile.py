@@ -216,6 +216,7 @@ def test_products_of_many_rows_are_shared_out_evenly(rows, out, form, tiling):
     ("rows", "inputs", "out", "octets"),
     [
         (8, 4096, 4096, 4),  # as elsewhere
+        (1, 1024, 4096, 6),  # 86 tiles, of two steps
         (17, 4096, 4096, 4),
         (32, 2048, 1024, 2),
         (32, 1024, 4096, 0),  # rows too short,
@@ -231,6 +232,21 @@ def test_products_of_up_to_32_rows_have_a_kernel_on_hopper(rows, inputs, out, oc
 def test_an_order_of_inputs_takes_tiles_without_turns():
     tiling = gemm.many_rows_tiling(64, 4096, "plain", num_sms=132)
     assert gemm.many_rows_tiling(64, 4096, "plain", num_sms=132, in_order=True) == replace(tiling, groups=2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "out", "tiling"),
+    [
+        (64, 14_336, 4096, gemm.Tiling(64, 1, 1, 64, split=2)),  # 64 tiles, 128 blocks
+        (64, 2048, 1024, gemm.Tiling(64, 1, 2, 48, split=8)),
+        (128, 4096, 6144, gemm.Tiling(128, 2, 1, 64)),
+        (128, 4096, 4096, gemm.Tiling(128, 2, 1, 64, split=2)),
+        (96, 4096, 4096, None),
+        (64, 4096, 6144, None),
+    ],
+)
+def test_blocks_share_out_inputs_where_layers_are_faster_so(rows, inputs, out, tiling):
+    assert gemm.shared_tiling(rows, inputs, out, "plain", num_sms=132) == tiling
 
 
 @pytest.mark.parametrize("rows", gemm.MANY_ROWS)

@@ -45,10 +45,13 @@ def test_gated_activation(dtype, kind, dim):
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 @pytest.mark.parametrize(
     ("inputs", "out"),
-    [(4096, 6144), (14336, 4096), (1024, 151_936), (3072, 1024), (576, 960), (40, 8), (8, 24), (896, 4864), (104, 3)],
+    [
+        *[(4096, 6144), (14336, 4096), (1024, 151_936), (1024, 4096), (2048, 1024), (3072, 1024)],
+        *[(576, 960), (40, 8), (8, 24), (896, 4864), (104, 3)],
+    ],
 )
 def test_linear(dtype, inputs, out):
-    for rows in (1, 2, 7, 8, 9, 16, 17, 32, 100, 300):
+    for rows in (1, 2, 7, 8, 9, 16, 17, 32, 64, 100, 128, 300):
         cases.check_linear("cuda", dtype, rows, inputs, out, has_bias=rows % 2 == 0)
 
 
@@ -65,8 +68,8 @@ def test_random_tilings():
     draw = random.Random()
     for _ in range(150):
         groups, parts, rows = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice(gemm.MANY_ROWS)
-        cluster = draw.choice([1, 2])
-        tiling = gemm.Tiling(rows, groups, parts, draw.randrange(16, 64 * groups + 1, 8 * cluster), cluster)
+        cluster, split = draw.choice([(1, 1), (2, 1), (1, 2), (1, 8)])
+        tiling = gemm.Tiling(rows, groups, parts, draw.randrange(16, 64 * groups + 1, 8 * cluster), cluster, split)
         form = draw.choice(gemm.FORMS if parts == 2 else gemm.FORMS[:2])
         shape = draw.randint(1, 4 * rows), 8 * draw.randint(1, 700), 16 * draw.randint(1, 600)
         case = (draw.choice([BF16, F16]), tiling, form, *shape, draw.random() < 0.5)
