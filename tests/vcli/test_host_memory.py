@@ -2,8 +2,6 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
-
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.messages import AddRequest
@@ -52,8 +50,7 @@ def test_a_crowd_gets_its_tokens_though_blocks_go_to_the_host_and_an_engine_with
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         streams = [pool.submit(complete, server, index) for index in range(NUM_STREAMS)]
         server.wait_until(lambda: server.metric("vcli:kv_blocks_paged_in_total") > 0)
-        [engine] = psutil.Process(server.process.pid).children()
-        engine.kill()
+        server.engine.kill()
         assert [stream.result(timeout=120) for stream in streams] == expected
     assert server.metric("vcli:engine_restarts_total") == 1
     assert server.metric("vcli:num_preemptions_total") > 0
