@@ -128,7 +128,7 @@ def test_after_the_grace_time_the_request_is_aborted_and_forgotten(server):
     aborted = server.metric('vcli:request_success_total{finished_reason="abort"')
     seen, patient = Seen(), Seen()
     body = LONG | {"max_tokens": 150}
-    read(server, COMPLETIONS, body, seen, most=2, **{"X-Reconnect-Grace-Ms": "300"})
+    read(server, COMPLETIONS, body | {"max_tokens": 450}, seen, most=2, **{"X-Reconnect-Grace-Ms": "200"})
     read(server, COMPLETIONS, body, patient, most=2)
     server.wait_until(lambda: server.metric('vcli:request_success_total{finished_reason="abort"') == aborted + 1)
     reply = read(server, COMPLETIONS, body, seen)
