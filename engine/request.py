@@ -30,6 +30,9 @@ class Request:
     num_in_flight: int = 0  # tokens drawn by steps in flight: part of the sequence, value not known yet
     block_ids: list[int] = field(default_factory=list)
     num_registered_blocks: int = 0  # leading blocks that the prefix cache knows
+    has_found_blocks: bool = False  # others computed some of its blocks
+    computes_all: bool = False  # it takes no blocks of others any more
+    num_void: int = 0  # of the tokens in flight, those that are drawn after one that was none
     row: int = -1  # its place in the device tables while it runs
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first ran
     scheduled_time: float = 0.0  # time.monotonic() of its first step

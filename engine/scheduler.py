@@ -159,7 +159,7 @@ class Scheduler:
         logprobs: dict[int, TokenLogprob],
         prompt_logprobs: dict[int, list[TokenLogprob | None]],
     ) -> list[TokenOutput]:
-        """Take in the oldest step in flight: one token for each request that drew, in the batch's order; -1 ends it.
+        """Take in the oldest step in flight: one token for each request that drew, in the batch's order, -1 for none.
 
         logprobs and prompt_logprobs are keyed by the request's place among those.
         """
@@ -170,12 +170,13 @@ class Scheduler:
             request.num_in_flight -= 1
             if request.finish_reason is not None:
                 continue  # ended while this step was under way: the token is beyond its end
-            if token_id < 0:  # NaN or infinite logits: so may be what it keeps in the cache
-                self.pool.forget(request.prefix)
-                if self.host_tier is not None:
-                    self.host_tier.host_pool.forget(request.prefix)
-                self._finish(request, "error")
-                outputs.append(TokenOutput(request.request_id, [], finish_reason="error"))
+            if request.num_void:
+                request.num_void -= 1
+                continue
+            if token_id < 0:
+                if not self._starts_over(request):
+                    self._finish(request, "error")
+                    outputs.append(TokenOutput(request.request_id, [], finish_reason="error"))
                 continue
             request.token_ids.append(token_id)
             self._remember_full_blocks(request)
@@ -204,6 +205,24 @@ class Scheduler:
         if self.target_itl_s is not None:
             num_decodes = sum(request.num_tokens == 1 for request in batch.requests)
             self.step_time.add(num_decodes, batch.num_tokens - num_decodes, seconds)
+
+    def _starts_over(self, request: Request) -> bool:
+        """After NaN or infinite logits: whether they may be the fault of others; then it goes on without their blocks.
+
+        Who has NaN may leave it in blocks of the tokens before, too (attention multiplies masked values with 0), and
+        others take those up before anybody knows.
+        """
+        self.pool.forget(request.prefix)
+        if self.host_tier is not None:
+            self.host_tier.host_pool.forget(request.prefix)
+        if request.computes_all or not request.has_found_blocks:
+            return False
+        request.computes_all = True
+        request.num_cached_tokens = 0
+        request.num_void = request.num_in_flight
+        if request.row >= 0:
+            self._preempt(request)
+        return True
 
     def _prefill_beside(self, num_decodes: int) -> int:
         """Prompt tokens for a step that also decodes: many decodes end soon, and prompts must come in as fast.
@@ -257,6 +276,7 @@ class Scheduler:
         request.block_ids = prefix
         request.num_computed_tokens = num_cached
         request.num_registered_blocks = len(prefix)
+        request.has_found_blocks = bool(prefix)
         request.row = self.free_rows.popleft()
         if not request.scheduled_time:
             request.scheduled_time = time.monotonic()
@@ -282,8 +302,8 @@ class Scheduler:
         return room_to_grow(ends, self.block_size) <= num_free
 
     def _find_prefix(self, request: Request) -> list[int]:
-        if request.params.prompt_logprobs is not None:
-            return []  # every prompt position must pass through the model
+        if request.params.prompt_logprobs is not None or request.computes_all:
+            return []  # every position must pass through the model
         longest = (len(request.token_ids) - 1) // self.block_size  # one token at least must be computed
         return self.pool.find(request.prefix, request.token_ids, longest)
 
@@ -292,7 +312,7 @@ class Scheduler:
 
         They are no more than the step would compute at most: what comes back takes less time than that.
         """
-        if self.host_tier is None or request.params.prompt_logprobs is not None:
+        if self.host_tier is None or request.params.prompt_logprobs is not None or request.computes_all:
             return False
         request.prefix.extend(request.token_ids)
         longest = (len(request.token_ids) - 1) // self.block_size

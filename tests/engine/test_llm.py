@@ -134,6 +134,20 @@ def test_nan_ends_the_request_that_has_it_and_no_other(llm: LLM, spoilt_checkpoi
         assert_nothing_left(spoilt)
 
 
+def test_nan_in_the_blocks_of_a_common_prefix_is_not_the_end_of_others(llm: LLM, spoilt_checkpoint: Path):
+    """The spoilt prompt is computed in two chunks; the second spoils a block that the last prompt has found already."""
+    other, common = list(range(10, 54)), [5, 6, 7, 8]
+    prompts = [{"prompt_token_ids": ids} for ids in (other, common * 9 + [SPOILT_TOKEN], common * 10)]
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logit_bias={SPOILT_TOKEN: -100})
+    spoilt = LLM(str(spoilt_checkpoint), max_num_seqs=8, max_num_batched_tokens=64, max_prefill_chunk=64, **OPTIONS)
+    first, failed, last = spoilt.generate(prompts, params, use_tqdm=False)
+    assert failed.outputs[0].finish_reason == "error"
+    sound = llm.generate(prompts, params, use_tqdm=False)
+    assert first.outputs[0].token_ids == sound[0].outputs[0].token_ids
+    assert last.outputs[0].token_ids == sound[2].outputs[0].token_ids
+    assert_nothing_left(spoilt)
+
+
 def test_without_a_tokenizer_ids_go_in_and_come_out(llm: LLM, folder: Path):
     bare = LLM(str(folder), skip_tokenizer_init=True, **OPTIONS)
     prompt = {"prompt_token_ids": llm.tokenizer.encode("hello")}

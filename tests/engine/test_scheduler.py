@@ -16,11 +16,14 @@ from engine.scheduler import Scheduler
 BLOCK = 4
 EOS = 0
 SPOILT = 100  # a token of prompts after which logits turn into NaN, at once or later
+TAINTS = 101  # one whose NaN gets into all keys that are computed in the same chunk, and from there into other ones
 
 
 def model(tokens: list[int]) -> int:
     """The next token: any function of the whole sequence. 0 ends it, -1 stands for none at all."""
     drawn = hash(tuple(tokens))
+    if TAINTS in tokens:
+        return -1
     return -1 if SPOILT in tokens and drawn % 4 == 0 else drawn % 23
 
 
@@ -47,6 +50,7 @@ class Device:
     num_computed: int = 0  # tokens
     tokens: dict[int, list[int]] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
+    tainted: set[int] = field(default_factory=set)  # slots
 
     def run(self, batch: ScheduledBatch) -> list[int]:
         for block_id, host_id in batch.paged_out:
@@ -71,8 +75,14 @@ class Device:
         assert sizes == sorted(sizes, key=lambda size: size > 1), "decodes come first"
         for request in batch.requests:
             self.tables[request.row].extend(request.block_ids)
-            for position in range(request.start, request.start + request.num_tokens):
+            computed = range(request.start, request.start + request.num_tokens)
+            self.tainted.difference_update(self._slot(request.row, position) for position in computed)
+            for position in computed:
                 self.slots[self._slot(request.row, position)] = tuple(self.tokens[request.row][: position + 1])
+        for request in [*batch.requests, *batch.requests]:  # what one taints another may read, whichever comes first
+            end = request.start + request.num_tokens
+            if TAINTS in self.tokens[request.row][request.start : end] or self._is_tainted(request.row, end):
+                self.tainted |= {self._slot(request.row, position) for position in range(request.start, end)}
         drawn = []
         for request in batch.requests:
             tokens, end = self.tokens[request.row], request.start + request.num_tokens
@@ -80,9 +90,12 @@ class Device:
                 assert self.slots[self._slot(request.row, position)] == tuple(tokens[: position + 1])
             if request.samples:
                 assert end == len(tokens)
-                drawn.append(model(tokens))
+                drawn.append(-1 if self._is_tainted(request.row, end) else model(tokens))
                 tokens.append(max(drawn[-1], 0))
         return drawn
+
+    def _is_tainted(self, row: int, end: int) -> bool:
+        return any(self._slot(row, position) in self.tainted for position in range(end))
 
     def _slot(self, row: int, position: int) -> int:
         return self.tables[row][position // BLOCK] * BLOCK + position % BLOCK
@@ -260,6 +273,21 @@ def test_a_request_without_a_token_ends_and_its_blocks_are_not_found_again():
     assert run(scheduler, device)[0].num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_nan_in_shared_blocks_is_not_their_next_owners_fault(depth: int):
+    """Both come at once: the blocks of their prefix are computed with the token that taints them, and found at once."""
+    scheduler, device = make_scheduler(max_num_batched_tokens=40, max_prefill_chunk=40), Device()
+    prefix, sound = list(range(1, 12)), SamplingParams(max_tokens=6, ignore_eos=True)
+    scheduler.add(request("taints", [*prefix, TAINTS], max_tokens=6))
+    for name in ("a", "b"):
+        scheduler.add(request(name, [*prefix, 1, 2], max_tokens=6, ignore_eos=True))
+    outputs = run(scheduler, device, depth)
+    assert tokens_of(outputs, "taints") == [-1]
+    for name in ("a", "b"):
+        assert tokens_of(outputs, name) == expected_output([*prefix, 1, 2], sound, 40)
+    assert device.tainted, "or the story is another one"
+
+
 def test_waste_counts_the_empty_ends_of_last_blocks():
     scheduler, device, results = make_scheduler(), Device(), deque()
     scheduler.add(request("r", [1, 2, 3, 4, 5], max_tokens=9, ignore_eos=True))
@@ -351,7 +379,7 @@ arrivals = st.lists(
         st.integers(-1, 1),  # priority
         st.one_of(st.none(), st.integers(0, 25)),  # the step after its arrival at which it is aborted
         st.booleans(),  # ignore_eos
-        st.booleans(),  # spoilt
+        st.sampled_from([None, None, SPOILT, TAINTS]),  # its prompt's last token, instead of its own
     ),
     min_size=1,
     max_size=14,
@@ -404,10 +432,10 @@ def test_every_request_gets_its_own_tokens_whatever_happens_around_it(
     device, results, outputs = Device(chance=chance), deque(), []
     requests, aborts = {}, {}
     for clock in range(3000):
-        for i, (at, prefix, length, max_tokens, priority, abort_after, ignore_eos, is_spoilt) in enumerate(arrivals):
+        for i, (at, prefix, length, max_tokens, priority, abort_after, ignore_eos, last) in enumerate(arrivals):
             if at == clock:
                 prompt = [*prefixes[prefix][: length // 2], *range(1, length - length // 2 + 1)][: max_model_len - 1]
-                prompt[-1] = SPOILT if is_spoilt else prompt[-1]
+                prompt[-1] = last or prompt[-1]
                 requests[f"r{i}"] = request(
                     f"r{i}", prompt, max_tokens=max_tokens, ignore_eos=ignore_eos, priority=priority
                 )
