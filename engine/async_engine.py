@@ -378,6 +378,8 @@ class AsyncEngine:
             elif isinstance(message, messages.Ready):
                 self._engine_ready, self._has_served = message, True
                 self._loop.call_later(STANDBY_AFTER_S, self._start_standby)
+                if self._quarantine.is_trying:
+                    self.progress = ("trying requests one by one", 0.0)
                 if not self._is_loaded:
                     self.progress = ("loading the tokenizer", 0.0)
                     self.timeline.begin("engine", "ready")

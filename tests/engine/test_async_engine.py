@@ -429,6 +429,7 @@ def test_a_trial_ends_when_its_client_leaves(folder: Path):
             waits = asyncio.create_task(tokens_of(engine.submit(FOX, params(max_tokens=20))))
             await until(lambda: engine._quarantine.on_trial is bad.state and engine._engine_ready is not None)
             assert engine.is_restarting
+            assert engine.progress == ("trying requests one by one", 0.0)
             await asyncio.sleep(0.3)  # it hangs already
             late = asyncio.create_task(tokens_of(engine.submit([7], params())))
             bad.abort()
