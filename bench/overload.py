@@ -31,6 +31,7 @@ from bench.environment import environment
 from bench.run_async import run_async
 from bench.server import running_server
 from engine.errors import UserError
+from engine.hub import resolve_model
 
 OUTCOMES = {
     "completed": "a whole answer, of the tokens asked for, within its deadline",
@@ -319,11 +320,12 @@ def main(arguments: list[str]) -> int:
     try:
         if options.output:
             output.check(options.output, [".json"])
+        model = Path(resolve_model(options.model)).stem
         served = [*filter(None, [options.model]), "--max-num-seqs", str(plan.num_users), *flags]
         with running_server(served) as url:
             rows = run_async(measure(url, plan, print_row))
         found = failures(rows)
-        result = {"kind": "overload", "model": options.model, "rows": rows, "failures": found}
+        result = {"kind": "overload", "model": model, "rows": rows, "failures": found}
         result |= {"outcomes": OUTCOMES, "environment": env}
         if options.output:
             output.write(options.output, {".json": lambda: json.dumps(result, indent=2) + "\n"})
