@@ -320,7 +320,7 @@ def main(arguments: list[str]) -> int:
     try:
         if options.output:
             output.check(options.output, [".json"])
-        model = Path(resolve_model(options.model)).stem
+        model = options.model or Path(resolve_model("")).stem
         served = [*filter(None, [options.model]), "--max-num-seqs", str(plan.num_users), *flags]
         with running_server(served) as url:
             rows = run_async(measure(url, plan, print_row))
