@@ -32,17 +32,18 @@ def test_a_request_that_ends_engines_fails_alone_and_32_streams_go_on(start_serv
     flags = ("--device", "cpu", "--dtype", "float32", "--kv-cache-memory", "16MiB")
     server = start_server(*flags, model=tiny_checkpoint("llama"), script=SERVE_WITH_POISON).wait_ready()
 
-    def ask(prompt: list[int], index: int = 0) -> httpx.Response:
-        asked = {"prompt": prompt, "max_tokens": 200, "temperature": index % 2, "seed": index, "ignore_eos": True}
-        return server.post("/v1/completions", json=asked | {"return_token_ids": True})
+    def ask(prompt: list[int] | list[list[int]]) -> httpx.Response:
+        asked = {"prompt": prompt, "max_tokens": 400, "seed": 3, "ignore_eos": True, "return_token_ids": True}
+        return server.post("/v1/completions", json=asked)
 
     def ask_all() -> list[list[int]]:
-        replies = pool.map(lambda index: ask([5 + index] * 20, index), range(32))
-        return [reply.json()["choices"][0]["token_ids"] for reply in replies]
+        choices = ask([[5 + index] * 20 for index in range(32)]).json()["choices"]
+        return [choice["token_ids"] for choice in choices]
 
-    with ThreadPoolExecutor(33) as pool:
+    with ThreadPoolExecutor(1) as pool:
         undisturbed = ask_all()
-        disturbed = pool.submit(lambda: list(ask_all()))
+        assert [len(token_ids) for token_ids in undisturbed] == [400] * 32
+        disturbed = pool.submit(ask_all)
         server.wait_until(lambda: server.metric("vcli:num_requests_running") == 32)
         poisoned = ask([POISON, 7, 7])
         assert disturbed.result(120) == undisturbed
