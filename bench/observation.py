@@ -62,6 +62,10 @@ class Observation:
     dtype: str
 
 
+def broken(name: str) -> UserError:
+    return UserError(f"{name} makes logits of the text that are no numbers: its weights are broken")
+
+
 def observe(
     engine: EngineConfig,
     windows: Tensor,
@@ -70,9 +74,10 @@ def observe(
 ) -> Observation:
     """Run the windows [windows, length] of a text through a checkpoint, and time it. given: states of the other one.
 
-    Raises UserError, as starting an engine does.
+    Raises UserError, as starting an engine does, and for weights that make no numbers.
     """
     path = resolve_model(engine.model, engine.revision)
+    name = path.stem if path.is_file() else path.name
     core = EngineCore(replace(engine, model=str(path), skip_tokenizer_init=True), on_progress)
     model, ready, length = core.worker.model, core.ready, windows.shape[1]
     if ready.max_model_len < length:
@@ -84,6 +89,9 @@ def observe(
     for i, window in enumerate(windows):
         on_progress("reading the text", i / len(windows))
         hidden.append(torch.cat([chunk.cpu() for chunk in last_hidden_states(core, window)]))
+    with torch.inference_mode():
+        if not model.logits(hidden[0][-1:].to(core.worker.device)).isfinite().all():
+            raise broken(name)  # and not a sentence of what runs next
     first_tokens = windows[0, :LAYER_TOKENS]
     states = layer_states(core, first_tokens)
     is_alike = given is not None and [state.x.shape for state in given] == [state.x.shape for state in states]
@@ -95,7 +103,7 @@ def observe(
     gc.collect()
     torch.cuda.empty_cache()
     return Observation(
-        name=path.stem if path.is_file() else path.name,
+        name=name,
         vocab_size=ready.vocab_size,
         logits=model.logits,
         hidden=torch.stack(hidden),

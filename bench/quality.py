@@ -225,6 +225,8 @@ def compare(
     """
     import torch
 
+    from bench.observation import broken
+
     device, length = torch.device(second.device), windows.shape[1]
     num_rows = max(LOGITS_BYTES // (4 * first.vocab_size), 1)
     parts = []
@@ -240,7 +242,7 @@ def compare(
     *nll, kl, agrees = torch.cat(parts, dim=1).numpy()
     for observation, costs in zip((first, second), nll, strict=True):
         if not np.isfinite(costs).all():
-            raise UserError(f"{observation.name} makes logits of the text that are no numbers: its weights are broken")
+            raise broken(observation.name)
     return Scores(dict(zip(("before", "after"), nll, strict=True)), kl, agrees)
 
 

@@ -126,7 +126,7 @@ def test_a_closed_loop_keeps_its_requests_under_way(tiny_checkpoint):
     core = EngineCore(tiny_engine(tiny_checkpoint("llama")))
     loop = ClosedLoop(core, endless(20, 10), concurrency=5, tokenizer=None)
 
-    run = loop.run(seconds=0.2)
+    run = loop.run(seconds=1.0)
     steps = run.steps[5:]
 
     assert max(step.num_running for step in steps) <= 5
