@@ -23,7 +23,6 @@ from engine.request import Request
 from engine.step_time import StepTime
 
 TARGET_SHARE = 0.85  # of the pause to keep, for a step beside decodes: half of the steps take longer than was foretold
-
 MIXED_TOKENS_PER_DECODE = 8  # tokens of a step that prefills beside decodes: prompts of 7 times their output keep up
 
 
@@ -62,9 +61,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.free_rows = deque(range(max_num_seqs))
         self.answer_length = AnswerLength()
-        self._put_off: Request | None = (
-            None  # for want of room to grow: nothing changes until somebody gives blocks back
-        )
+        # For want of room to grow: that changes when somebody gives blocks back.
+        self._put_off: Request | None = None
         self.in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that draw a token
         self.stats = EngineStats(num_blocks=num_blocks)
         self._num_arrivals = 0
