@@ -234,7 +234,8 @@ async def _drive(task: _Task, turnstile: SharedTurnstile, start: float, on_recor
         async with lag.watching():
             if load.concurrency is not None:
                 num_users = len(range(task.rank, load.concurrency, task.num_processes))
-                await closed_loop(client, task.requests, num_users, turnstile, on_record)
+                num_begun = load.concurrency if load.duration_s is not None else 0  # where the ramp-up does not count
+                await closed_loop(client, task.requests, num_users, turnstile, on_record, num_begun)
             else:
                 moments = _own_moments(task, start)
                 await open_loop(client, task.requests, moments, turnstile, lag, on_record)

@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from bench.workloads import BenchRequest
+from bench.workloads import BenchRequest, begun
 from engine.core import EngineCore
 from engine.errors import UserError
 from engine.messages import AddRequest, TokenOutput
@@ -115,9 +115,7 @@ class ClosedLoop:
                 "lower --input-len or --output-len, or raise --max-model-len"
             )
         if self.num_sent < self.concurrency:
-            # The first ones end one after the other, as if they had been under way for a while: no waves of prompts.
-            share = (self.num_sent + 1) / self.concurrency
-            request = replace(request, output_len=max(1, round(request.output_len * share)))
+            request = begun(request, self.num_sent, self.concurrency)
         params = SamplingParams(
             temperature=request.temperature,
             max_tokens=request.output_len,

@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.client import LoadClient
 from bench.metrics import RequestRecord
-from bench.workloads import BenchRequest, next_turn
+from bench.workloads import BenchRequest, begun, next_turn
 
 LAG_PERIOD_S = 0.01
 TIMER_RESOLUTION_S = 0.001  # event loops round their timers up to milliseconds: so much is no lag
@@ -53,13 +53,24 @@ class Turnstile(Protocol):
 
 
 async def closed_loop(
-    client: LoadClient, requests: Sequence[BenchRequest], num_users: int, turnstile: Turnstile, on_record: OnRecord
+    client: LoadClient,
+    requests: Sequence[BenchRequest],
+    num_users: int,
+    turnstile: Turnstile,
+    on_record: OnRecord,
+    num_begun: int = 0,
 ) -> None:
-    """Keep `num_users` requests under way as long as there are any."""
+    """Keep `num_users` requests under way as long as there are any.
+
+    num_begun: of the first requests of all processes, which are sent as if they had been under way for a while.
+    """
 
     async def user() -> None:
         while (index := turnstile.take()) is not None:
-            await converse(client, nth_request(requests, index), turnstile, on_record)
+            request = nth_request(requests, index)
+            if index < num_begun:
+                request = begun(request, index, num_begun)
+            await converse(client, request, turnstile, on_record)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(num_users):

@@ -32,7 +32,8 @@ STEADY_DEFINITION = {
 # What takes the place of throughput in a run of a certain time.
 WINDOW_DEFINITIONS = {
     "window": "what counts: after ramp-up (until as many requests have ended as are under way) and before ramp-down "
-    "(no more are sent); latencies are of requests sent in it, ITL is of tokens that came in it",
+    "(no more are sent); latencies are of requests sent in it, ITL is of tokens that came in it; the first requests of "
+    "a closed loop are cut short, each less than the one before, so that the next ones do not come in waves",
     "throughput": "of completed requests, what came in the window, per second of it",
 }
 GOODPUT_DEFINITION = {

@@ -57,6 +57,14 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)  # empty where the server does not tell
 
 
+def begun(request: BenchRequest, index: int, concurrency: int) -> BenchRequest:
+    """One of the first requests of a closed loop, cut so that they end one after the other.
+
+    Else requests of one length would all end together and the next ones come in waves, in each run other ones.
+    """
+    return replace(request, output_len=max(1, round(request.output_len * (index + 1) / concurrency)))
+
+
 def next_turn(request: BenchRequest, answer: Answer) -> BenchRequest | None:
     """The turn after a request, with all that was said before in front of it."""
     then = request.then

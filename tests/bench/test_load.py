@@ -1,12 +1,15 @@
 """When requests are sent: arrivals by their distribution, repeats by their number."""
 
+import asyncio
 import itertools
 import math
+from collections import Counter
 
 import pytest
 
 from bench.client_processes import num_processes
-from bench.load import Load, arrivals, nth_request
+from bench.load import Load, arrivals, closed_loop, nth_request
+from bench.metrics import RequestRecord
 from bench.workloads import BenchRequest, random_requests
 
 REQUESTS = random_requests(100, input_len=4, output_len=100, vocab_size=1000, seed=0)
@@ -45,6 +48,43 @@ def test_a_list_that_is_gone_through_again_knows_how_often():
     found = [nth_request(requests, index) for index in range(5)]
 
     assert [(request.prompt, request.repeat) for request in found] == [([7], 0), ([8], 0), ([7], 1), ([8], 1), ([7], 2)]
+
+
+@pytest.mark.parametrize(("num_begun", "most_at_once"), [(0, 8), (8, 1)])
+def test_requests_of_one_length_come_in_waves_unless_the_first_ones_are_sent_as_if_they_had_begun(
+    num_begun: int, most_at_once: int
+):
+    """Eight users of a server that makes a token of each request in each step."""
+    sent: Counter[int] = Counter()  # requests, by the step in which they came
+
+    class Server:
+        step = 0
+
+        async def exchange(self, request: BenchRequest) -> tuple[RequestRecord, None]:
+            sent[self.step] += 1
+            end = self.step + request.output_len
+            while self.step < end:
+                await asyncio.sleep(0)
+            return RequestRecord(sent=0.0), None
+
+    class Turns:
+        is_closed = False
+        numbers = iter(range(80))
+
+        def take(self) -> int | None:
+            return next(self.numbers, None)
+
+    async def run() -> None:
+        server = Server()
+        load = closed_loop(server, [BenchRequest(16, [7])], 8, Turns(), lambda record: None, num_begun)  # type: ignore[arg-type]
+        task = asyncio.create_task(load)
+        while not task.done():
+            for _ in range(20):  # all that can be done within a step is done
+                await asyncio.sleep(0)
+            server.step += 1
+
+    asyncio.run(run())
+    assert max(num for step, num in sent.items() if step > 0) == most_at_once
 
 
 @pytest.mark.parametrize(
