@@ -17,10 +17,11 @@ LIBRARIES ?= gptqmodel llm-compressor autoawq auto-gptq aiperf
 serve: setup
 	$(BIN)/vcli serve $(ARGS)
 
-# Kernels are compiled and emulated by a process for each core. What starts servers and measures runs one by one.
+# The engine's tests run in a process for each core, of which compiled and emulated kernels take the most. What starts
+# servers and measures runs one by one.
 test: setup
-	$(BIN)/python -m pytest tests/engine/ops -n auto
-	$(BIN)/python -m pytest tests --ignore tests/engine/ops
+	$(BIN)/python -m pytest tests/engine -n auto
+	$(BIN)/python -m pytest tests --ignore tests/engine
 
 lint: setup
 	$(BIN)/ruff check .
