@@ -230,7 +230,8 @@ def _main(task: _Task, turnstile: SharedTurnstile, pipe: Connection) -> None:
 async def _drive(task: _Task, turnstile: SharedTurnstile, start: float, on_record: OnRecord) -> LagMeter:
     lag, load = LagMeter(), task.load
     async with LoadClient(**task.client) as client:
-        await asyncio.sleep(max(0.0, start - client.clock()))
+        while (left := start - client.clock()) > 0:  # event loops may wake up a little early
+            await asyncio.sleep(left)
         async with lag.watching():
             if load.concurrency is not None:
                 num_users = len(range(task.rank, load.concurrency, task.num_processes))
