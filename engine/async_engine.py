@@ -3,10 +3,10 @@
 The engine runs in a process of its own. Its messages are decoded and turned into text on the link's thread, a whole
 step at a time, and reach the event loop with one call, so that the loop never waits for either. What is known about a
 request lives here, from `submit` until its last token or an abort: when the engine dies another one is started, and
-gets every unfinished request with the tokens that it has given; its process stands by with the imports done. What
-always holds: a stream loses no token, and none comes twice. The tokens that follow are those that would have come, as
-far as a result does not depend on what else is in a batch: sampling is a function of seed and position. A request that
-ends engines is found, and fails alone (quarantine.py).
+gets every unfinished request with the tokens that it has given; its process stands by (standby.py). What always holds:
+a stream loses no token, and none comes twice. The tokens that follow are those that would have come, as far as a result
+does not depend on what else is in a batch: sampling is a function of seed and position. A request that ends engines is
+found, and fails alone (quarantine.py).
 """
 
 import asyncio
@@ -19,17 +19,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import TracebackType
 
 from engine import messages
 from engine.config import EngineConfig
-from engine.errors import InvalidLogitsError, UserError
+from engine.errors import EngineDeadError, InvalidLogitsError, UserError
 from engine.hub import resolve_model
 from engine.intake import make_requests
-from engine.link import EngineLink
-from engine.outputs import OutputDelta, RequestOutput, RequestState, RequestTimings
+from engine.link import EngineLink, describe_exit
+from engine.outputs import OutputDelta, RequestState, RequestTimings
 from engine.quarantine import Quarantine, QuarantinedError
+from engine.request_stream import RequestStream
 from engine.sampling_params import SamplingParams
+from engine.standby import Standby
 from engine.timeline import Timeline
 from engine.tokenizer import Tokenizer
 
@@ -38,10 +39,6 @@ RESTART_POLL_S = 0.02
 LOADING_TIMEOUT_S = 120.0  # of silence, from an engine that loads what another one had loaded before
 STANDBY_AFTER_S = 0.5  # the first requests go before it
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # ends that no request brings about: operators, too little memory
-
-
-class EngineDeadError(Exception):
-    """The engine process is gone for good, and with it every request that it had; the message says why."""
 
 
 class AsyncEngine:
@@ -76,7 +73,7 @@ class AsyncEngine:
         self.num_restarts = 0
         self.num_waiting_tokens = 0  # of the prompts whose first token has not come
         self._link = link
-        self._standby: EngineLink | None = None  # to a process that is ready to become the next engine
+        self._standby = Standby()
         self._engine_ready: messages.Ready | None = None  # the engine's part of being ready
         self._is_restart_wanted = False
         self._has_served = False  # the engine at hand has come as far as running requests
@@ -142,7 +139,7 @@ class AsyncEngine:
         prompt: str = "",
         priority: int = 0,
         cache_salt: str = "",
-    ) -> "RequestStream":
+    ) -> RequestStream:
         """Send a request to the engine.
 
         Raises ValueError for one that cannot run, QuarantinedError for one like it ended the engine, EngineDeadError
@@ -167,7 +164,8 @@ class AsyncEngine:
         if not self._sequences:
             self._last_sign = time.monotonic()
         state = RequestState(request_id or engine_id, prompt or None, requests, self.tokenizer)
-        stream = RequestStream(self, state)
+        stream = RequestStream(state, on_start=self._leave_queue, on_abort=self._abort)
+        self.num_waiting_tokens += state.timings.num_prompt_tokens
         with self._lock:
             for index, request in enumerate(requests):
                 self._sequences[request.request_id] = (stream, index)
@@ -199,8 +197,7 @@ class AsyncEngine:
             self._watch.cancel()
         self._failure = self._failure or "the engine was shut down"
         wait_s = 5.0 if self.ready else 0.0  # an engine that loads its model hears nothing
-        if self._standby is not None:
-            await asyncio.to_thread(self._standby.close, 0.0)
+        await asyncio.to_thread(self._standby.close)
         await asyncio.to_thread(self._link.close, wait_s)
 
     def _free_id(self, request_id: str, n: int) -> str:
@@ -210,12 +207,15 @@ class AsyncEngine:
             free = f"{request_id}.{secrets.token_hex(4)}"
         return free
 
-    def _abort(self, stream: "RequestStream") -> None:
+    def _leave_queue(self, stream: RequestStream) -> None:
+        self.num_waiting_tokens -= stream.state.timings.num_prompt_tokens
+
+    def _abort(self, stream: RequestStream) -> None:
         num_aborted = self._drop(stream)
         stream.state.timings.finish_reasons += ["abort"] * num_aborted
         self._finished(stream)
 
-    def _drop(self, stream: "RequestStream") -> int:
+    def _drop(self, stream: RequestStream) -> int:
         """Forget a request, here and in the engine; how many of its sequences were still running."""
         with self._lock:
             running = self._forget(stream)
@@ -223,7 +223,7 @@ class AsyncEngine:
                 self._end_trial()
         return len(running)
 
-    def _forget(self, stream: "RequestStream") -> list[str]:
+    def _forget(self, stream: RequestStream) -> list[str]:
         """Take a request's sequences from here and from the engine; the engine's ids of those that were running."""
         request_ids = [sequence.request.request_id for sequence in stream.state.sequences]
         running = [request_id for request_id in request_ids if self._sequences.pop(request_id, None)]
@@ -246,17 +246,17 @@ class AsyncEngine:
                 stream.state.num_tokens_at_start = stream.state.timings.num_output_tokens
                 self._link.send(stream.state.sequences[index].unfinished_request())
 
-    def _unfinished(self) -> "list[tuple[RequestStream, int]]":
+    def _unfinished(self) -> list[tuple[RequestStream, int]]:
         """The sequences, in the order in which the engine serves them."""
 
-        def order(entry: "tuple[RequestStream, int]") -> tuple[int, float]:
+        def order(entry: tuple[RequestStream, int]) -> tuple[int, float]:
             stream, index = entry
             request = stream.state.sequences[index].request
             return request.priority if self.config.scheduling_policy == "priority" else 0, request.arrival_time
 
         return sorted(self._sequences.values(), key=order)
 
-    def _maybe_running(self) -> "list[tuple[RequestStream, int]]":
+    def _maybe_running(self) -> list[tuple[RequestStream, int]]:
         """The sequences that were in the engine's running batch, and others if it was smaller than it may be."""
         assert self.ready is not None
         return [
@@ -265,7 +265,7 @@ class AsyncEngine:
             if place < self.ready.max_num_seqs or stream.state.sequences[index].token_ids
         ]
 
-    def _finished(self, stream: "RequestStream") -> None:
+    def _finished(self, stream: RequestStream) -> None:
         for callback in self.on_finish:
             callback(stream.state.timings)
 
@@ -311,7 +311,7 @@ class AsyncEngine:
                 controls.append(message)
         self._loop.call_soon_threadsafe(self._deliver, deltas, controls)
 
-    def _take(self, outputs: list[messages.TokenOutput], deltas: "dict[RequestStream, list[OutputDelta]]") -> None:
+    def _take(self, outputs: list[messages.TokenOutput], deltas: dict[RequestStream, list[OutputDelta]]) -> None:
         """Turn one step's tokens into text. A sequence that met its stop string is taken from the engine."""
         now = time.monotonic()
         stopped = []
@@ -367,9 +367,10 @@ class AsyncEngine:
 
     # On the loop.
 
-    def _deliver(self, deltas: "dict[RequestStream, list[OutputDelta]]", controls: list[messages.FromEngine]) -> None:
+    def _deliver(self, deltas: dict[RequestStream, list[OutputDelta]], controls: list[messages.FromEngine]) -> None:
         for stream, gained in deltas.items():
-            stream._deliver(gained)
+            if stream.deliver(gained):
+                self._finished(stream)
         for message in controls:
             if isinstance(message, messages.Progress):
                 self.progress = (message.stage, message.fraction)
@@ -387,11 +388,11 @@ class AsyncEngine:
             elif isinstance(message, messages.Failed):
                 self._failure = message.error
 
-    def _end_alone(self, stream: "RequestStream", error: Exception) -> None:
+    def _end_alone(self, stream: RequestStream, error: Exception) -> None:
         """A request has failed and is dropped; nobody else is concerned."""
-        if stream._num_running == 0 or stream._error is not None:
+        if stream.is_finished:
             return  # aborted meanwhile
-        stream._fail(error)
+        stream.fail(error)
         reasons = stream.state.timings.finish_reasons
         reasons += ["error"] * (len(stream.state.sequences) - len(reasons))
         self._finished(stream)
@@ -463,10 +464,7 @@ class AsyncEngine:
         self._last_sign = time.monotonic()
         self.stats = self._stats_before = self.stats.counts()
         self._engine_ready, self._has_served = None, False
-        if self._standby is not None and self._standby.is_warm:
-            self._link, self._standby = self._standby, None
-        else:  # one that imports at its leisure would be late
-            self._link = EngineLink(self._link.command)
+        self._link = self._standby.take(self._link.command)
         self._link.open(self._on_messages, self._on_exit)
         self._link.send(self._next_start())
         self._quarantine.begin(dict.fromkeys(stream.state for stream, _ in self._unfinished()))
@@ -475,13 +473,8 @@ class AsyncEngine:
             callback(reason)
 
     def _start_standby(self) -> None:
-        if self._link is None or self._max_restarts == 0 or self._is_closing:
-            return
-        if self._standby is not None and self._standby.process.poll() is not None:
-            self._standby.close(0.0)
-            self._standby = None
-        if self._standby is None:
-            self._standby = EngineLink(self._link.command, is_standby=True)
+        if self._link is not None and self._max_restarts > 0 and not self._is_closing:
+            self._standby.start(self._link.command)
 
     def _next_start(self) -> messages.Start:
         """What an engine is told that takes over: what the first one measured holds, as the requests rely on it."""
@@ -500,107 +493,4 @@ class AsyncEngine:
         open_streams = dict.fromkeys(stream for stream, _ in self._sequences.values())
         self._sequences.clear()
         for stream in open_streams:
-            stream._fail(EngineDeadError(self.error))
-
-
-class RequestStream:
-    """The tokens of one request as they come: an async iterator of all that is new, and a context that aborts at exit.
-
-    `async with engine.submit(...) as stream: async for deltas in stream: ...`
-    """
-
-    def __init__(self, engine: AsyncEngine, state: RequestState) -> None:
-        self.state = state
-        self._engine = engine
-        self._pending: list[OutputDelta] = []
-        self._num_running = len(state.sequences)
-        self._is_waiting = True  # nothing has come yet
-        self._error: Exception | None = None
-        self._news = asyncio.Event()
-        engine.num_waiting_tokens += state.timings.num_prompt_tokens
-
-    def __aiter__(self) -> "RequestStream":
-        return self
-
-    async def __anext__(self) -> list[OutputDelta]:
-        await self.wait()
-        if not self._pending:
-            raise StopAsyncIteration
-        deltas, self._pending = self._pending, []
-        return deltas
-
-    async def wait(self) -> None:
-        """Return as soon as there is something to read, or the end. Raises what ends the stream before that."""
-        while not self._pending:
-            if self._error is not None:
-                raise self._error
-            if self._num_running == 0:
-                return
-            self._news.clear()
-            await self._news.wait()
-
-    @property
-    def has_started(self) -> bool:
-        """Has it given a token, or ended?"""
-        return not self._is_waiting
-
-    @property
-    def is_finished(self) -> bool:
-        return self._num_running == 0 or self._error is not None
-
-    async def result(self) -> RequestOutput:
-        """Wait for the end, and give the whole."""
-        async for _ in self:
-            pass
-        return self.state.result()
-
-    def abort(self, error: Exception | None = None) -> None:
-        """Stop: no more tokens come, and whoever reads gets the error, if there is one, instead of an end.
-
-        The engine forgets the sequences that still run; does nothing at the end.
-        """
-        if self.is_finished:
-            return
-        self._num_running = 0
-        self._pending = []
-        self._error = error
-        self._leave_queue()
-        self._news.set()
-        self._engine._abort(self)
-
-    async def __aenter__(self) -> "RequestStream":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-    def _deliver(self, deltas: list[OutputDelta]) -> None:
-        if self._num_running == 0:
-            return  # aborted
-        self._leave_queue()
-        self._pending += deltas
-        self._num_running -= sum(delta.finish_reason is not None for delta in deltas)
-        self._news.set()
-        if self._num_running == 0:
-            self._engine._finished(self)
-
-    def _fail(self, error: Exception) -> None:
-        self._error = error
-        self._leave_queue()
-        self._news.set()
-
-    def _leave_queue(self) -> None:
-        if self._is_waiting:
-            self._is_waiting = False
-            self._engine.num_waiting_tokens -= self.state.timings.num_prompt_tokens
-
-
-def describe_exit(returncode: int) -> str:
-    """The end of a process that left no message, in words."""
-    if returncode >= 0:
-        return f"the engine process ended with exit code {returncode}: its last lines in the log say why"
-    name = next((each.name for each in signal.Signals if each == -returncode), f"signal {-returncode}")
-    hint = " (often the system's answer to too little memory)" if name == "SIGKILL" else ""
-    return f"the engine process was ended by {name}{hint}"
+            stream.fail(EngineDeadError(self.error))

@@ -1,4 +1,4 @@
-"""Mistakes that a person can mend, and the end of one request alone."""
+"""Mistakes that a person can mend, the end of one request alone, and the end of all of them."""
 
 
 class UserError(Exception):
@@ -21,3 +21,7 @@ class InvalidLogitsError(RequestFailedError):
             f"the model's logits for token {num_output_tokens + 1:,} of the answer are NaN or infinite, so the request "
             "ends here: try another prompt; if it happens often the weights are damaged, or too large for --dtype"
         )
+
+
+class EngineDeadError(Exception):
+    """The engine process is gone for good, and with it every request that it had; the message says why."""

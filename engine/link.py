@@ -142,6 +142,15 @@ class EngineLink:
                 return received
 
 
+def describe_exit(returncode: int) -> str:
+    """The end of a process that left no message, in words."""
+    if returncode >= 0:
+        return f"the engine process ended with exit code {returncode}: its last lines in the log say why"
+    name = next((each.name for each in signal.Signals if each == -returncode), f"signal {-returncode}")
+    hint = " (often the system's answer to too little memory)" if name == "SIGKILL" else ""
+    return f"the engine process was ended by {name}{hint}"
+
+
 def _short_temporary_directory() -> str | None:
     """A socket's path has about 100 characters; a long TMPDIR takes too many of them."""
     return None if len(tempfile.gettempdir()) < 64 else "/tmp"

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from engine import async_engine
-from engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
+from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.errors import UserError
+from engine.errors import EngineDeadError, UserError
 from engine.link import EngineLink
 from engine.outputs import OutputDelta, RequestOutput
 from engine.quarantine import QuarantinedError
+from engine.request_stream import RequestStream
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from tests.engine.fake_engine import DIES, FAILS, HANGS, KILLS_ITSELF, MAX_MODEL_LEN, STOPS, VOCAB_SIZE
@@ -320,21 +321,21 @@ def test_a_process_stands_by_for_the_next_engine(folder: Path):
     async def story() -> None:
         async with running(folder) as engine:
             stream = asyncio.create_task(tokens_of(engine.submit(FOX, params(max_tokens=40))))
-            await until(lambda: engine._standby is not None)
+            await until(lambda: engine._standby.link is not None)
             assert engine._link is not None
-            assert engine._standby is not None
-            standby = engine._standby.process
-            await until(lambda: engine._standby is not None and engine._standby.is_warm)
+            assert engine._standby.link is not None
+            standby = engine._standby.link.process
+            await until(lambda: engine._standby.link is not None and engine._standby.link.is_warm)
             engine._link.kill()
             await until(lambda: engine.num_restarts == 1 and not engine.is_restarting)
             assert engine._link.process is standby
             assert await stream == FOX * 8
-            await until(lambda: engine._standby is not None)
-            standby = engine._standby.process
+            await until(lambda: engine._standby.link is not None)
+            standby = engine._standby.link.process
             standby.kill()
             await engine.restart()
-            await until(lambda: engine._standby is not None and engine._standby.process is not standby)
-            standby = engine._standby.process
+            await until(lambda: engine._standby.link is not None and engine._standby.link.process is not standby)
+            standby = engine._standby.link.process
         assert standby.poll() is not None, "it ends with the engine"
 
     run(story())

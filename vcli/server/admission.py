@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from engine.async_engine import AsyncEngine, RequestStream
+from engine.async_engine import AsyncEngine
 from engine.outputs import RequestTimings
+from engine.request_stream import RequestStream
 from vcli.server.forecast import Forecast
 from vcli.server.protocol import ApiError
 

@@ -16,8 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from engine.async_engine import EngineDeadError
-from engine.errors import UserError
+from engine.errors import EngineDeadError, UserError
 from vcli.server import chat
 from vcli.server.bodies import ClientGoneError
 from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response

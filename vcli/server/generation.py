@@ -17,10 +17,11 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from engine.async_engine import AsyncEngine, EngineDeadError, RequestStream
-from engine.errors import RequestFailedError
+from engine.async_engine import AsyncEngine
+from engine.errors import EngineDeadError, RequestFailedError
 from engine.messages import Ready
 from engine.quarantine import REFUSED_S, QuarantinedError
+from engine.request_stream import RequestStream
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from vcli.server import chat, replay, streaming

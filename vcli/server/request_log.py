@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.async_engine import RequestStream
+from engine.request_stream import RequestStream
 from vcli.server.chat import Prompt
 
 log = logging.getLogger("vcli.requests")

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from starlette.types import Receive, Send
 
-from engine.async_engine import RequestStream
 from engine.outputs import OutputDelta
+from engine.request_stream import RequestStream
 
 KEEP_ALIVE_S = 15.0
 
