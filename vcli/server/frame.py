@@ -1,7 +1,7 @@
 """The frame around every endpoint: who may ask, and the shape of everything that goes wrong.
 
-What always holds: every reply with an error is OpenAI's `{"error": {...}}`, whatever failed and wherever; and behind
-the frame `scope["tenant"]` says who asks.
+What always holds: every reply with an error is OpenAI's `{"error": {...}}`, or Anthropic's for clients of theirs,
+whatever failed and wherever; and behind the frame `scope["tenant"]` says who asks.
 """
 
 import ipaddress
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from vcli.server.anthropic import errors as anthropic_errors
 from vcli.server.keys import ANYONE, Keys, Tenant
 from vcli.server.protocol import ApiError
 
@@ -42,15 +43,15 @@ class KeyCheck:
             try:
                 scope["tenant"] = ANYONE if scope["path"] in PUBLIC_PATHS else self._tenant(scope)
             except ApiError as error:
-                return await error_response(error)(scope, receive, send)
+                return await error_response(error, scope)(scope, receive, send)
         return await self.app(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> Tenant:
         if self.admin and not self.keys.has_admin:
             return ANYONE  # on a loopback address, or `vcli serve` would not have started
-        tenant = self.keys.tenant_of(header(scope, b"authorization"))
+        tenant = self.keys.tenant_of(header(scope, b"authorization"), header(scope, b"x-api-key"))
         if tenant is None:
-            message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
+            message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
             raise ApiError(401, message, code="invalid_api_key")
         if (self.admin or scope["path"] == "/metrics") and not (tenant.is_admin or tenant is ANYONE):
             raise ApiError(403, f"{scope['path'][:100]} is for admins: use the key of a tenant with is_admin = true")
@@ -73,7 +74,7 @@ class OriginCheck:
             origin = header(scope, b"origin").decode("latin-1")
             if origin and origin not in self.allowed_origins:
                 message = f"pages of {origin[:100]!r} may not use this server: --allowed-origins would say which may"
-                return await error_response(ApiError(403, message, code="origin_refused"))(scope, receive, send)
+                return await error_response(ApiError(403, message, code="origin_refused"), scope)(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
@@ -90,7 +91,7 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not _is_address(host := header(scope, b"host").decode("latin-1")):
             message = f"admin routes answer to an address or localhost, not to the name {host[:100]!r}"
-            return await error_response(ApiError(403, message, code="host_refused"))(scope, receive, send)
+            return await error_response(ApiError(403, message, code="host_refused"), scope)(scope, receive, send)
         return await self.app(scope, receive, send)
 
 
@@ -99,8 +100,15 @@ def header(scope: Scope, name: bytes) -> bytes:
     return next((value for each, value in scope["headers"] if each == name), b"")
 
 
-def error_response(error: ApiError) -> Response:
-    return Response(error.body(), error.status, headers=error.headers, media_type="application/json")
+def error_response(error: ApiError, scope: Scope) -> Response:
+    """In the shape that the client reads."""
+    body = anthropic_errors.body(error) if speaks_anthropic(scope) else error.body()
+    return Response(body, error.status, headers=error.headers, media_type="application/json")
+
+
+def speaks_anthropic(scope: Scope) -> bool:
+    """Is it one of Anthropic's clients? They say so with everything that they ask, and else their path does."""
+    return f"{scope['path']}/".startswith("/v1/messages/") or bool(header(scope, b"anthropic-version"))
 
 
 def json_response(body: dict[str, Any], status: int = 200) -> Response:
@@ -122,7 +130,7 @@ def _is_address(host: str) -> bool:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -130,11 +138,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
     messages = {404: f"{what}: there is nothing here", 405: f"{what}: this path takes another method"}
-    response = error_response(ApiError(error.status_code, messages.get(error.status_code, error.detail)))
+    response = error_response(ApiError(error.status_code, messages.get(error.status_code, error.detail)), request.scope)
     response.headers.update(error.headers or {})
     return response
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:
     """A mistake of ours: the log gets the traceback (from the framework), the client gets no details."""
-    return error_response(ApiError(500, "the server failed on this request: its log says why"))
+    return error_response(ApiError(500, "the server failed on this request: its log says why"), request.scope)

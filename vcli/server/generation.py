@@ -1,4 +1,4 @@
-"""The two endpoints that generate: /v1/chat/completions and /v1/completions.
+"""How an endpoint generates, and the two of OpenAI's older APIs: /v1/chat/completions and /v1/completions.
 
 Each call reads top to bottom in `_answer`: check, enter, tokenize, submit, reply. They are plain ASGI applications, so
 that one function holds a request from its first byte to its last; that of a client that may come back runs in a task
@@ -36,9 +36,10 @@ from vcli.server.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    StreamOptions,
     TokenizeRequest,
 )
-from vcli.server.replies import DONE, ChatReply, CompletionReply, Reply, error_event
+from vcli.server.replies import ChatReply, CompletionReply, Reply
 from vcli.server.request_log import note_generation
 from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
@@ -113,7 +114,11 @@ class Service:
 
 
 class GenerationEndpoint(ABC):
-    """One ASGI application for each API; they differ in how prompts are made and replies are shaped."""
+    """One ASGI application for each API; they differ in how a body asks, how prompts are made and replies are shaped.
+
+    An API with a shape of its own decodes its bodies into its own struct (`decoder`), says what of OpenAI's would ask
+    the same (`generation_request`), and replies from both (`reply`).
+    """
 
     decoder: msgspec.json.Decoder[Any]
 
@@ -127,19 +132,18 @@ class GenerationEndpoint(ABC):
             await followed.follow(number, receive, send)
             return
         try:
-            request: GenerationRequest = await self.service.bodies.read(self.decoder, scope, receive)
+            asked = await self.service.bodies.read(self.decoder, scope, receive)
         except ClientGoneError:
             return
-        answer = partial(self._answer, scope, request, arrival_time)
-        if not request.stream or not (grace_s := replay.grace_s(scope)):
+        answer = partial(self._answer, scope, asked, arrival_time)
+        if not asked.stream or not (grace_s := replay.grace_s(scope)):
             await answer(receive, send)
         else:
             await replays.start(answer, grace_s, owner).follow(1, receive, send)
 
-    async def _answer(
-        self, scope: Scope, request: GenerationRequest, arrival_time: float, receive: Receive, send: Send
-    ) -> None:
+    async def _answer(self, scope: Scope, asked: Any, arrival_time: float, receive: Receive, send: Send) -> None:
         service, tenant = self.service, scope["tenant"]
+        request = await self.generation_request(asked, scope)
         service.check_model(request.model)
         request.refuse_unsupported()
         service.check_priority(request.priority)
@@ -159,7 +163,7 @@ class GenerationEndpoint(ABC):
         with budget, entry as place:
             prompts = await self.prompts(request, ready)
             place.take_prompts([len(prompt.token_ids) for prompt in prompts])
-            reply = await self.reply(request, prompts, params.n)
+            reply = await self.reply(asked, request, prompts, params.n)
             streams = self._submit(request, prompts, params, reply.id, tenant)
             tenant.budget.spend(sum(len(prompt.token_ids) for prompt in prompts))
             try:
@@ -167,7 +171,7 @@ class GenerationEndpoint(ABC):
                     with place.limit_time(streams):
                         if request.stream:
                             await self._until_begun(place, streams)
-                            await self._send_events(send, request, streams, reply)
+                            await self._send_events(send, streams, reply)
                         else:
                             await self._send_whole(send, streams, reply)
             finally:
@@ -175,13 +179,23 @@ class GenerationEndpoint(ABC):
                 with_text = service.config.log_requests == "text"
                 note_generation(scope, reply.id, prompts, streams, with_text=with_text)
 
+    async def generation_request(self, asked: Any, scope: Scope) -> GenerationRequest:
+        """What a body asks, as one of OpenAI's older APIs would have it. Raises ApiError."""
+        request: GenerationRequest = asked
+        return request
+
     @abstractmethod
     async def prompts(self, request: Any, ready: Ready) -> list[Prompt]:
         """The prompts of a call as token ids. Raises ApiError."""
 
     @abstractmethod
-    async def reply(self, request: Any, prompts: list[Prompt], n: int) -> Reply:
-        """The empty reply to a call."""
+    async def reply(self, asked: Any, request: Any, prompts: list[Prompt], n: int) -> Reply:
+        """The empty reply to a call. asked: as it was decoded; request: what was made of it."""
+
+    def common(self, prompts: list[Prompt], n: int) -> dict[str, Any]:
+        """What every Reply is made with."""
+        service = self.service
+        return {"model": service.model_name, "prompts": prompts, "n": n, "tokenizer": service.engine.tokenizer}
 
     def _submit(
         self,
@@ -238,27 +252,27 @@ class GenerationEndpoint(ABC):
         # In a thread: log probabilities of many long sequences are a lot of JSON.
         await streaming.send_json(send, await asyncio.to_thread(reply.whole), reply.id)
 
-    async def _send_events(
-        self, send: Send, request: GenerationRequest, streams: list[RequestStream], reply: Reply
-    ) -> None:
+    async def _send_events(self, send: Send, streams: list[RequestStream], reply: Reply) -> None:
         meter = self.service.metrics.meter()
         await streaming.start_events(send, reply.id)
         try:
+            if head := reply.head():
+                await streaming.send_events(send, head)
             async with streaming.kept_alive(send):
                 async for prompt_index, deltas in streaming.interleave(streams):
                     meter.on_deltas(prompt_index, deltas)
-                    await streaming.send_events(send, b"".join([reply.event(prompt_index, delta) for delta in deltas]))
-            wants_usage = request.stream_options is not None and request.stream_options.include_usage
-            tail = reply.usage_event() + DONE if wants_usage else DONE
+                    if events := b"".join([reply.event(prompt_index, delta) for delta in deltas]):
+                        await streaming.send_events(send, events)
+            tail = reply.tail()
         except EngineDeadError as error:
-            tail = error_event(engine_dead(error))
+            tail = reply.error_event(engine_dead(error))
         except RequestFailedError as error:
-            tail = error_event(request_failed(error))
+            tail = reply.error_event(request_failed(error))
         except ApiError as error:
-            tail = error_event(error)
+            tail = reply.error_event(error)
         except Exception:
             log.exception("a reply failed halfway")
-            tail = error_event(ApiError(500, "the server failed on this request: its log says why"))
+            tail = reply.error_event(ApiError(500, "the server failed on this request: its log says why"))
         await streaming.send_events(send, tail, is_last=True)
 
 
@@ -274,8 +288,8 @@ class ChatCompletions(GenerationEndpoint):
             add_special_tokens=bool(request.add_special_tokens),  # the template has written them
         )
 
-    async def reply(self, request: ChatRequest, prompts: list[Prompt], n: int) -> ChatReply:
-        return ChatReply(request, **_common(self.service, request, prompts, n))
+    async def reply(self, asked: Any, request: ChatRequest, prompts: list[Prompt], n: int) -> Reply:
+        return ChatReply(request, **self.common(prompts, n), **_usage_options(request))
 
 
 class Completions(GenerationEndpoint):
@@ -293,9 +307,9 @@ class Completions(GenerationEndpoint):
             add_special_tokens=request.add_special_tokens is not False,
         )
 
-    async def reply(self, request: CompletionRequest, prompts: list[Prompt], n: int) -> CompletionReply:
+    async def reply(self, asked: Any, request: CompletionRequest, prompts: list[Prompt], n: int) -> Reply:
         echoes = [await self._text(prompt) if request.echo else "" for prompt in prompts]
-        return CompletionReply(request, echoes, **_common(self.service, request, prompts, n))
+        return CompletionReply(request, echoes, **self.common(prompts, n), **_usage_options(request))
 
     async def _text(self, prompt: Prompt) -> str:
         if prompt.text is not None:
@@ -323,11 +337,9 @@ def request_failed(error: RequestFailedError) -> ApiError:
     return ApiError(500, str(error), code=error.code)
 
 
-def _common(service: Service, request: GenerationRequest, prompts: list[Prompt], n: int) -> dict[str, Any]:
+def _usage_options(request: GenerationRequest) -> dict[str, bool]:
+    options = request.stream_options or StreamOptions()
     return {
-        "model": service.model_name,
-        "prompts": prompts,
-        "n": n,
-        "tokenizer": service.engine.tokenizer,
-        "usage_in_every_event": bool(request.stream_options and request.stream_options.continuous_usage_stats),
+        "usage_at_end": bool(options.include_usage),
+        "usage_in_every_event": bool(options.continuous_usage_stats),
     }

@@ -96,12 +96,13 @@ class Keys:
     def has_admin(self) -> bool:
         return any(tenant.is_admin for tenant in self._tenants.values())
 
-    def tenant_of(self, authorization: bytes) -> Tenant | None:
-        """Whose key an Authorization header brings; None when it brings no known one."""
+    def tenant_of(self, authorization: bytes, x_api_key: bytes = b"") -> Tenant | None:
+        """Whose key an Authorization header brings, or else an x-api-key one; None when neither brings a known one."""
         if not self._tenants:
             return ANYONE
         scheme, _, key = authorization.partition(b" ")
-        return self._tenants.get(_digest(key.strip())) if scheme.lower() == b"bearer" else None
+        bearer = self._tenants.get(_digest(key.strip())) if scheme.lower() == b"bearer" else None
+        return bearer or self._tenants.get(_digest(x_api_key.strip()))
 
 
 _Count = Annotated[int, msgspec.Meta(ge=1)]

@@ -1,4 +1,4 @@
-"""What clients get: the engine's deltas in the shapes of OpenAI's two APIs, whole or as server-sent events.
+"""What clients get: the engine's deltas in the shape of an API, whole or as server-sent events; here OpenAI's two.
 
 An event is the same bytes for every token but for a few: the prefix is encoded once for each request and only the text
 (and what was asked for beside it) for each delta. What always holds: the token counts in `usage` are the engine's.
@@ -40,16 +40,16 @@ class Choice:
 
 
 class Reply(ABC):
-    """The reply to one call: `n` choices for each prompt, prompt by prompt."""
+    """The reply to one call: `n` choices for each prompt, prompt by prompt. Each API shapes it in its own way.
 
-    object_name: str  # OpenAI's name of the whole reply, and of a piece of it
-    chunk_name: str
+    A whole reply is `add` for each delta and then `whole`; a streamed one is `head`, `event` for each delta and `tail`,
+    or `error_event` in its place.
+    """
+
     id_prefix: str
 
-    def __init__(
-        self, model: str, prompts: list[Prompt], n: int, tokenizer: Tokenizer | None, *, usage_in_every_event: bool
-    ) -> None:
-        self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
+    def __init__(self, model: str, prompts: list[Prompt], n: int, tokenizer: Tokenizer | None) -> None:
+        self.id = self.id_prefix + uuid.uuid4().hex
         self.model = model
         self.created = int(time.time())
         self.prompts = prompts
@@ -58,9 +58,6 @@ class Reply(ABC):
         self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
         self.prompt_logprobs: list[PromptLogprobs | None] = [None] * len(prompts)
         self.num_cached_tokens = [0] * len(prompts)
-        self.usage_in_every_event = usage_in_every_event
-        head = {"id": self.id, "object": self.chunk_name, "created": self.created, "model": model}
-        self._event_prefix = b"data: " + encode(head)[:-1] + b',"choices":['
 
     def add(self, prompt_index: int, delta: OutputDelta, *, keep: bool) -> Choice:
         """Take note of a delta; a reply that is sent whole keeps all of it."""
@@ -77,6 +74,48 @@ class Reply(ABC):
             choice.logprobs += delta.logprobs or []
         return choice
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self.choices)
+
+    def head(self) -> bytes:
+        """The events before the first delta."""
+        return b""
+
+    @abstractmethod
+    def event(self, prompt_index: int, delta: OutputDelta) -> bytes:
+        """A delta as server-sent events; none where it says nothing to the client yet."""
+
+    @abstractmethod
+    def tail(self) -> bytes:
+        """The events behind the last delta."""
+
+    @abstractmethod
+    def error_event(self, error: ApiError) -> bytes:
+        """The last event of a stream that failed."""
+
+    @abstractmethod
+    def whole(self) -> bytes:
+        """The reply in one piece."""
+
+
+class ChoicesReply(Reply):
+    """A reply in the shape that OpenAI's two older APIs share."""
+
+    object_name: str  # OpenAI's name of the whole reply, and of a piece of it
+    chunk_name: str
+
+    def __init__(self, *, usage_at_end: bool, usage_in_every_event: bool, **common: Any) -> None:
+        super().__init__(**common)
+        self.usage_at_end = usage_at_end
+        self.usage_in_every_event = usage_in_every_event
+        head = {"id": self.id, "object": self.chunk_name, "created": self.created, "model": self.model}
+        self._event_prefix = b"data: " + encode(head)[:-1] + b',"choices":['
+
     def event(self, prompt_index: int, delta: OutputDelta) -> bytes:
         """A delta as one server-sent event."""
         choice = self.add(prompt_index, delta, keep=False)
@@ -92,11 +131,15 @@ class Reply(ABC):
             parts += [b',"usage":', encode(self.usage())]
         return b"".join([*parts, b"}\n\n"])
 
-    def usage_event(self) -> bytes:
-        return b"".join([self._event_prefix, b'],"usage":', encode(self.usage()), b"}\n\n"])
+    def tail(self) -> bytes:
+        if not self.usage_at_end:
+            return DONE
+        return b"".join([self._event_prefix, b'],"usage":', encode(self.usage()), b"}\n\n", DONE])
+
+    def error_event(self, error: ApiError) -> bytes:
+        return b"data: " + error.body() + b"\n\n"
 
     def whole(self) -> bytes:
-        """The reply in one piece."""
         body: dict[str, Any] = {
             "id": self.id,
             "object": self.object_name,
@@ -108,12 +151,10 @@ class Reply(ABC):
         return encode(body | self._extras())
 
     def usage(self) -> dict[str, Any]:
-        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        num_output_tokens = sum(choice.num_tokens for choice in self.choices)
         return {
-            "prompt_tokens": num_prompt_tokens,
-            "completion_tokens": num_output_tokens,
-            "total_tokens": num_prompt_tokens + num_output_tokens,
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_output_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self.num_cached_tokens)},
         }
 
@@ -132,8 +173,8 @@ class Reply(ABC):
         return f"token_id:{token_id}" if self.tokenizer is None else self.tokenizer.token_text(token_id)
 
 
-class ChatReply(Reply):
-    object_name, chunk_name, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+class ChatReply(ChoicesReply):
+    object_name, chunk_name, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def __init__(self, request: ChatRequest, **common: Any) -> None:
         super().__init__(**common)
@@ -185,8 +226,8 @@ class ChatReply(Reply):
         return {"token": self._token_text(token_id), "logprob": _finite(logprob), "bytes": list(token_bytes)}
 
 
-class CompletionReply(Reply):
-    object_name, chunk_name, id_prefix = "text_completion", "text_completion", "cmpl"
+class CompletionReply(ChoicesReply):
+    object_name, chunk_name, id_prefix = "text_completion", "text_completion", "cmpl-"
 
     def __init__(self, request: CompletionRequest, echoes: list[str], **common: Any) -> None:
         super().__init__(**common)
@@ -253,10 +294,6 @@ class CompletionReply(Reply):
 
     def _top(self, token: TokenLogprob) -> dict[str, float]:
         return {self._token_text(token_id): _finite(logprob) for token_id, logprob in token.top}
-
-
-def error_event(error: ApiError) -> bytes:
-    return b"data: " + error.body() + b"\n\n"
 
 
 def _prompt_logprobs(logprobs: PromptLogprobs, token_text: Any) -> list[dict[str, Any] | None]:
