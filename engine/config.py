@@ -1,9 +1,11 @@
 """Every knob of the engine, once. A field is a flag, a VCLI_* variable and a line of --print-config (vcli/flags.py)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 BLOCK_SIZE = 16  # tokens a KV block; the kernels are built for it
+
+HIDDEN = {"is_hidden": True}  # metadata of a field that few need: its flag is alive, and not explained by --help
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class EngineConfig:
     max_prefill_chunk: Annotated[
         int | None,
         "tokens in a step that prefills beside many decodes, beside few half as many; default: what takes 45 ms",
-    ] = None
+    ] = field(default=None, metadata=HIDDEN)
     target_itl_s: Annotated[
         float | None, "pause between two tokens of a stream to keep: sizes the prefill chunk beside decodes as they go"
     ] = None
@@ -52,7 +54,9 @@ class EngineConfig:
     ] = False
     enforce_eager: Annotated[bool, "launch every kernel by itself, without CUDA graphs"] = False
     seed: Annotated[int, "seeds dummy weights and the requests that bring no seed of their own"] = 0
-    skip_tokenizer_init: Annotated[bool, "serve token ids only, load no tokenizer"] = False
+    skip_tokenizer_init: Annotated[bool, "serve token ids only, load no tokenizer"] = field(
+        default=False, metadata=HIDDEN
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that can mean nothing."""

@@ -36,6 +36,7 @@ class Flag:
     default: Any
     is_secret: bool  # declared with field(repr=False): its value is never printed
     options: tuple[str, ...] = ()  # further words of its Annotated: its spellings, where not the field's
+    is_hidden: bool = False  # declared with metadata=HIDDEN: --help names it alone
 
     @property
     def name(self) -> str:
@@ -122,12 +123,18 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
+        hidden: list[str] = []
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
                 panels.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+            elif getattr(parameter, "hidden", False):
+                hidden.append(parameter.opts[0])
         for panel, records in panels.items():
             with formatter.section(panel):
                 formatter.write_dl(records, col_max=34)
+        if hidden:
+            formatter.write_paragraph()
+            formatter.write_text(f"For experts, see --print-config: {', '.join(hidden)}.")
 
 
 def flags_of(config: type) -> list[Flag]:
@@ -136,7 +143,10 @@ def flags_of(config: type) -> list[Flag]:
     flags = []
     for field in fields(config):
         value_type, help_sentence, *options = get_args(hints[field.name])
-        flags.append(Flag(field.name, value_type, help_sentence, field.default, not field.repr, tuple(options)))
+        is_hidden = field.metadata.get("is_hidden", False)
+        flags.append(
+            Flag(field.name, value_type, help_sentence, field.default, not field.repr, tuple(options), is_hidden)
+        )
     return flags
 
 
@@ -272,10 +282,17 @@ def _parameter(flag: Flag, panel: str) -> inspect.Parameter:
         return _keyword(flag.field, Annotated[str | None, argument])
     if flag.is_switch:
         names = flag.options or (f"{flag.name}/--no-{flag.name[2:]}",)
-        switch = typer.Option(*names, help=help_text, show_default=False, rich_help_panel=panel)
+        switch = typer.Option(*names, help=help_text, show_default=False, rich_help_panel=panel, hidden=flag.is_hidden)
         return _keyword(flag.field, Annotated[bool | None, switch])
     names = flag.options or (flag.name,)
-    option = typer.Option(*names, metavar=_metavar(flag), help=help_text, show_default=False, rich_help_panel=panel)
+    option = typer.Option(
+        *names,
+        metavar=_metavar(flag),
+        help=help_text,
+        show_default=False,
+        rich_help_panel=panel,
+        hidden=flag.is_hidden,
+    )
     return _keyword(flag.field, Annotated[list[str] | None if flag.is_repeated else str | None, option])
 
 

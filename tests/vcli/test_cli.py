@@ -52,6 +52,14 @@ def test_help_lists_commands_and_groups_flags():
     assert sum(line.startswith("  --") for line in shown.splitlines()) <= 40
 
 
+def test_flags_for_experts_are_named_and_alive_but_not_explained():
+    shown = " ".join(vcli("serve", "--help").stdout.split())
+    assert shown.count("--step-timeout") == 1
+    assert "For experts, see --print-config: --max-prefill-chunk, " in shown
+    told = vcli("serve", "--step-timeout", "5s", "--print-config").stdout
+    assert "step_timeout_s 5 flag" in " ".join(told.split())
+
+
 def test_version_is_a_number():
     assert vcli("--version").stdout[0].isdigit()
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from engine.config import HIDDEN
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -29,13 +31,15 @@ class ServerConfig:
     ] = ()
     chat_template: Annotated[Path | None, "file with a chat template to use instead of the model's"] = None
     max_queue: Annotated[int, "requests that may wait beyond those that run; more are told to come back later"] = 1024
-    max_queue_tokens: Annotated[int, "tokens that the prompts of requests which wait may have together"] = 1_000_000
+    max_queue_tokens: Annotated[int, "tokens that the prompts of requests which wait may have together"] = field(
+        default=1_000_000, metadata=HIDDEN
+    )
     max_restarts: Annotated[
         int, "how often an engine that dies is started again within a minute, its streams kept; then the server ends"
     ] = 3
     step_timeout_s: Annotated[
         float, "an engine that has requests and makes no step for so long is taken for dead, and started again"
-    ] = 60.0
+    ] = field(default=60.0, metadata=HIDDEN)
     shutdown_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
     explain_startup: Annotated[bool, "when ready, print how long each part of the start took"] = False
     log_requests: Annotated[
