@@ -12,6 +12,7 @@ import msgspec
 from starlette.types import Receive, Scope
 
 from vcli.server import protocol
+from vcli.server.headers import header
 from vcli.server.protocol import ApiError
 
 MAX_BODY_BYTES = 4 * 2**20  # a million tokens of text, half a million token ids
@@ -47,7 +48,7 @@ class Bodies:
 
 async def read_body(scope: Scope, receive: Receive) -> bytes:
     """The whole body. Raises ApiError for one that is too large or slow, ClientGoneError if it never comes."""
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    length = header(scope, "Content-Length") or b"0"
     if length.isdigit() and int(length) > MAX_BODY_BYTES:
         raise _too_large()
     try:

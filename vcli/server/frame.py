@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vcli.server.anthropic import errors as anthropic_errors
+from vcli.server.headers import header
 from vcli.server.keys import ANYONE, Keys, Tenant
 from vcli.server.protocol import ApiError
 
@@ -49,7 +50,8 @@ class KeyCheck:
     def _tenant(self, scope: Scope) -> Tenant:
         if self.admin and not self.keys.has_admin:
             return ANYONE  # on a loopback address, or `vcli serve` would not have started
-        tenant = self.keys.tenant_of(header(scope, b"authorization"), header(scope, b"x-api-key"))
+        key = header(scope, "X-API-Key") or b""
+        tenant = self.keys.tenant_of(header(scope, "Authorization") or b"", key)
         if tenant is None:
             message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
             raise ApiError(401, message, code="invalid_api_key")
@@ -71,7 +73,7 @@ class OriginCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and "*" not in self.allowed_origins:
-            origin = header(scope, b"origin").decode("latin-1")
+            origin = (header(scope, "Origin") or b"").decode("latin-1")
             if origin and origin not in self.allowed_origins:
                 message = f"pages of {origin[:100]!r} may not use this server: --allowed-origins would say which may"
                 return await error_response(ApiError(403, message, code="origin_refused"), scope)(scope, receive, send)
@@ -89,15 +91,10 @@ class HostCheck:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_address(host := header(scope, b"host").decode("latin-1")):
+        if scope["type"] == "http" and not _is_address(host := (header(scope, "Host") or b"").decode("latin-1")):
             message = f"admin routes answer to an address or localhost, not to the name {host[:100]!r}"
             return await error_response(ApiError(403, message, code="host_refused"), scope)(scope, receive, send)
         return await self.app(scope, receive, send)
-
-
-def header(scope: Scope, name: bytes) -> bytes:
-    """A header's value, empty where there is none. name: in lower case"""
-    return next((value for each, value in scope["headers"] if each == name), b"")
 
 
 def error_response(error: ApiError, scope: Scope) -> Response:
@@ -108,7 +105,7 @@ def error_response(error: ApiError, scope: Scope) -> Response:
 
 def speaks_anthropic(scope: Scope) -> bool:
     """Is it one of Anthropic's clients? They say so with everything that they ask, and else their path does."""
-    return f"{scope['path']}/".startswith("/v1/messages/") or bool(header(scope, b"anthropic-version"))
+    return f"{scope['path']}/".startswith("/v1/messages/") or bool(header(scope, "Anthropic-Version"))
 
 
 def json_response(body: dict[str, Any], status: int = 200) -> Response:

@@ -29,6 +29,7 @@ from vcli.server.admission import RETRY_LATER_S, Admission, Place
 from vcli.server.bodies import Bodies, ClientGoneError
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
+from vcli.server.headers import milliseconds
 from vcli.server.keys import Keys, Tenant
 from vcli.server.metrics import Metrics
 from vcli.server.protocol import (
@@ -44,7 +45,7 @@ from vcli.server.request_log import note_generation
 from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
 
-MAX_DEADLINE_DIGITS = 9  # in milliseconds: eleven days
+MAX_DEADLINE_MS = 10**9 - 1  # eleven days
 
 log = logging.getLogger("vcli")
 
@@ -319,14 +320,8 @@ class Completions(GenerationEndpoint):
 
 def deadline_s(scope: Scope) -> float | None:
     """How long the client will wait for the whole answer, if it says so. Raises ApiError for no number of ms."""
-    name = "X-Request-Deadline-Ms"
-    value = next((value for key, value in scope["headers"] if key == name.lower().encode()), None)
-    if value is None:
-        return None
-    deadline_ms = int(value) if value.isdigit() and len(value) <= MAX_DEADLINE_DIGITS else 0
-    if not deadline_ms:
-        raise ApiError(400, f"{name} must be a whole number of milliseconds, got {value[:40].decode('latin-1')!r}")
-    return deadline_ms / 1000
+    deadline_ms = milliseconds(scope, "X-Request-Deadline-Ms", least=1, most=MAX_DEADLINE_MS)
+    return None if deadline_ms is None else deadline_ms / 1000
 
 
 def engine_dead(error: EngineDeadError) -> ApiError:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from starlette.types import Message, Receive, Scope, Send
 
 from vcli.server import streaming
+from vcli.server.headers import header, milliseconds
 from vcli.server.protocol import ApiError
 
 MAX_GRACE_MS = 60_000
@@ -26,23 +27,13 @@ log = logging.getLogger("vcli")
 
 def grace_s(scope: Scope) -> float:
     """How long the client may be away, as it says; 0 if it says nothing. Raises ApiError for no such number of ms."""
-    name = "X-Reconnect-Grace-Ms"
-    value = _header(scope, name)
-    if value is None:
-        return 0.0
-    if not (value.isascii() and value.isdigit() and len(value) <= MAX_NUMBER_DIGITS and int(value) <= MAX_GRACE_MS):
-        raise ApiError(400, f"{name} must be a whole number up to {MAX_GRACE_MS:,}, got {value[:40]!r}")
-    return int(value) / 1000
+    return (milliseconds(scope, "X-Reconnect-Grace-Ms", least=0, most=MAX_GRACE_MS) or 0) / 1000
 
 
 def last_event_id(scope: Scope) -> str | None:
     """The last event that a client has seen that reads on."""
-    return _header(scope, "Last-Event-ID")
-
-
-def _header(scope: Scope, name: str) -> str | None:
-    key = name.lower().encode()
-    return next((value.decode("latin-1") for each, value in scope["headers"] if each == key), None)
+    event_id = header(scope, "Last-Event-ID")
+    return None if event_id is None else event_id.decode("latin-1")
 
 
 class Replays:
