@@ -22,7 +22,7 @@ from engine.config import BLOCK_SIZE, EngineConfig
 from engine.core import EngineCore
 from engine.errors import UserError
 from engine.hub import resolve_model
-from engine.models import Model
+from engine.memory import weight_bytes
 from engine.models.decoder import DecoderLayer
 
 LAYER_TOKENS = 256  # of the text, on which layers are compared
@@ -224,26 +224,6 @@ def _prefill_rate(core: EngineCore) -> float:
         requests = random_requests(num_prompts, input_len=input_len, output_len=1, vocab_size=vocab_size, seed=seed)
         runs.append(sum(step.seconds for step in throughput.measure(core, requests)))
     return num_prompts * input_len / statistics.median(runs)
-
-
-def weight_bytes(model: Model) -> int:
-    """What the weights take in memory: every tensor that hangs on the model, but caches and tables of positions."""
-    seen: set[int] = set()
-    others = ("k_cache", "v_cache", "cos_sin", "placement")
-
-    def count(value: object) -> int:
-        if id(value) in seen or isinstance(value, type):
-            return 0
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            return value.nbytes
-        if isinstance(value, list | tuple):
-            return sum(map(count, value))
-        if isinstance(value, dict):
-            return sum(count(held) for name, held in value.items() if name not in others)
-        return count(vars(value)) if hasattr(value, "__dict__") else 0
-
-    return count(model)
 
 
 def file_bytes(path: Path) -> int:

@@ -24,7 +24,6 @@ from bench.closed_loop import ClosedLoop, Run
 from bench.config import ProfileConfig
 from bench.environment import environment
 from bench.floor import num_params
-from bench.observation import weight_bytes
 from bench.op_times import timed_ops
 from bench.run import token_requests
 from bench.trace import Kernel
@@ -35,6 +34,7 @@ from engine.batch import ScheduledRequest
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.hub import resolve_model
+from engine.memory import weight_bytes
 from engine.model_config import ModelConfig
 from engine.quantization.at_load import scheme_of_layers
 from engine.step_clock import StepClock

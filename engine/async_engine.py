@@ -36,6 +36,7 @@ from engine.tokenizer import Tokenizer
 
 RESTART_WINDOW_S = 60.0  # in which an engine may die only so many times
 RESTART_POLL_S = 0.02
+INSPECTION_TIMEOUT_S = 0.25  # a step may take longer
 LOADING_TIMEOUT_S = 120.0  # of silence, from an engine that loads what another one had loaded before
 STANDBY_AFTER_S = 0.5  # the first requests go before it
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # ends that no request brings about: operators, too little memory
@@ -65,6 +66,7 @@ class AsyncEngine:
         self.tokenizer: Tokenizer | None = None
         self.error: str | None = None  # why the engine is dead
         self.stats = messages.EngineStats()
+        self.inspection: messages.Inspection | None = None  # the last one
         self.detokenize_s = 0.0  # the time it has taken to make text and deltas of tokens, on the link's thread
         self.on_step: list[Callable[[messages.EngineStats], None]] = []  # called after each step, on the link's thread
         self.on_finish: list[Callable[[RequestTimings], None]] = []  # called on the loop, at each request's end
@@ -91,6 +93,7 @@ class AsyncEngine:
         self._seeds = random.Random(config.seed)
         self._sequences: dict[str, tuple[RequestStream, int]] = {}  # by the engine's request id; index among its n
         self._quarantine = Quarantine()
+        self._inspected: asyncio.Event | None = None  # set when an inspection that is under way has come
         self._lock = threading.Lock()  # around what decides which of the sequences the engine has
         self._stats_before = messages.EngineStats()  # the counts of the engines that are gone
 
@@ -187,6 +190,19 @@ class AsyncEngine:
             await asyncio.sleep(RESTART_POLL_S)
         if self.error is not None:
             raise EngineDeadError(self.error)
+
+    async def inspect(self, timeout_s: float = INSPECTION_TIMEOUT_S) -> messages.Inspection | None:
+        """The engine's blocks and memory: as they are now, or as they were last when it does not answer in time.
+
+        Costs the engine a millisecond; who asks while another one does gets the same answer. None before the first.
+        """
+        if self._engine_ready is not None and self._link is not None:
+            if self._inspected is None:
+                self._inspected = asyncio.Event()
+                self._link.send(messages.Inspect())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._inspected.wait(), timeout_s)
+        return self.inspection
 
     async def shutdown(self) -> None:
         """End the engine; streams still open end with EngineDeadError."""
@@ -385,8 +401,17 @@ class AsyncEngine:
                     self.progress = ("loading the tokenizer", 0.0)
                     self.timeline.begin("engine", "ready")
                 self._settle()
+            elif isinstance(message, messages.Inspection):
+                self.inspection = message
+                self._end_inspection()
             elif isinstance(message, messages.Failed):
                 self._failure = message.error
+
+    def _end_inspection(self) -> None:
+        """An inspection has come, or will not come any more."""
+        if self._inspected is not None:
+            self._inspected.set()
+            self._inspected = None
 
     def _end_alone(self, stream: RequestStream, error: Exception) -> None:
         """A request has failed and is dropped; nobody else is concerned."""
@@ -464,6 +489,7 @@ class AsyncEngine:
         self._last_sign = time.monotonic()
         self.stats = self._stats_before = self.stats.counts()
         self._engine_ready, self._has_served = None, False
+        self._end_inspection()
         self._link = self._standby.take(self._link.command)
         self._link.open(self._on_messages, self._on_exit)
         self._link.send(self._next_start())

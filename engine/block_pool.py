@@ -12,6 +12,8 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+BLOCK_STATES = ("free", "remembered", "owned", "shared")  # shared: owned by several requests
+
 
 class BlockPool:
     """Hands out blocks, counts their owners, and finds full blocks again by the hash of their whole prefix."""
@@ -38,6 +40,13 @@ class BlockPool:
 
     def is_free(self, block_id: int) -> bool:
         return self._ref_counts[block_id] == 0
+
+    def states(self, most: int) -> tuple[bytes, int]:
+        """The states of up to `most` blocks, as indices of BLOCK_STATES, and the stride by which they were picked."""
+        stride = -(-self.num_blocks // most)
+        counts, hashes = self._ref_counts, self._hash_of_block
+        looked_at = range(0, self.num_blocks, stride)
+        return bytes(min(1 + counts[i], 3) if counts[i] else int(i in hashes) for i in looked_at), stride
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Take blocks for a new owner, the longest unused first; what they remembered is forgotten."""

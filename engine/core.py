@@ -5,10 +5,13 @@ from collections.abc import Iterable
 
 from engine.batch import ScheduledBatch
 from engine.config import BLOCK_SIZE, EngineConfig
-from engine.messages import AddRequest, EngineStats, Ready, TokenOutput
+from engine.memory import device_memory, fragmentation
+from engine.messages import AddRequest, EngineStats, Inspection, Ready, TokenOutput
 from engine.model_runner import StepResult
 from engine.scheduler import Scheduler
 from engine.worker import OnProgress, Worker
+
+MAX_BLOCKS_SHOWN = 4096  # of an inspection: the state of as many is told within a millisecond
 
 
 class EngineCore:
@@ -65,6 +68,12 @@ class EngineCore:
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop requests; their blocks are free at once."""
         self.scheduler.abort(request_ids)
+
+    def inspect(self) -> Inspection:
+        """How blocks and memory are now."""
+        blocks, stride = self.scheduler.pool.states(MAX_BLOCKS_SHOWN)
+        device = self.worker.device
+        return Inspection(blocks, stride, device_memory(device, self.worker.memory_kept), fragmentation(device))
 
     def step(self) -> list[TokenOutput]:
         """Launch a step, then take in the oldest one in flight once there are enough of them."""

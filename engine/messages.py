@@ -39,6 +39,10 @@ class Abort(Message):
     request_ids: list[str]
 
 
+class Inspect(Message):
+    """To the engine: say how its blocks and its memory are, between two steps."""
+
+
 class Shutdown(Message):
     """To the engine: stop now."""
 
@@ -145,14 +149,23 @@ class StepOutput(Message):
     stats: EngineStats
 
 
+class Inspection(Message):
+    """From the engine, when it is asked: what is too much to be said after each step."""
+
+    blocks: bytes  # one for each block that was looked at: its state, a number of block_pool.BLOCK_STATES
+    block_stride: int  # every so manieth block of the pool was looked at
+    memory: dict[str, int]  # bytes of the device by kind, see memory.py
+    fragmentation: float | None = None  # of a GPU's memory, see memory.py
+
+
 class Failed(Message):
     """From the engine, last: why it cannot go on."""
 
     error: str
 
 
-ToEngine = Start | AddRequest | Abort | Shutdown
-FromEngine = Progress | Ready | StepOutput | Failed
+ToEngine = Start | AddRequest | Abort | Inspect | Shutdown
+FromEngine = Progress | Ready | StepOutput | Inspection | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -106,6 +106,8 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
             elif isinstance(message, messages.Abort):
                 core.abort(message.request_ids)
                 break  # to report the freed blocks
+            elif isinstance(message, messages.Inspect):
+                socket.send(messages.encode(core.inspect()))
             elif isinstance(message, messages.Shutdown):
                 return
         num_steps = core.stats.num_steps

@@ -15,6 +15,7 @@ from engine.config import BLOCK_SIZE, EngineConfig
 from engine.errors import UserError
 from engine.host_cache import HostCache
 from engine.hub import resolve_model
+from engine.memory import weight_bytes
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner, StepResult
 from engine.models import build_model
@@ -75,6 +76,9 @@ class Worker:
         if config.host_kv_memory is not None:
             on_progress("measuring copies to the host", 0.0)
             self._set_up_host_cache(config.host_kv_memory)
+        self.memory_kept = {"weights": weight_bytes(self.model), "kv_cache": self.kv_cache_bytes}
+        if self.graph_bytes:
+            self.memory_kept["cuda_graphs"] = self.graph_bytes
 
     @property
     def num_host_blocks(self) -> int:

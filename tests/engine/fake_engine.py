@@ -49,6 +49,8 @@ def serve(socket: zmq.Socket) -> None:
                 for request_id in message.request_ids:
                     running.pop(request_id, None)
                 break
+            if isinstance(message, messages.Inspect):
+                socket.send(messages.encode(messages.Inspection(bytes([len(running)]), 1, {})))
             if isinstance(message, messages.AddRequest):
                 running[message.request_id] = message
                 given[message.request_id] = len(message.output_token_ids)

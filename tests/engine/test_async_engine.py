@@ -194,6 +194,35 @@ def test_leaving_a_finished_stream_aborts_nothing(folder: Path):
     run(story())
 
 
+def test_all_who_look_at_the_same_time_see_one_inspection(folder: Path):
+    async def story() -> None:
+        async with running(folder) as engine:
+            first, second = await asyncio.gather(engine.inspect(10), engine.inspect(10))
+            assert first is second is engine.inspection
+            assert first is not None
+            assert first.blocks == b"\0"
+            assert await engine.inspect(10) is not first
+
+    run(story())
+
+
+def test_who_looks_at_an_engine_that_is_silent_sees_what_was_last(folder: Path):
+    async def story() -> None:
+        async with running(folder, max_restarts=1) as engine:
+            seen = await engine.inspect(10)
+            stream = engine.submit([HANGS, 5], params())
+            await stream.wait()
+            await until(lambda: stream.state.timings.num_output_tokens == 2)
+            waiting = asyncio.create_task(engine.inspect(60))
+            assert await engine.inspect(0.01) is seen
+            assert engine._link is not None
+            engine._link.kill()
+            assert await waiting is seen, "an engine that is gone says nothing any more"
+            stream.abort()
+
+    run(story())
+
+
 def test_a_finished_request_reports_its_times(folder: Path):
     async def story() -> None:
         async with running(folder) as engine:

@@ -4,7 +4,7 @@ from array import array
 
 import pytest
 
-from engine.block_pool import BlockPool, PrefixHashes
+from engine.block_pool import BLOCK_STATES, BlockPool, PrefixHashes
 
 
 def hashed(tokens: list[int], salt: str = "") -> PrefixHashes:
@@ -34,6 +34,20 @@ def test_freed_prefix_is_found_again():
     pool.share(blocks[:2])
     assert pool.num_free == 2
     pool.check()
+
+
+def test_blocks_show_whether_they_are_owned_shared_or_remembered():
+    def shown(most: int) -> list[str]:
+        return [BLOCK_STATES[state] for state in pool.states(most)[0]]
+
+    pool = BlockPool(num_blocks=6, block_size=4)
+    blocks = pool.allocate(4)
+    remember(pool, blocks, list(range(16)))
+    pool.free(blocks[1:3])
+    pool.share(blocks[:1])
+    assert shown(6) == ["shared", "remembered", "remembered", "owned", "free", "free"]
+    assert shown(3) == ["shared", "remembered", "free"], "every second one"
+    assert [pool.states(most)[1] for most in (100, 6, 5, 1)] == [1, 1, 2, 6]
 
 
 def test_the_block_freed_longest_ago_is_evicted_first_and_forgotten():

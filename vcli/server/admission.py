@@ -126,6 +126,20 @@ class Admission:
             if not self.num_open:
                 self._empty.set()
 
+    def queue_s(self) -> float:
+        """How long a request that came now would wait for its place in the batch."""
+        return self.forecast.wait_s(self._num_ends(1, 0), self._num_places)
+
+    def utilization(self) -> float:
+        """Open sequences as a share of those that can run at once: above 1 where some must wait.
+
+        At once can run as many as there are places or, if those that run fill the KV cache before, as many as they.
+        """
+        stats, num_places = self._engine.stats, float(self._num_places)
+        if stats.num_running and stats.num_blocks_used:
+            num_places = min(num_places, stats.num_running * stats.num_blocks / stats.num_blocks_used)
+        return self.num_open / num_places
+
     def reject(self, reason: str, status: int, message: str, retry_after_s: int) -> ApiError:
         self.rejections[reason] += 1
         return ApiError(status, message, code=reason, retry_after_s=retry_after_s)

@@ -171,6 +171,7 @@ class Endpoints:
         return json_response({"version": version()})
 
     async def metrics(self, request: Request) -> Response:
+        await self.service.engine.inspect()
         return Response(self.service.metrics.render(), media_type=CONTENT_TYPE)
 
     def _counted(self, request: Request) -> AbstractContextManager[None]:

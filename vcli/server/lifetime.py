@@ -81,7 +81,7 @@ class Lifetime:
             step_timeout_s=plan.server.step_timeout_s,
         )
         admission = Admission(self.engine, plan.server.max_queue, plan.server.max_queue_tokens)
-        metrics = Metrics(plan.model_name, self.engine, lambda: admission.rejections)
+        metrics = Metrics(plan.model_name, self.engine, admission)
         self.engine.on_step.append(metrics.on_step)
         self.engine.on_finish.append(metrics.on_finish)
         self.engine.on_restart.append(self._report_restart)

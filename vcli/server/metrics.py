@@ -5,8 +5,7 @@ pass and at its end. One process, one registry. Names never change once publishe
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -15,6 +14,7 @@ from prometheus_client.registry import Collector
 from engine.async_engine import AsyncEngine
 from engine.messages import EngineStats
 from engine.outputs import OutputDelta, RequestTimings
+from vcli.server.admission import Admission
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
 
@@ -27,9 +27,9 @@ BUCKETS_TOKENS = tuple(2**power for power in range(15))
 class Metrics:
     """Owns the registry of one server."""
 
-    def __init__(self, model_name: str, engine: AsyncEngine, rejections: Callable[[], Counter[str]]) -> None:
+    def __init__(self, model_name: str, engine: AsyncEngine, admission: Admission) -> None:
         self.registry = prometheus.CollectorRegistry()
-        self.registry.register(_StateCollector(model_name, engine, rejections))
+        self.registry.register(_StateCollector(model_name, engine, admission))
         prometheus.ProcessCollector(registry=self.registry)
 
         def histogram(name: str, what: str, buckets: Sequence[float] = BUCKETS_S) -> prometheus.Histogram:
@@ -103,10 +103,10 @@ class Meter:
 class _StateCollector(Collector):
     """Gauges and counters that others keep, read when Prometheus asks."""
 
-    def __init__(self, model_name: str, engine: AsyncEngine, rejections: Callable[[], Counter[str]]) -> None:
+    def __init__(self, model_name: str, engine: AsyncEngine, admission: Admission) -> None:
         self._model_name = model_name
         self._engine = engine
-        self._rejections = rejections
+        self._admission = admission
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         stats = self._engine.stats
@@ -114,6 +114,9 @@ class _StateCollector(Collector):
         usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
         yield self._gauge("num_requests_running", "Sequences in the running batch.", stats.num_running)
         yield self._gauge("num_requests_waiting", "Sequences that wait for a place in it.", stats.num_waiting)
+        queue_s, utilization = self._admission.queue_s(), self._admission.utilization()
+        yield self._gauge("predicted_queue_seconds", "How long a request that came now would wait.", queue_s)
+        yield self._gauge("utilization_perc", "Open sequences by those that can run at once; 1 is full.", utilization)
         yield self._gauge("kv_cache_usage_perc", "Share of the KV blocks that requests own, 0 to 1.", usage)
         yield self._gauge("kv_cache_waste_perc", "Share of the token slots in those that hold no token.", waste)
         yield self._counter("prompt_tokens", "Prompt tokens of the requests that gave a token.", stats.prompt_tokens)
@@ -131,10 +134,11 @@ class _StateCollector(Collector):
         rejections = CounterMetricFamily(
             "vcli:admission_rejections", "Requests turned away at the door.", labels=["model_name", "reason"]
         )
-        for reason, count in self._rejections().items():
+        for reason, count in self._admission.rejections.items():
             rejections.add_metric([self._model_name, reason], count)
         yield rejections
         yield self._stages(stats)
+        yield from self._gpu_memory()
         seconds = self._engine.detokenize_s
         yield self._counter("detokenize_seconds", "The API process making text of tokens, beside the engine.", seconds)
 
@@ -149,6 +153,19 @@ class _StateCollector(Collector):
         for stage, seconds in stats.stage_seconds.items():
             family.add_metric([self._model_name, stage], seconds + (max(idle_s, 0.0) if stage == "idle" else 0.0))
         return family
+
+    def _gpu_memory(self) -> Iterator[GaugeMetricFamily]:
+        """Of the last inspection; a server on a CPU has none."""
+        inspection = self._engine.inspection
+        if inspection is None or inspection.fragmentation is None:
+            return
+        what = "Memory of the GPU: what holds it, and what is free; all kinds add up to the whole."
+        family = GaugeMetricFamily("vcli:gpu_memory_bytes", what, labels=["model_name", "kind"])
+        for kind, num_bytes in inspection.memory.items():
+            family.add_metric([self._model_name, kind], num_bytes)
+        yield family
+        what = "Share of the memory that torch holds which lies unused between tensors, 0 to 1."
+        yield self._gauge("gpu_memory_fragmentation_perc", what, inspection.fragmentation)
 
     def _gauge(self, name: str, what: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"vcli:{name}", what, labels=["model_name"])

@@ -1,0 +1,117 @@
+"""A scrape as Prometheus reads it: the names that were promised, their types, and what they say under load."""
+
+import time
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.vcli.conftest import Server
+
+PROMISED = {
+    "gauge": {
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "kv_cache_waste_perc",
+        "gpu_memory_bytes",
+        "gpu_memory_fragmentation_perc",
+        "predicted_queue_seconds",
+        "utilization_perc",
+    },
+    "counter": {  # with _total behind them
+        "prompt_tokens",
+        "generation_tokens",
+        "prefix_cache_queries",
+        "prefix_cache_hits",
+        "num_preemptions",
+        "request_success",
+        "admission_rejections",
+        "engine_restarts",
+    },
+    "histogram": {
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "request_time_per_output_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "iteration_tokens_total",
+    },
+}
+STEP_S, NUM_PLACES = 0.01, 2
+
+
+@pytest.fixture(scope="module")
+def server(start_server) -> Server:
+    return start_server("--max-num-seqs", str(NUM_PLACES), FAKE_STEP_S=str(STEP_S)).wait_ready()
+
+
+def scrape(server: Server) -> dict[str, dict[tuple[str, ...], float]]:
+    """Of each metric of ours its samples: by the values of their labels other than the model's name."""
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    ours = [family for family in families if family.name.startswith("vcli:")]
+    assert all(sample.labels["model_name"] for family in ours for sample in family.samples)
+    return {
+        family.name.removeprefix("vcli:"): {
+            (*(value for name, value in sample.labels.items() if name != "model_name"),): sample.value
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+        for family in ours
+    }
+
+
+def complete(server: Server, num_tokens: int, **body: object) -> httpx.Response:
+    return server.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": num_tokens, "ignore_eos": True} | body)
+
+
+def test_every_metric_that_was_promised_is_there_with_its_type(server):
+    assert complete(server, 3).status_code == 200
+    families = list(text_string_to_metric_families(server.get("/metrics").text))
+    types = {family.name: family.type for family in families if family.name.startswith("vcli:")}
+    for kind, names in PROMISED.items():
+        assert {name: types.get(f"vcli:{name}") for name in names} == dict.fromkeys(names, kind)
+    assert all(family.documentation for family in families)
+    assert len(types) == len([family for family in families if family.name in types]), "one family for each name"
+
+
+def test_histograms_begin_at_half_a_millisecond_and_count_requests(server):
+    before = scrape(server)["time_to_first_token_seconds"]
+    assert complete(server, 4, n=2).status_code == 200
+    after = scrape(server)["time_to_first_token_seconds"]
+    assert ("0.0005",) in after
+    assert after[("+Inf",)] - before[("+Inf",)] == 1
+
+
+def test_memory_of_a_gpu_is_told_by_kind(server):
+    samples = scrape(server)
+    assert samples["gpu_memory_bytes"].keys() == {("weights",), ("kv_cache",), ("other",), ("free",)}
+    assert sum(samples["gpu_memory_bytes"].values()) == 8 << 30
+    assert samples["gpu_memory_fragmentation_perc"] == {(): 0.25}
+
+
+def test_what_an_autoscaler_looks_at_follows_the_load(server):
+    """Six streams where two can run: utilization is 3, and who came now would wait until five of them have ended."""
+    num_tokens, num_streams = 40, 6
+    idle = scrape(server)
+    assert idle["utilization_perc"] == idle["predicted_queue_seconds"] == {(): 0}
+    for _ in range(4):
+        complete(server, num_tokens, n=NUM_PLACES)  # how long one takes is known now
+    with httpx.Client(timeout=60) as client:
+        body = {"prompt": [5, 6], "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+        request = client.build_request("POST", server.url + "/v1/completions", json=body)
+        start = time.monotonic()
+        streams = [client.send(request, stream=True) for _ in range(num_streams)]
+        server.wait_until(lambda: server.metric("vcli:num_requests_waiting") == num_streams - NUM_PLACES)
+        busy = scrape(server)
+        foretold_s = busy["predicted_queue_seconds"][()]
+        list(streams[-1].iter_lines())
+        whole_s = time.monotonic() - start
+        for stream in streams:
+            stream.close()
+    assert busy["utilization_perc"] == {(): num_streams / NUM_PLACES}
+    assert busy["num_requests_running"] == {(): NUM_PLACES}
+    assert 0.3 * whole_s < foretold_s < 1.5 * whole_s
+    server.wait_until(lambda: scrape(server)["utilization_perc"] == {(): 0})
