@@ -42,6 +42,8 @@ class EngineCore:
             max_num_seqs=worker.max_num_seqs,
             max_prefill_chunk=worker.max_prefill_chunk,
             kv_cache_bytes=worker.kv_cache_bytes,
+            hidden_size=worker.model_config.hidden_size,
+            default_pooling=worker.model_config.default_pooling,
             vocab_size=worker.model_config.vocab_size,
             eos_token_ids=list(worker.model_config.eos_token_ids),
             device=str(worker.device),

@@ -20,12 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from engine.chat_template import render_chat
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.errors import UserError
+from engine.embeddings import check_dimensions, finish_embedding
+from engine.errors import InvalidLogitsError, UserError
 from engine.hub import resolve_model
 from engine.intake import make_requests
 from engine.messages import TokenOutput
-from engine.outputs import RequestOutput, RequestState
-from engine.sampling_params import SamplingParams
+from engine.outputs import Embedding, EmbeddingOutput, RequestOutput, RequestState
+from engine.sampling_params import Pooling, SamplingParams, pooling_params
 from engine.tokenizer import Tokenizer
 
 Prompt = str | Mapping[str, Any]  # text, {"prompt": text} or {"prompt_token_ids": [...]}
@@ -90,6 +91,42 @@ class LLM:
         ]
         token_ids = self.tokenizer.encode_batch(texts, add_special_tokens=False)  # the template wrote them
         return self._run(texts, token_ids, sampling_params, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool = True,
+        dimensions: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """The prompts as vectors, in their order.
+
+        pooling: "last" is the hidden state of the last token, "mean" the mean over all of them; None: as the model was
+        trained. normalize: to length 1. dimensions: the first so many numbers alone.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        texts, token_ids = self._tokenize(prompts)
+        ready = self.core.ready
+        check_dimensions(dimensions, ready.hidden_size)
+        results = self._run(texts, token_ids, pooling_params(pooling or ready.default_pooling), use_tqdm)
+        outputs = []
+        for result in results:
+            if result.embedding is None:
+                raise InvalidLogitsError(0)
+            vector = finish_embedding(result.embedding, dimensions=dimensions, normalize=normalize)
+            outputs.append(
+                EmbeddingOutput(
+                    request_id=result.request_id,
+                    prompt=result.prompt,
+                    prompt_token_ids=result.prompt_token_ids,
+                    outputs=Embedding(vector.tolist()),
+                    num_cached_tokens=result.num_cached_tokens,
+                    metrics=result.metrics,
+                )
+            )
+        return outputs
 
     def _tokenize(self, prompts: Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
         """Each prompt's text, if it has one, and its token ids."""

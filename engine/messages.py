@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from engine.sampling_params import SamplingParams
+from engine.sampling_params import Pooling, SamplingParams
 
 
 class Message(msgspec.Struct, array_like=True, tag=True):
@@ -69,6 +69,8 @@ class Ready(Message):
     default_sampling: dict[str, float] = {}  # parameters of a request that leaves them open
     max_prefill_chunk: int = 0
     kv_cache_bytes: int = 0
+    hidden_size: int = 0  # of an embedding
+    default_pooling: Pooling = "last"
 
 
 class TokenLogprob(msgspec.Struct, array_like=True):
@@ -91,6 +93,7 @@ class TokenOutput(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first token; the first entry is None
     num_cached_tokens: int = 0
     scheduled_time: float = 0.0  # time.monotonic() when it first entered a batch
+    embedding: bytes | None = None  # the hidden states of a request that pools them: float32, little-endian
 
 
 class EngineStats(msgspec.Struct, array_like=True):

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from engine.errors import UserError
+from engine.sampling_params import Pooling
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -71,26 +72,28 @@ class ModelConfig:
     embedding_scale: float = 1.0
     quantization: Mapping[str, Any] = field(default_factory=dict, hash=False)  # quantization_config, as it is there
     default_sampling: tuple[tuple[str, float], ...] = ()  # what a request that does not say gets, by parameter
+    default_pooling: Pooling = "last"  # of an embedding
 
     @classmethod
     def from_path(cls, path: Path) -> ModelConfig:
         """The config of a folder with config.json, or of a GGUF file. Raises UserError.
 
-        A generation_config.json is read where there is one, beside a GGUF file too.
+        A generation_config.json and sentence-transformers' 1_Pooling/config.json are read where there are any, beside
+        a GGUF file too.
         """
         path = Path(path)
         if path.suffix == ".gguf":
             from engine.gguf import GGUFFile
 
             config = _Fields(GGUFFile(path).hugging_face_config(), path)
-            return _read(config, _generation_config(path.parent))
+            return _read(config, *_further_configs(path.parent))
         file = path / "config.json"
         if not file.is_file():
             raise UserError(f"{path} holds no config.json: give the folder of a Hugging Face model or a .gguf file")
         values = load_json(file)
         if "quantization_config" not in values and (path / "quantize_config.json").is_file():  # of an early AutoGPTQ
             values["quantization_config"] = {"quant_method": "gptq"} | load_json(path / "quantize_config.json")
-        return _read(_Fields(values, file), _generation_config(path))
+        return _read(_Fields(values, file), *_further_configs(path))
 
 
 class _Fields:
@@ -136,9 +139,10 @@ def load_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _generation_config(folder: Path) -> _Fields:
-    file = folder / "generation_config.json"
-    return _Fields(load_json(file) if file.is_file() else {}, file)
+def _further_configs(folder: Path) -> list[_Fields]:
+    """How to generate, and how to pool hidden states, if the folder says it."""
+    files = (folder / "generation_config.json", folder / "1_Pooling" / "config.json")
+    return [_Fields(load_json(file) if file.is_file() else {}, file) for file in files]
 
 
 def _default_sampling(generation: _Fields) -> tuple[tuple[str, float], ...]:
@@ -152,7 +156,13 @@ def _default_sampling(generation: _Fields) -> tuple[tuple[str, float], ...]:
     return tuple(given.items())
 
 
-def _read(c: _Fields, generation: _Fields) -> ModelConfig:
+def _default_pooling(pooling: _Fields) -> Pooling:
+    """That of a model made for embeddings, by sentence-transformers 5 or older; others were trained on last tokens."""
+    is_mean = pooling.flag("pooling_mode_mean_tokens") or pooling.get("pooling_mode") == "mean"
+    return "mean" if is_mean else "last"
+
+
+def _read(c: _Fields, generation: _Fields, pooling: _Fields) -> ModelConfig:
     architecture = _architecture(c)
     outer = c
     c = _Fields(c.values | c.mapping("text_config"), c.source)  # of a model that also sees: its text part
@@ -185,6 +195,7 @@ def _read(c: _Fields, generation: _Fields) -> ModelConfig:
         "attention_scale": head_dim**-0.5,
         "quantization": MappingProxyType(c.mapping("quantization_config")),
         "default_sampling": _default_sampling(generation),
+        "default_pooling": _default_pooling(pooling),
     }
     return ModelConfig(**(fields | habits(c)))
 

@@ -33,6 +33,7 @@ class Row:
     sampling: SamplingRow
     num_tokens: int  # when it got the row
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # chunk by chunk
+    hidden_sum: Tensor | float = 0.0  # [hidden_size] float32: over the prompt tokens so far, where it wants their mean
 
 
 @dataclass
@@ -44,18 +45,26 @@ class StepResult:
     num_top: list[int | None]  # alternatives each of the S requests wants; None: no log probabilities
     prompt_logprobs: dict[int, list[Logprobs]]  # by place among the S requests whose prompt is now complete
     prompts: dict[int, tuple[Tensor, int]]  # the same: prompt token ids, alternatives wanted
+    pooled: dict[int, Tensor]  # by place, of requests that pool the hidden states of their prompt: [hidden_size]
     event: torch.cuda.Event | None
 
-    def wait(self) -> tuple[list[int], dict[int, TokenLogprob], dict[int, list[TokenLogprob | None]]]:
-        """Tokens, log probabilities and prompt log probabilities, as Scheduler.update takes them."""
+    def wait(
+        self,
+    ) -> tuple[list[int], dict[int, TokenLogprob], dict[int, list[TokenLogprob | None]], dict[int, bytes]]:
+        """Tokens, log probabilities, prompt log probabilities and embeddings, as Scheduler.update takes them."""
         if self.event is not None:
             self.event.synchronize()
         token_ids = self.token_ids.tolist()
+        vectors = {i: vector.cpu().numpy() for i, vector in self.pooled.items()}
+        for i, vector in vectors.items():
+            if not np.isfinite(vector).all():
+                token_ids[i] = -1
         logprobs = {}
         if self.logprobs is not None:
             rows = _to_messages(token_ids, self.logprobs, [num or 0 for num in self.num_top])
             logprobs = {i: row for i, row in enumerate(rows) if self.num_top[i] is not None}
-        return token_ids, logprobs, {i: self._prompt_rows(i) for i in self.prompt_logprobs}
+        prompt_logprobs = {i: self._prompt_rows(i) for i in self.prompt_logprobs}
+        return token_ids, logprobs, prompt_logprobs, {i: vector.tobytes() for i, vector in vectors.items()}
 
     def _prompt_rows(self, i: int) -> list[TokenLogprob | None]:
         prompt, num_top = self.prompts[i]
@@ -128,12 +137,12 @@ class ModelRunner:
             self._set_row(new)
         requests = batch.requests
         are_decodes = _num_decodes(batch) == len(requests) and all(request.samples for request in requests)
-        if are_decodes and not self._asks_prompts(batch):
+        if are_decodes and not self._asks_prompts(batch) and not self._pools(requests):
             logits, best = self._run_decodes(requests)
-            return self._draw(requests, logits, best, {})
+            return self._draw(requests, logits, best, {}, {})
         sampled = [request for request in requests if request.samples]
         hidden, complete = self._run_mixed(batch, len(sampled))
-        return self._draw(sampled, self.model.logits(hidden), None, complete)
+        return self._draw(sampled, self.model.logits(hidden), None, complete, self._pooled(sampled, hidden))
 
     def _run_decodes(self, requests: list[ScheduledRequest]) -> tuple[Tensor, Tensor]:
         """One token in, one token out: logits [R, vocab], and the best tokens [R]."""
@@ -154,6 +163,7 @@ class ModelRunner:
         if self._asks_prompts(batch):
             hidden = self._forward_mixed(*self._exact_inputs(batch, None))
             complete = self._compute_prompt_logprobs(batch, hidden)
+            self._add_hidden(batch, hidden)
             last = np.cumsum([request.num_tokens for request in requests])[[r.samples for r in requests]] - 1
             return hidden.index_select(0, self._upload(last)), complete
         if self.mixed_graphs is None or size is None or longest_decode > MAX_GRAPH_CONTEXT:
@@ -163,9 +173,32 @@ class ModelRunner:
         return self.mixed_graphs.run(inputs, size)[:num_sampled], {}
 
     def _asks_prompts(self, batch: ScheduledBatch) -> bool:
-        """Whether some request wants log probabilities of prompt tokens that this step computes."""
+        """Whether some request wants to know something of all prompt tokens that this step computes."""
         rows = [(request, self.rows[request.row].sampling) for request in batch.requests]
-        return any(s.params.prompt_logprobs is not None and r.start < s.num_prompt_tokens for r, s in rows)
+        return any(s.params.asks_prompt and r.start < s.num_prompt_tokens for r, s in rows)
+
+    def _pools(self, requests: list[ScheduledRequest]) -> bool:
+        return any(self.rows[request.row].sampling.params.pooling is not None for request in requests)
+
+    def _add_hidden(self, batch: ScheduledBatch, hidden: Tensor) -> None:
+        """Extend the sums of the rows that want a mean.   hidden [T, hidden_size]"""
+        first = 0
+        for request in batch.requests:
+            row, end = self.rows[request.row], first + request.num_tokens
+            if row.sampling.params.pooling == "mean":
+                row.hidden_sum = row.hidden_sum + hidden[first:end].sum(0, dtype=torch.float32)
+            first = end
+
+    def _pooled(self, sampled: list[ScheduledRequest], hidden: Tensor) -> dict[int, Tensor]:
+        """The vectors [hidden_size] float32 of the prompts that are complete.   hidden [S, hidden_size]"""
+        pooled = {}
+        for i, request in enumerate(sampled):
+            row = self.rows[request.row]
+            if row.sampling.params.pooling == "last":
+                pooled[i] = hidden[i].to(torch.float32, copy=True)  # a graph's output is overwritten by the next step
+            elif row.sampling.params.pooling == "mean":
+                pooled[i] = torch.as_tensor(row.hidden_sum) / row.sampling.num_prompt_tokens
+        return pooled
 
     def _max_num_requests(self, num_tokens: int) -> int:
         return min(num_tokens, self.max_num_seqs)
@@ -306,6 +339,7 @@ class ModelRunner:
         logits: Tensor,
         best: Tensor | None,
         complete: dict[int, list[Logprobs]],
+        pooled: dict[int, Tensor],
     ) -> StepResult:
         """Draw the batch's tokens, put them into their rows, and start their way to the host.
 
@@ -329,7 +363,7 @@ class ModelRunner:
             token_ids = token_ids.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        return StepResult(token_ids, logprobs, num_top, prompt_logprobs, prompts, event)
+        return StepResult(token_ids, logprobs, num_top, prompt_logprobs, prompts, pooled, event)
 
     def _sample(self, sampled: list[ScheduledRequest], logits: Tensor) -> Tensor:
         """Draw a token for each request, and put it into its row."""

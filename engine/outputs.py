@@ -28,6 +28,7 @@ class OutputDelta:
     stop_reason: int | str | None = None  # the stop token or stop string that ended it; None for the model's own end
     num_cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None  # once, with the first tokens
+    embedding: bytes | None = None  # instead of tokens, as in TokenOutput
 
 
 @dataclass(slots=True)
@@ -69,6 +70,26 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     metrics: RequestTimings
+    embedding: bytes | None = None  # of a request that pools its prompt's hidden states, as in TokenOutput
+
+
+@dataclass(slots=True)
+class Embedding:
+    """A prompt as a vector."""
+
+    embedding: list[float]
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A prompt and its vector, under the names that vLLM gives them."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: Embedding
+    num_cached_tokens: int
+    metrics: RequestTimings
 
 
 class SequenceState:
@@ -82,13 +103,14 @@ class SequenceState:
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.embedding: bytes | None = None
         self._texts: list[str] = []
         self._detokenizer = _detokenizer(tokenizer, params) if tokenizer and params.detokenize else None
 
     def take(self, output: TokenOutput) -> OutputDelta:
         """Take in new tokens. What comes after a stop string is dropped."""
         token_ids, finish_reason = output.token_ids, output.finish_reason
-        self.stop_reason = output.stop_reason
+        self.stop_reason, self.embedding = output.stop_reason, output.embedding
         prompt_logprobs = None if self.token_ids else output.prompt_logprobs  # preempted, it has them computed again
         text = ""
         if self._detokenizer is not None:
@@ -109,6 +131,7 @@ class SequenceState:
             finish_reason=finish_reason,
             stop_reason=self.stop_reason,
             prompt_logprobs=prompt_logprobs,
+            embedding=output.embedding,
         )
 
     def unfinished_request(self) -> AddRequest:
@@ -179,6 +202,7 @@ class RequestState:
             finished=self.is_finished,
             num_cached_tokens=self.timings.num_cached_tokens,
             metrics=self.timings,
+            embedding=self.sequences[0].embedding,
         )
 
     def rename(self) -> None:

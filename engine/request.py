@@ -52,6 +52,11 @@ class Request:
         """Tokens whose KV is still to be computed; none once the last token allowed has been drawn."""
         return self.num_tokens - self.num_computed_tokens if self.num_output_tokens < self.max_tokens else 0
 
+    @property
+    def needs_every_position(self) -> bool:
+        """All of its prompt must pass through the model: it takes no blocks that others have computed."""
+        return self.computes_all or self.params.asks_prompt
+
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:
         """Tokens that end it: those the client named and, unless ignored, the model's end of sequence."""

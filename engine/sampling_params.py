@@ -1,6 +1,10 @@
 """How one request wants its tokens drawn. Checked when made, so that nothing downstream checks again."""
 
+from typing import Literal, get_args
+
 import msgspec
+
+Pooling = Literal["last", "mean"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +30,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    pooling: Pooling | None = None  # no tokens, but the prompt's hidden states as one vector: see pooling_params
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -53,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_LOGPROBS,
                 f"must be 0 to {MAX_LOGPROBS}",
             ),
+            ("pooling", self._pooling_is_valid(), "must be last or mean, for one sequence with max_tokens = 1"),
         ]
         for name, is_valid, rule in checks:
             if not is_valid:
@@ -66,11 +72,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def has_penalties(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
+    @property
+    def asks_prompt(self) -> bool:
+        """It wants to know something of every token of its prompt: all of them must pass through the model."""
+        return self.prompt_logprobs is not None or self.pooling == "mean"
+
     def _logit_bias_is_valid(self) -> bool:
         return all(token >= 0 and -100 <= bias <= 100 for token, bias in (self.logit_bias or {}).items())
 
     def _min_tokens_is_valid(self) -> bool:
         return self.min_tokens >= 0 and (self.max_tokens is None or self.min_tokens <= self.max_tokens)
+
+    def _pooling_is_valid(self) -> bool:
+        return self.pooling is None or (self.pooling in get_args(Pooling) and (self.n, self.max_tokens) == (1, 1))
+
+
+def pooling_params(pooling: Pooling) -> SamplingParams:
+    """Parameters of a request for the hidden state of its prompt's last token, or for the mean of all of them."""
+    return SamplingParams(pooling=pooling, temperature=0.0, max_tokens=1, detokenize=False)
 
 
 MAX_N = 128

@@ -156,10 +156,11 @@ class Scheduler:
         token_ids: list[int],
         logprobs: dict[int, TokenLogprob],
         prompt_logprobs: dict[int, list[TokenLogprob | None]],
+        embeddings: dict[int, bytes] = {},  # noqa: B006 (read only)
     ) -> list[TokenOutput]:
         """Take in the oldest step in flight: one token for each request that drew, in the batch's order, -1 for none.
 
-        logprobs and prompt_logprobs are keyed by the request's place among those.
+        logprobs, prompt_logprobs and embeddings are keyed by the request's place among those.
         """
         requests = self.in_flight.popleft()
         assert len(requests) == len(token_ids), (len(requests), len(token_ids))
@@ -175,6 +176,9 @@ class Scheduler:
                 if not self._starts_over(request):
                     self._finish(request, "error")
                     outputs.append(TokenOutput(request.request_id, [], finish_reason="error"))
+                continue
+            if request.params.pooling is not None:
+                outputs.append(self._finish_pooled(request, embeddings[i]))
                 continue
             request.token_ids.append(token_id)
             self._remember_full_blocks(request)
@@ -197,6 +201,19 @@ class Scheduler:
             )
         self._measure()
         return outputs
+
+    def _finish_pooled(self, request: Request, embedding: bytes) -> TokenOutput:
+        """The end of a request that is there for its prompt's hidden states: what was drawn is not looked at."""
+        self._finish(request, "stop")
+        self.stats.prompt_tokens += request.num_prompt_tokens
+        return TokenOutput(
+            request.request_id,
+            [],
+            finish_reason="stop",
+            num_cached_tokens=request.num_cached_tokens,
+            scheduled_time=request.scheduled_time,
+            embedding=embedding,
+        )
 
     def note_time(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learn what a step has taken, for the target."""
@@ -300,8 +317,8 @@ class Scheduler:
         return room_to_grow(ends, self.block_size) <= num_free
 
     def _find_prefix(self, request: Request) -> list[int]:
-        if request.params.prompt_logprobs is not None or request.computes_all:
-            return []  # every position must pass through the model
+        if request.needs_every_position:
+            return []
         longest = (len(request.token_ids) - 1) // self.block_size  # one token at least must be computed
         return self.pool.find(request.prefix, request.token_ids, longest)
 
@@ -310,7 +327,7 @@ class Scheduler:
 
         They are no more than the step would compute at most: what comes back takes less time than that.
         """
-        if self.host_tier is None or request.params.prompt_logprobs is not None or request.computes_all:
+        if self.host_tier is None or request.needs_every_position:
             return False
         request.prefix.extend(request.token_ids)
         longest = (len(request.token_ids) - 1) // self.block_size
@@ -354,7 +371,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
-        if reason in ("stop", "length"):
+        if reason in ("stop", "length") and request.params.pooling is None:
             self.answer_length.add(request.num_output_tokens)
         del self.requests[request.request_id]
         if request.row >= 0:
