@@ -101,13 +101,22 @@ def test_a_prompt_that_is_preempted_halfway_gives_the_same_vector(tiny_checkpoin
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_padded_batches_give_the_same_vectors(tiny_checkpoint, monkeypatch, pooling: Pooling):
-    """As CUDA graphs run them; the last chunk of a prompt may be one token, and is no decode."""
+    """As CUDA graphs run them."""
     folder, prompts = tiny_checkpoint("llama"), make_prompts()
     core = make_core(folder, max_num_batched_tokens=16, max_prefill_chunk=16)
     monkeypatch.setattr(model_runner, "Graphs", PaddedRuns)
     core.worker.runner.capture_graphs(16)
     expected = embed(make_core(folder), prompts, pooling)
     np.testing.assert_allclose(embed(core, prompts, pooling), expected, rtol=1e-4, atol=1e-4 * expected.std())
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_the_last_token_of_a_prompt_is_no_decode_though_it_comes_alone(tiny_checkpoint, pooling: Pooling):
+    folder, prompt = tiny_checkpoint("llama"), make_prompts()[4]
+    core = make_core(folder, max_num_batched_tokens=16, max_prefill_chunk=16)
+    assert len(prompt) == 17
+    (whole,), (chunked,) = embed(make_core(folder), [prompt], pooling), embed(core, [prompt], pooling)
+    np.testing.assert_allclose(chunked, whole, rtol=1e-4, atol=1e-4 * whole.std())
 
 
 def test_an_embedded_prompt_is_found_by_others_and_leaves_nothing_else(tiny_checkpoint):

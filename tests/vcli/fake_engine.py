@@ -5,6 +5,7 @@ FAKE_STEP_S, FAKE_SEQUENCE_S (more for each sequence of a step) and FAKE_LOAD_S 
 """
 
 import os
+import struct
 import sys
 import time
 
@@ -13,6 +14,7 @@ import zmq
 from engine import messages
 
 EOS = 2
+HIDDEN_SIZE = 8
 SOCKET_POLL_MS = 50
 
 
@@ -35,6 +37,7 @@ def main(address: str) -> None:
         eos_token_ids=[EOS],
         device="cpu",
         dtype="float32",
+        hidden_size=HIDDEN_SIZE,
     )
     socket.send(messages.encode(ready))
     requests: dict[str, messages.AddRequest] = {}
@@ -76,7 +79,11 @@ def main(address: str) -> None:
 
 
 def next_output(request: messages.AddRequest, done: dict[str, int]) -> messages.TokenOutput:
-    """The next token of a request: the prompt over and over."""
+    """The next token of a request: the prompt over and over; or a vector, of the prompt's tokens over and over."""
+    if request.params.pooling is not None:
+        numbers = [float(request.prompt_token_ids[i % len(request.prompt_token_ids)]) for i in range(HIDDEN_SIZE)]
+        vector = struct.pack(f"<{HIDDEN_SIZE}f", *numbers)
+        return messages.TokenOutput(request.request_id, [], "stop", num_cached_tokens=1, embedding=vector)
     prompt, params, position = request.prompt_token_ids, request.params, done[request.request_id]
     token_id = prompt[position % len(prompt)]
     done[request.request_id] += 1

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from engine.errors import EngineDeadError, UserError
 from vcli.server import chat
 from vcli.server.bodies import ClientGoneError
+from vcli.server.embeddings import Embeddings
 from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response
 from vcli.server.generation import ChatCompletions, Completions, Service, engine_dead
 from vcli.server.keys import Tenant
@@ -36,6 +37,7 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/models/{name:path}", endpoints.model),
         Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
         Route("/v1/completions", Completions(service), methods=["POST"]),
+        Route("/v1/embeddings", Embeddings(service), methods=["POST"]),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         *_common_routes(endpoints),

@@ -6,6 +6,7 @@ silently dropped.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ MAX_STOP_STRINGS = 64  # each is looked for after every token
 MAX_STOP_LENGTH = 1024
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # what msgpack can carry to the engine
+Prompts = str | Sequence[str | Int | list[Int]]  # texts or token ids, one or several
 
 
 class ApiError(Exception):
@@ -194,7 +196,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
-    prompt: str | list[str | Int | list[Int]]
+    prompt: Prompts
     echo: bool | None = None
     logprobs: Int | None = None
     suffix: Any = None
@@ -225,23 +227,10 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     @property
     def num_prompts(self) -> int:
-        return 1 if isinstance(self.prompt, str) or isinstance(next(iter(self.prompt), None), int) else len(self.prompt)
+        return len(self.prompts())
 
     def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt: its text or its token ids. Raises ApiError for an empty or mixed list."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        types = set(map(type, prompt))  # of a million tokens, within milliseconds
-        if types == {int}:
-            return [prompt]  # type: ignore[list-item]
-        if len(types) == 1:
-            return prompt  # type: ignore[return-value]
-        raise ApiError(
-            400,
-            "prompt must be a string, a list of strings, a list of token ids or a list of such lists",
-            param="prompt",
-        )
+        return split_prompts(self.prompt, "prompt")
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -268,6 +257,19 @@ _UNSUPPORTED_NAMES = (
 )
 
 Request = TypeVar("Request")
+
+
+def split_prompts(given: Prompts, param: str) -> list[str | list[int]]:
+    """One entry a prompt: its text or its token ids. Raises ApiError for an empty or mixed list."""
+    if isinstance(given, str):
+        return [given]
+    types = set(map(type, given))  # of a million tokens, within milliseconds
+    if types == {int}:
+        return [given]  # type: ignore[list-item]
+    if len(types) == 1:
+        return given  # type: ignore[return-value]
+    message = f"{param} must be a string, a list of strings, a list of token ids or a list of such lists"
+    raise ApiError(400, message, param=param)
 
 
 def decode(decoder: msgspec.json.Decoder[Request], body: bytes) -> Request:
