@@ -60,7 +60,7 @@ def server(start_server):
             "messages[0].content",
             "image_url",
         ),
-        (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools", "not supported"),
+        (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function", "is required"),
         (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", "json_object"),
         (CHAT, {"messages": HELLO, "top_logprobs": 3}, "top_logprobs", "logprobs"),
         (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 99}, "top_logprobs", "99"),

@@ -11,7 +11,9 @@ from typing import Any
 import msgspec
 
 from engine.tokenizer import Tokenizer
-from vcli.server.protocol import ApiError, ChatMessage
+from vcli.server.dialects import Dialect
+from vcli.server.parts import AnswerForm
+from vcli.server.protocol import ApiError, ChatMessage, ChatRequest
 from vcli.server.templates import Templates
 
 MAX_TOKEN_LENGTH = 256  # characters; no tokenizer has longer tokens, but for runs of one and the same character
@@ -23,6 +25,18 @@ class Prompt:
 
     token_ids: list[int]
     text: str | None
+    form: AnswerForm | None = None  # of its answer, where that may be more than text
+
+
+def answer_form(dialect: Dialect, prompt: str, request: ChatRequest) -> AnswerForm | None:
+    """What the answer to a rendered conversation may be made of. None: of text."""
+    if dialect.marks is None:
+        return None
+    return AnswerForm(
+        marks=dialect.marks,
+        is_thinking=prompt.rstrip().endswith(dialect.marks.begin),
+        shows_reasoning=request.include_reasoning is not False,
+    )
 
 
 async def encode_texts(
@@ -98,6 +112,8 @@ def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(message)
     if isinstance(message.content, list):
         plain["content"] = "".join(_text_of(part, index) for part in message.content)
+    if "reasoning" in plain:  # the templates know the older name
+        plain.setdefault("reasoning_content", plain.pop("reasoning"))
     return {"content": "", **plain}
 
 

@@ -12,6 +12,7 @@ White space between the marks means nothing. Which way is a model's is seen by t
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Dialect:
     marks: Marks | None
 
 
-def dialect(template: str, call_format: str = "auto") -> Dialect:
+@lru_cache(maxsize=16)
+def dialect_of(template: str, call_format: str = "auto") -> Dialect:
     """The dialect that a chat template is written for. call_format: a name of CALL_FORMATS, or "auto"."""
     marks = next((marks for marks in MARKS if marks.end in template), None)
     own = _own_format(template)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from vcli.server.admission import RETRY_LATER_S, Admission, Place
 from vcli.server.bodies import Bodies, ClientGoneError
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
+from vcli.server.dialects import Dialect, dialect_of
 from vcli.server.headers import milliseconds
 from vcli.server.keys import Keys, Tenant
 from vcli.server.metrics import Metrics
@@ -82,6 +83,12 @@ class Service:
         if self.engine.tokenizer is None:
             raise ApiError(400, "this server was started with --skip-tokenizer-init: send token ids to /v1/completions")
         return self.engine.tokenizer
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the model writes, as its chat template tells."""
+        tokenizer = self.require_tokenizer()
+        return dialect_of(self.chat_template or tokenizer.chat_template or "")
 
     def check_model(self, name: str | None) -> None:
         if name and name not in (self.model_name, self.model_root):
@@ -282,12 +289,13 @@ class ChatCompletions(GenerationEndpoint):
 
     async def prompts(self, request: ChatRequest, ready: Ready) -> list[Prompt]:
         text = await self.service.render(request)
-        return await chat.encode_texts(
+        [prompt] = await chat.encode_texts(
             self.service.require_tokenizer(),
             [text],
             ready.max_model_len,
             add_special_tokens=bool(request.add_special_tokens),  # the template has written them
         )
+        return [replace(prompt, form=chat.answer_form(self.service.dialect, text, request))]
 
     async def reply(self, asked: Any, request: ChatRequest, prompts: list[Prompt], n: int) -> Reply:
         return ChatReply(request, **self.common(prompts, n), **_usage_options(request))

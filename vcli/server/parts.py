@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from vcli.server.dialects import CallFormat, Marks
@@ -58,28 +58,25 @@ Part = Text | Reasoning | CallBegun | Arguments | Markup
 Pause = Generator[None, None, None]
 
 
+@dataclass(frozen=True)
+class AnswerForm:
+    """What the answer to a prompt may be made of, beside text."""
+
+    marks: Marks | None = None  # of thoughts, if the model may think
+    is_thinking: bool = False  # the prompt has opened them already
+    shows_reasoning: bool = True
+    call_format: CallFormat | None = None  # if it may call tools
+    tool_names: frozenset[str] = frozenset()
+
+
 class Parser:
     """Of one answer."""
 
-    def __init__(
-        self,
-        *,
-        marks: Marks | None = None,
-        is_thinking: bool = False,
-        call_format: CallFormat | None = None,
-        tool_names: Iterable[str] = (),
-        new_id: Callable[[], str] | None = None,
-    ) -> None:
-        """marks: of thoughts, if the model may think; is_thinking: the prompt has opened them already.
-
-        call_format, tool_names: if it may call, how, and what. new_id: makes the ids of calls.
-        """
+    def __init__(self, form: AnswerForm, new_id: Callable[[], str] | None = None) -> None:
         self.num_calls = 0
-        self._marks = marks
-        self._is_thinking = is_thinking
-        self._format = call_format
-        self._tool_names = frozenset(tool_names)
-        self._new_id = new_id or (lambda: call_id(call_format.id_length if call_format else 0))
+        self.form = form
+        self._format = form.call_format
+        self._new_id = new_id or (lambda: call_id(form.call_format.id_length if form.call_format else 0))
         self._text = ""  # not given yet
         self._position = 0  # looked at so far
         self._parts: list[Part] = []
@@ -107,8 +104,8 @@ class Parser:
     # What an answer is made of.
 
     def _answer(self) -> Pause:
-        if self._marks is not None:
-            yield from self._thoughts(self._marks)
+        if self.form.marks is not None:
+            yield from self._thoughts(self.form.marks)
         if self._format is not None and self._format.is_bare and (yield from self._sees("{")):
             yield from self._calls(self._format)
         begins = [self._format.begin] if self._format is not None else []
@@ -119,7 +116,7 @@ class Parser:
             yield from self._calls(self._format)
 
     def _thoughts(self, marks: Marks) -> Pause:
-        if not (yield from self._takes(marks.begin)) and not self._is_thinking:
+        if not (yield from self._takes(marks.begin)) and not self.form.is_thinking:
             return
         yield from self._separator(Reasoning)
         yield from self._until([marks.end], Reasoning)
@@ -145,7 +142,7 @@ class Parser:
         start = self._position
         yield from self._run_of(_NAME)
         name = self._text[start : self._position]
-        if name not in self._tool_names or not (yield from self._takes(form.name_end.strip())):
+        if name not in self.form.tool_names or not (yield from self._takes(form.name_end.strip())):
             return False
         yield from self._space()
         self._begin_call(name)
@@ -166,7 +163,7 @@ class Parser:
             start = self._position
             if key == "name" and not is_begun:
                 name = (yield from self._string()) or ""
-                if name not in self._tool_names:
+                if name not in self.form.tool_names:
                     return False
             elif key in (form.arguments_key, "arguments") and name and not is_begun:
                 is_begun = True

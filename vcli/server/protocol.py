@@ -7,7 +7,7 @@ silently dropped.
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -150,6 +150,21 @@ class ChatMessage(msgspec.Struct, omit_defaults=True):
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same by its newer name
+
+
+class Function(msgspec.Struct, omit_defaults=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema
+    strict: bool | None = None  # calls are always valid
+
+
+class Tool(msgspec.Struct):
+    """What the model may call."""
+
+    function: Function
+    type: Literal["function"] = "function"
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -160,8 +175,10 @@ class ChatRequest(GenerationRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: Any = None
-    tool_choice: Any = None
+    include_reasoning: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     functions: Any = None
     chat_template: Any = None
     modalities: Any = None

@@ -17,6 +17,7 @@ from engine.messages import TokenLogprob
 from engine.outputs import OutputDelta, PromptLogprobs
 from engine.tokenizer import Tokenizer
 from vcli.server.chat import Prompt
+from vcli.server.parts import Arguments, CallBegun, Markup, Parser, Part, Reasoning, Text
 from vcli.server.protocol import ApiError, ChatRequest, CompletionRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -29,6 +30,7 @@ class Choice:
     """One sequence of the reply, as far as it got. A streamed reply keeps its number of tokens only."""
 
     prompt: Prompt
+    parser: Parser | None = None  # of an answer that may be more than text
     has_started: bool = False  # the event with its role, or its echo, is sent
     num_tokens: int = 0
     text_offset: int = 0  # characters of the tokens with log probabilities so far
@@ -55,7 +57,9 @@ class Reply(ABC):
         self.prompts = prompts
         self.n = n
         self.tokenizer = tokenizer
-        self.choices = [Choice(prompt) for prompt in prompts for _ in range(n)]
+        self.choices = [
+            Choice(prompt, None if prompt.form is None else Parser(prompt.form)) for prompt in prompts for _ in range(n)
+        ]
         self.prompt_logprobs: list[PromptLogprobs | None] = [None] * len(prompts)
         self.num_cached_tokens = [0] * len(prompts)
 
@@ -73,6 +77,26 @@ class Reply(ABC):
             choice.token_ids += delta.token_ids
             choice.logprobs += delta.logprobs or []
         return choice
+
+    def parts(self, choice: Choice, delta: OutputDelta) -> list[Part]:
+        """What a delta shows of a choice, which may be less than its text or more; at the end, why it ended."""
+        if choice.parser is None:
+            return [Text(delta.text)] if delta.text else []
+        return self._shown(choice, choice.parser, delta.text, is_last=delta.finish_reason is not None)
+
+    def whole_parts(self, choice: Choice) -> list[Part]:
+        """The parts of a choice all of whose text was kept."""
+        text = "".join(choice.texts)
+        return [Text(text)] if choice.parser is None else self._shown(choice, choice.parser, text, is_last=True)
+
+    def _shown(self, choice: Choice, parser: Parser, text: str, *, is_last: bool) -> list[Part]:
+        parts = parser.add(text)
+        if is_last:
+            parts += parser.finish()
+            if parser.num_calls and choice.finish_reason == "stop":
+                choice.finish_reason = "tool_calls"
+        hidden = Markup if parser.form.shows_reasoning else Markup | Reasoning
+        return [part for part in parts if not isinstance(part, hidden)]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -121,11 +145,14 @@ class ChoicesReply(Reply):
         choice = self.add(prompt_index, delta, keep=False)
         is_first, choice.has_started = not choice.has_started, True
         index = b'{"index":%d,' % (prompt_index * self.n + delta.index)
-        parts = [self._event_prefix, index, self._delta(prompt_index, choice, delta, is_first=is_first)]
-        if delta.finish_reason is None:
+        content = self._delta(prompt_index, choice, delta, is_first=is_first)
+        if not content and not self.usage_in_every_event:
+            return b""
+        parts = [self._event_prefix, index, content or b'"delta":{}']
+        if choice.finish_reason is None:
             parts.append(b',"finish_reason":null}]')
         else:
-            reasons = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            reasons = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
             parts += [b",", encode(reasons)[1:], b"]"]
         if self.usage_in_every_event:
             parts += [b',"usage":', encode(self.usage())]
@@ -160,7 +187,7 @@ class ChoicesReply(Reply):
 
     @abstractmethod
     def _delta(self, prompt_index: int, choice: Choice, delta: OutputDelta, *, is_first: bool) -> bytes:
-        """The part of an event that differs between the APIs."""
+        """The part of an event that differs between the APIs. Empty where there is nothing to say yet."""
 
     @abstractmethod
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -182,7 +209,15 @@ class ChatReply(ChoicesReply):
         self.has_token_ids = bool(request.return_token_ids) or self.tokenizer is None
 
     def _delta(self, prompt_index: int, choice: Choice, delta: OutputDelta, *, is_first: bool) -> bytes:
-        if is_first:
+        if choice.parser is not None:
+            message = _delta_message(self.parts(choice, delta))
+            is_silent = (
+                not message and choice.finish_reason is None and not self.has_logprobs and not self.has_token_ids
+            )
+            if is_silent and not is_first:
+                return b""
+            parts = [b'"delta":', encode(({"role": "assistant", "content": ""} if is_first else {}) | message)]
+        elif is_first:
             parts = [b'"delta":{"role":"assistant","content":', encode(delta.text), b"}"]
         elif delta.text:
             parts = [b'"delta":{"content":', encode(delta.text), b"}"]
@@ -195,9 +230,10 @@ class ChatReply(ChoicesReply):
         return b"".join(parts)
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message = _whole_message(self.whole_parts(choice))
         body: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(choice.texts)},
+            "message": message,
             "logprobs": self._logprobs(choice.logprobs) if self.has_logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -224,6 +260,46 @@ class ChatReply(ChoicesReply):
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         token_bytes = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
         return {"token": self._token_text(token_id), "logprob": _finite(logprob), "bytes": list(token_bytes)}
+
+
+def _delta_message(parts: list[Part]) -> dict[str, Any]:
+    """What some parts add to a message."""
+    texts, thoughts, calls = _sorted(parts)
+    message: dict[str, Any] = _thoughts(thoughts) | ({"content": "".join(texts)} if texts else {})
+    if calls:
+        message["tool_calls"] = [{"index": index, **call} for index, call in calls.items()]
+    return message
+
+
+def _whole_message(parts: list[Part]) -> dict[str, Any]:
+    texts, thoughts, calls = _sorted(parts)
+    content = None if calls and not texts else "".join(texts)
+    message = {"role": "assistant", "content": content, **_thoughts(thoughts)}
+    return message | {"tool_calls": list(calls.values())} if calls else message
+
+
+def _thoughts(thoughts: list[str]) -> dict[str, str]:
+    """DeepSeek's name for it, and the one that others chose later."""
+    return {"reasoning_content": "".join(thoughts), "reasoning": "".join(thoughts)} if thoughts else {}
+
+
+def _sorted(parts: list[Part]) -> tuple[list[str], list[str], dict[int, dict[str, Any]]]:
+    """Texts, thoughts and tool calls; of calls that began earlier only the arguments."""
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        match part:
+            case Text(text):
+                texts.append(text)
+            case Reasoning(text):
+                thoughts.append(text)
+            case CallBegun(index, call_id, name):
+                calls[index] = {"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}}
+            case Arguments(index, text):
+                call = calls.setdefault(index, {"function": {"arguments": ""}})
+                call["function"]["arguments"] += text
+    return texts, thoughts, calls
 
 
 class CompletionReply(ChoicesReply):
