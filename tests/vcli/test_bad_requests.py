@@ -97,7 +97,7 @@ def test_bad_value_is_named(server, path, body, param, words):
     ],
     ids=lambda body: f"{body[:12]!r}-{len(body)}",
 )
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/messages", "/tokenize", "/detokenize"])
 def test_garbage_is_a_bad_request(server, path, body):
     reply = server.post(path, content=body)
     assert reply.status_code == 400, reply.text

@@ -6,6 +6,7 @@ errors) is in frame.py.
 
 import time
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,9 +19,11 @@ from starlette.routing import Route
 
 from engine.errors import EngineDeadError, UserError
 from vcli.server import chat
+from vcli.server.anthropic.endpoints import Messages
+from vcli.server.anthropic.protocol import CountTokensRequest
 from vcli.server.bodies import ClientGoneError
 from vcli.server.embeddings import Embeddings
-from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response
+from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response, speaks_anthropic
 from vcli.server.generation import ChatCompletions, Completions, Service, engine_dead
 from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
@@ -38,6 +41,8 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
         Route("/v1/completions", Completions(service), methods=["POST"]),
         Route("/v1/embeddings", Embeddings(service), methods=["POST"]),
+        Route("/v1/messages", Messages(service), methods=["POST"]),
+        Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         *_common_routes(endpoints),
@@ -91,11 +96,14 @@ class Endpoints:
         self.started = int(time.time())
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model_entry()]})
+        entry = self._model_entry(request)
+        if speaks_anthropic(request.scope):
+            return json_response({"data": [entry], "has_more": False, "first_id": entry["id"], "last_id": entry["id"]})
+        return json_response({"object": "list", "data": [entry]})
 
     async def model(self, request: Request) -> Response:
         self.service.check_model(request.path_params["name"])
-        return json_response(self._model_entry())
+        return json_response(self._model_entry(request))
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a prompt, or of a conversation by the chat template."""
@@ -122,6 +130,18 @@ class Endpoints:
         with self._counted(request):
             prompt = await chat.decode_tokens(self.service.require_tokenizer(), asked.tokens)
         return json_response({"prompt": prompt})
+
+    async def count_tokens(self, request: Request) -> Response:
+        """How long the prompt of a conversation of Anthropic's shape is."""
+        asked = (await self._read(_COUNT_TOKENS, request)).chat_request()
+        self.service.check_model(asked.model)
+        asked.refuse_unsupported()
+        ready = self.service.require_ready()
+        with self._counted(request):
+            text = await self.service.render(asked)
+            tokenizer = self.service.require_tokenizer()
+            [prompt] = await chat.encode_texts(tokenizer, [text], ready.max_model_len, add_special_tokens=False)
+        return json_response({"input_tokens": len(prompt.token_ids)})
 
     async def reload(self, request: Request) -> Response:
         """Read --api-key-file and the certificate again: renewed ones, and without the keys that were stolen."""
@@ -187,18 +207,31 @@ class Endpoints:
         except ClientGoneError:
             raise ApiError(400, "the body never came") from None  # nobody reads it
 
-    def _model_entry(self) -> dict[str, Any]:
-        ready = self.service.engine.ready
+    def _model_entry(self, request: Request) -> dict[str, Any]:
+        """The model in the shape that the client reads."""
+        name, ready = self.service.model_name, self.service.engine.ready
+        max_model_len = ready.max_model_len if ready else None  # not known while the model loads
+        if speaks_anthropic(request.scope):
+            created_at = datetime.fromtimestamp(self.started, UTC).isoformat()
+            limits = {"max_input_tokens": max_model_len, "max_tokens": max_model_len}
+            return {
+                "id": name,
+                "type": "model",
+                "display_name": name,
+                "created_at": created_at,
+                "lifecycle": "active",
+            } | limits
         return {
-            "id": self.service.model_name,
+            "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": "vcli",
             "root": self.service.model_root,
             "parent": None,
-            "max_model_len": ready.max_model_len if ready else None,  # not known while the model loads
+            "max_model_len": max_model_len,
         }
 
 
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_COUNT_TOKENS = msgspec.json.Decoder(CountTokensRequest)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)

@@ -1,5 +1,7 @@
 """What goes wrong, as Anthropic's clients read it: `{"type": "error", "error": {"type": ..., "message": ...}}`."""
 
+from typing import Any
+
 import msgspec
 
 from vcli.server.protocol import ApiError
@@ -7,7 +9,10 @@ from vcli.server.protocol import ApiError
 
 def body(error: ApiError) -> bytes:
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": str(error)}})
+    told: dict[str, Any] = {"type": kind, "message": str(error)}
+    if error.code:
+        told["details"] = {"error_code": error.code}
+    return msgspec.json.encode({"type": "error", "error": told})
 
 
 _TYPES = {
