@@ -6,10 +6,9 @@ The same requests run twice: undisturbed, and while the engine is killed with SI
 has loaded. Every stream must end with all of its tokens. Where an engine gives the same tokens in any batch (a CPU in
 fp32, a GPU with --batch-invariant) they must be the same ones; elsewhere (--ties) a token that is another one must be
 as good after those before it, by the server's own log probabilities, which a lost or doubled one is not.
-Exit codes: 0 nothing was lost, 3 something was, 1 it could not run.
+Exit codes: bench/command.py; 3 if anything was lost.
 """
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -21,21 +20,18 @@ import statistics
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 import psutil
 
-from bench import output
+from bench import command
 from bench.client import LoadClient
-from bench.environment import environment
 from bench.metrics import RequestRecord
 from bench.run_async import run_async
-from bench.server import running_server
+from bench.server import API, ENGINE, running_server, titled
 from bench.workloads import Answer, BenchRequest
 from engine.errors import UserError
 
@@ -97,14 +93,11 @@ def run(arguments: list[str], plan: Plan) -> Chaos:
     """Start a server with these arguments, and make its life hard. Raises UserError if it does not stand that."""
     many = ["--max-restarts", str(10 * plan.num_kills)]
     with running_server([*arguments, *many]) as url:
-        [server] = [process for process in psutil.Process().children() if _is_server(process)]
-        return run_async(_Run(url, server, plan).run())
-
-
-def _is_server(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()[:1] == ["vcli: api"]
-    return False
+        [server] = titled(API)
+        try:
+            return run_async(_Run(url, server, plan).run())
+        except aiohttp.ClientError as error:
+            raise UserError(f"the server has given up and answers nobody: {error}") from None
 
 
 class _Run:
@@ -207,7 +200,7 @@ class _Run:
                 if not is_loading:
                     await self._until_ready(session)
                 await asyncio.sleep(self.random.uniform(0.0, LOADING_S if is_loading else self.plan.longest_life_s))
-                while (pid := next(self._engines(), None)) is None:
+                while (pid := self._engine()) is None:
                     await asyncio.sleep(POLL_S)
                 os.kill(pid, signal.SIGKILL)
                 self.killed.add(pid)
@@ -219,16 +212,13 @@ class _Run:
     async def _until_ready(self, session: aiohttp.ClientSession) -> None:
         while True:
             async with session.get(f"{self.url}/ready") as reply:
-                if reply.status == 200 and any(self._engines()):
+                if reply.status == 200 and self._engine() is not None:
                     return
             await asyncio.sleep(POLL_S)
 
-    def _engines(self) -> Iterator[int]:
-        """The process that has the model or loads it, but between two of them."""
-        for child in self.server.children():
-            with contextlib.suppress(psutil.Error):
-                if child.pid not in self.killed and child.cmdline()[:1] == ["vcli: engine 0"]:
-                    yield child.pid
+    def _engine(self) -> int | None:
+        """The process that has the model or loads it, None between two of them."""
+        return next((each.pid for each in titled(ENGINE, self.server) if each.pid not in self.killed), None)
 
 
 def pauses(arrivals: list[float], kills: list[float]) -> tuple[list[float], list[float]]:
@@ -267,11 +257,8 @@ def _show(result: Chaos) -> None:
         print(f"{result.num_kills} kills, {result.num_streams} streams, whole: {result.is_whole}", file=sys.stderr)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.chaos", epilog="after --: flags of vcli serve", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("model", nargs="?", default="", help="as vcli serve takes it; default: its own default model")
+def main(arguments: list[str]) -> int:
+    parser = command.parser("chaos", __doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--streams", type=int, default=64, help="under way at any time")
     parser.add_argument("--input-len", type=int, default=64, help="tokens of a prompt, at most")
@@ -280,32 +267,25 @@ def main() -> None:
     parser.add_argument("--share-loading", type=float, default=0.25, help="of the kills: before the engine has loaded")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ties", action="store_true", help="another token is right if it is as good as the best")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
-    arguments = [*sys.argv[1:], "--"]
-    end = arguments.index("--")
-    asked, serve_flags = parser.parse_args(arguments[:end]), arguments[end + 1 : -1]
+    options, served = command.parse(parser, arguments)
     plan = Plan(
-        num_kills=asked.kills,
-        num_streams=asked.streams,
-        input_len=asked.input_len,
-        output_len=asked.output_len,
-        longest_life_s=asked.longest_life,
-        share_loading=asked.share_loading,
-        seed=asked.seed,
-        has_ties=asked.ties,
+        num_kills=options.kills,
+        num_streams=options.streams,
+        input_len=options.input_len,
+        output_len=options.output_len,
+        longest_life_s=options.longest_life,
+        share_loading=options.share_loading,
+        seed=options.seed,
+        has_ties=options.ties,
     )
-    try:
-        if asked.output:
-            output.check(asked.output, [".json"])
-        result = run([*filter(None, [asked.model]), *serve_flags], plan)
-        report = {"kind": "chaos", "environment": environment(), "plan": asdict(plan), "result": result.summary()}
-        print(json.dumps(report["result"], indent=2))
-        if asked.output:
-            output.write(asked.output, {".json": lambda: json.dumps(report, indent=1) + "\n"})
-    except (UserError, aiohttp.ClientError) as error:  # a server that gave up answers nobody
-        sys.exit(f"bench.chaos: {error}")
-    sys.exit(0 if result.is_whole else 3)
+
+    def measure() -> tuple[dict[str, Any], bool]:
+        chaos = run(served, plan)
+        print(json.dumps(chaos.summary(), indent=2))
+        return {"plan": asdict(plan), "result": chaos.summary()}, chaos.is_whole
+
+    return command.run("chaos", options.output, measure)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

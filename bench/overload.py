@@ -8,7 +8,6 @@ Poisson arrivals at multiples of that rate, whatever comes back. Half of the req
 request ends in exactly one of `OUTCOMES`.
 """
 
-import argparse
 import asyncio
 import json
 import random
@@ -26,8 +25,7 @@ import msgspec
 import numpy as np
 import psutil
 
-from bench import output
-from bench.environment import environment
+from bench import command
 from bench.run_async import run_async
 from bench.server import running_server
 from engine.errors import UserError
@@ -44,7 +42,6 @@ HEALTH_PERIOD_S = 0.1
 MEMORY_PERIOD_S = 0.25
 ON_THE_WAY_S = 0.25  # from a deadline until the answer is here
 TIMEOUT_S = 120.0
-EXIT_FAILED = 3
 
 
 @dataclass(frozen=True)
@@ -297,18 +294,13 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    own, flags = arguments, list[str]()
-    if "--" in arguments:
-        own, flags = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    parser = argparse.ArgumentParser(prog="python -m bench.overload", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", nargs="?", default="", help="as for `vcli serve`; default: the default model")
+    parser = command.parser("overload", __doc__)
     parser.add_argument("--duration", type=float, default=Plan.duration_s, help="seconds at each rate")
     parser.add_argument("--max-num-seqs", type=int, default=Plan.num_users, help="of the server, and clients at first")
     parser.add_argument("--rates", type=float, nargs="+", default=Plan.rates, help="times the sustainable one")
     parser.add_argument("--input-len", type=int, default=Plan.input_len)
     parser.add_argument("--output-len", type=int, default=Plan.output_len)
-    parser.add_argument("--output", type=Path, help="FILE.json")
-    options = parser.parse_args(own)
+    options, served = command.parse(parser, arguments)
     plan = Plan(
         num_users=options.max_num_seqs,
         duration_s=options.duration,
@@ -316,25 +308,17 @@ def main(arguments: list[str]) -> int:
         input_len=options.input_len,
         output_len=options.output_len,
     )
-    env = environment()
-    try:
-        if options.output:
-            output.check(options.output, [".json"])
+
+    def measured() -> tuple[dict[str, Any], bool]:
         model = options.model or Path(resolve_model("")).stem
-        served = [*filter(None, [options.model]), "--max-num-seqs", str(plan.num_users), *flags]
-        with running_server(served) as url:
+        with running_server(["--max-num-seqs", str(plan.num_users), *served]) as url:
             rows = run_async(measure(url, plan, print_row))
         found = failures(rows)
-        result = {"kind": "overload", "model": model, "rows": rows, "failures": found}
-        result |= {"outcomes": OUTCOMES, "environment": env}
-        if options.output:
-            output.write(options.output, {".json": lambda: json.dumps(result, indent=2) + "\n"})
-    except UserError as error:
-        print(f"bench.overload: {error}", file=sys.stderr)
-        return 1
-    for failure in found:
-        print(f"failed: {failure}")
-    return EXIT_FAILED if found else 0
+        for failure in found:
+            print(f"failed: {failure}")
+        return {"model": model, "rows": rows, "failures": found, "outcomes": OUTCOMES}, not found
+
+    return command.run("overload", options.output, measured)
 
 
 if __name__ == "__main__":

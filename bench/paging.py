@@ -8,8 +8,7 @@ Two engines in this process take turns. Their caches are small on purpose, so th
 - return: prompts that have been there before, and were forgotten meanwhile for others;
 - steady: requests that have room, in blocks that remember others, which nobody wants: what it costs to keep them.
 
-Exit codes: 0 measured, 3 the engines' tokens differ although --batch-invariant promises that they cannot, 1 it could
-not run.
+Exit codes: bench/command.py; 3 if the engines' tokens differ although --batch-invariant promises that they cannot.
 """
 
 import argparse
@@ -20,10 +19,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bench.environment import environment
+from bench import command
 from bench.report import markdown_table
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.errors import UserError
@@ -34,7 +33,6 @@ from engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from engine.core import EngineCore
 
-EXIT_WRONG = 3
 ROUNDS = 2  # of each kind of work, with new prompts; the quicker one counts
 DEMAND = 3  # times what the cache holds
 WAYS = ("computed again", "from the host")
@@ -147,15 +145,16 @@ def counts(core: "EngineCore") -> dict[str, int]:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    try:
-        plain_s, plain = timed_engine(options, None)
-        paging_s, paging = timed_engine(options, int(options.host_kv_gib * 2**30))
-        pinning_s = seconds_until_ready(paging)
-    except UserError as error:
-        print(f"vcli: {error}", file=sys.stderr)
-        return 1
+    return command.run("paging", options.output, partial(compare, options))
+
+
+def compare(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """The result for its file, and whether no token is wrong. Raises UserError if there is nothing to compare."""
+    plain_s, plain = timed_engine(options, None)
+    paging_s, paging = timed_engine(options, int(options.host_kv_gib * 2**30))
+    pinning_s = seconds_until_ready(paging)
     if paging.worker.host_cache is None:
-        return 1  # the worker has said why
+        raise UserError("there is nothing to compare: the engine does without the host's memory, and has said why")
     num_cache_tokens = plain.ready.num_blocks * BLOCK_SIZE
     facts = {
         "num_cache_tokens": num_cache_tokens,
@@ -180,18 +179,16 @@ def main(arguments: list[str]) -> int:
             pairs = zip(*(tokens for _, tokens in measured), strict=True)
             num_requests += len(work.requests)
             num_equal += sum(one == other for one, other in pairs)
+    table_rows = [asdict(row) for row in rows.values()]
     print(
-        table([asdict(row) for row in rows.values()]),
+        table(table_rows),
         f"{num_equal:,} of {num_requests:,} requests have the same tokens both ways",
         sep="\n\n",
     )
-    if options.output:
-        flags = {name: value for name, value in vars(options).items() if name != "output"}
-        values: dict[str, Any] = {"kind": "paging", "environment": environment(), "options": flags}
-        values |= {"facts": facts, "rows": [asdict(row) for row in rows.values()]}
-        values |= {"num_requests": num_requests, "num_equal": num_equal}
-        options.output.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    return EXIT_WRONG if options.batch_invariant and num_equal < num_requests else 0
+    flags = {name: value for name, value in vars(options).items() if name != "output"}
+    result: dict[str, Any] = {"options": flags, "facts": facts, "rows": table_rows}
+    result |= {"num_requests": num_requests, "num_equal": num_equal}
+    return result, not options.batch_invariant or num_equal == num_requests
 
 
 def timed_engine(options: argparse.Namespace, host_kv_memory: int | None) -> "tuple[float, EngineCore]":
@@ -234,10 +231,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.paging", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "model", help="folder, GGUF file or name of the model; the default model if left out", nargs="?"
-    )
+    parser = command.parser("paging", __doc__, starts_server=False)
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -249,10 +243,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=512, help="tokens of a prompt in the crowd")
     parser.add_argument("--output-len", type=int, default=384, help="and of its answer")
     parser.add_argument("--prefix-len", type=int, default=4096, help="tokens of a prompt that returns")
-    parser.add_argument("--output", type=Path, help="a .json file for the result")
-    options = parser.parse_args(arguments)
-    options.model = options.model or ""
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

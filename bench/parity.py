@@ -4,21 +4,17 @@
 
 Two things are compared for each prompt: the tokens with those of transformers' `generate`, and every token by itself
 with transformers' logits after the same tokens. Where the first differ, the second tell a tie, which rounding decides,
-from an error. Exit codes: 0 all equal or tied, 3 an error, 1 it could not run.
+from an error. Exit codes: bench/command.py; 3 for an error.
 """
 
-import argparse
 import gc
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.environment import environment
+from bench import command
 from bench.parity_prompts import PROMPTS
-from engine.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +74,7 @@ def ulp(value: float, dtype: str) -> float:
 
 
 def run(model: str, *, device: str, dtype: str, num_prompts: int, max_tokens: int) -> dict[str, Any]:
-    """Both engines one after the other; the parity of every prompt and the machine. Raises UserError."""
+    """Both engines one after the other; the parity of every prompt. Raises UserError."""
     from bench.baseline import load_transformers
     from engine.hub import resolve_model
     from engine.model_config import ModelConfig
@@ -100,7 +96,6 @@ def run(model: str, *, device: str, dtype: str, num_prompts: int, max_tokens: in
         results.append(PromptParity(prompt=text[:80], num_prompt_tokens=len(prompt), **parity))
     verdicts = [result.verdict for result in results]
     return {
-        "kind": "parity",
         "model": path.stem,
         "device": str(target),
         "dtype": dtype,
@@ -111,7 +106,6 @@ def run(model: str, *, device: str, dtype: str, num_prompts: int, max_tokens: in
         },
         "max_tie_ulps": MAX_TIE_ULPS[dtype],
         "prompts": [asdict(result) for result in results],
-        "environment": environment(),
     }
 
 
@@ -161,17 +155,16 @@ def transformers_logits(model: "PreTrainedModel", prompt: list[int], ours: list[
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default="", help="as for `vcli serve`; default: the default model")
+    parser = command.parser("parity", __doc__, starts_server=False)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--dtype", choices=["auto", *MANTISSA_BITS], default="auto")
     parser.add_argument(
         "--num-prompts", type=int, default=len(PROMPTS), choices=range(1, len(PROMPTS) + 1), metavar="N"
     )
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
-    try:
+
+    def measure() -> tuple[dict[str, Any], bool]:
         result = run(
             options.model,
             device=options.device,
@@ -179,13 +172,10 @@ def main(arguments: list[str]) -> int:
             num_prompts=options.num_prompts,
             max_tokens=options.max_tokens,
         )
-    except UserError as error:
-        print(f"bench.parity: {error}", file=sys.stderr)
-        return 1
-    print_parity(result)
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 3 if result["errors"] else 0
+        print_parity(result)
+        return result, not result["errors"]
+
+    return command.run("parity", options.output, measure)
 
 
 def print_parity(result: dict[str, Any]) -> None:

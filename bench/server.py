@@ -19,10 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import psutil
+
 from engine.child import die_with_parent, module_command, module_environment
 from engine.errors import UserError
 
 HOST = "http://127.0.0.1"
+API, ENGINE = "vcli: api", "vcli: engine 0"  # titles of a server's processes; an engine that stands by has another
 READY_POLL_S = 0.02
 STOP_TIMEOUT_S = 20.0
 LOG_LINES = 15
@@ -47,6 +50,16 @@ def running_server(
     environment = {**module_environment(), **(environment or {})}
     with running_process(command, environment, lambda: _is_ready(url, on_progress), log_path):
         yield url
+
+
+def titled(title: str, parent: psutil.Process | None = None) -> list[psutil.Process]:
+    """The children of a process, or of this one, that call themselves so: `API`, or the API process's `ENGINE`."""
+    found = []
+    for child in (parent or psutil.Process()).children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if child.cmdline()[:1] == [title]:
+                found.append(child)
+    return found
 
 
 def own_address(port: int) -> list[str]:

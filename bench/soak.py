@@ -6,10 +6,9 @@ Every sound request must be answered as it was at the start, alone; every other 
 server error, or none where it is no HTTP. At the end all KV blocks must be free, the server's and the engine's resident
 memory must be what they were after a warm-up (within 5 %), and their log must hold no error. For an engine whose tokens
 depend on what else is in a batch (bf16) `--any-tokens` compares their number alone.
-Exit codes: 0 all of that is so, 3 something is not, 1 it could not run.
+Exit codes: bench/command.py; 3 if any of that is not so.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -25,16 +24,14 @@ from typing import Any
 import aiohttp
 import psutil
 
-from bench import output
-from bench.environment import environment
+from bench import command
 from bench.hostile import Visit, Visitors, post
 from bench.run_async import run_async
-from bench.server import running_server
+from bench.server import API, ENGINE, running_server, titled
 from engine.errors import UserError
 
 MAX_GROWTH = 0.05  # of resident memory after the warm-up
 WARM_UP = 0.25  # share of the visits
-WATCHED = ("vcli: api", "vcli: engine 0")  # not an engine on standby, which may still be importing
 NUM_SAMPLES = 400  # of memory
 SETTLE_S = 20.0  # for the last streams that nobody reads to be ended
 CACHE = ["--kv-cache-memory", "64MiB"]  # all of it is used in the warm-up: it takes no memory before
@@ -93,7 +90,7 @@ def run(arguments: list[str], plan: Plan) -> Soak:
         log_path = Path(folder) / "log"
         flags = [] if CACHE[0] in arguments else CACHE
         with running_server([*arguments, *flags], log_path=log_path) as url:
-            [server] = [child for child in psutil.Process().children() if _title(child) == "vcli: api"]
+            [server] = titled(API)
             try:
                 soak = run_async(visit(url, server, plan))
             except ConnectionRefusedError:
@@ -215,10 +212,9 @@ class _Run:
 
     def _resident(self) -> dict[str, int]:
         resident = {}
-        for process in [self.server, *self.server.children()]:
+        for title, process in ((API, self.server), *((ENGINE, each) for each in titled(ENGINE, self.server))):
             with contextlib.suppress(psutil.Error):
-                if (title := _title(process)) in WATCHED:
-                    resident[title] = process.memory_info().rss
+                resident[title] = process.memory_info().rss
         return resident
 
     async def _settle(self) -> None:
@@ -308,38 +304,22 @@ def _metric(text: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"vcli:{name}"))
 
 
-def _title(process: psutil.Process) -> str:
-    with contextlib.suppress(psutil.Error):
-        return next(iter(process.cmdline()), "")
-    return ""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.soak", epilog="after --: flags of vcli serve", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("model", nargs="?", default="", help="as vcli serve takes it; default: its own default model")
+def main(arguments: list[str]) -> int:
+    parser = command.parser("soak", __doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=32, help="connections at any time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--any-tokens", action="store_true", help="compare the number of choices, and no text")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
-    arguments = [*sys.argv[1:], "--"]
-    end = arguments.index("--")
-    asked, serve_flags = parser.parse_args(arguments[:end]), arguments[end + 1 : -1]
-    plan = Plan(asked.requests, asked.concurrency, asked.seed, any_tokens=asked.any_tokens)
-    try:
-        if asked.output:
-            output.check(asked.output, [".json"])
-        soak = run([*filter(None, [asked.model]), *serve_flags], plan)
-        report = {"kind": "soak", "environment": environment(), "plan": asdict(plan), "result": soak.summary()}
-        print(json.dumps(report["result"], indent=2))
-        if asked.output:
-            output.write(asked.output, {".json": lambda: json.dumps(report, indent=1) + "\n"})
-    except UserError as error:
-        sys.exit(f"bench.soak: {error}")
-    sys.exit(0 if soak.is_sound else 3)
+    options, served = command.parse(parser, arguments)
+    plan = Plan(options.requests, options.concurrency, options.seed, any_tokens=options.any_tokens)
+
+    def measure() -> tuple[dict[str, Any], bool]:
+        soak = run(served, plan)
+        print(json.dumps(soak.summary(), indent=2))
+        return {"plan": asdict(plan), "result": soak.summary()}, soak.is_sound
+
+    return command.run("soak", options.output, measure)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
