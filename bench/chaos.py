@@ -31,6 +31,7 @@ from bench import command
 from bench.client import LoadClient
 from bench.metrics import RequestRecord
 from bench.run_async import run_async
+from bench.scrape import totals
 from bench.server import API, ENGINE, running_server, titled
 from bench.workloads import Answer, BenchRequest
 from engine.errors import UserError
@@ -144,8 +145,8 @@ class _Run:
             finally:
                 killing.cancel()
             self.result.duration_s = round(time.perf_counter() - start, 1)
-            counted = _read_counter(await self.clients[0].get("/metrics"))
-            self.result.num_tokens_counted = counted - self.num_checks
+            counters = totals(await self.clients[0].get("/metrics"))
+            self.result.num_tokens_counted = int(counters["generation_tokens_total"]) - self.num_checks
         return self.result
 
     async def _exchange(self, slot: int) -> tuple[RequestRecord, Answer]:
@@ -245,11 +246,6 @@ def pauses(arrivals: list[float], kills: list[float]) -> tuple[list[float], list
 def _gaps(record: RequestRecord) -> list[float]:
     arrivals = [moment for moment, _ in record.chunks]
     return [after - before for before, after in itertools.pairwise(arrivals)]
-
-
-def _read_counter(metrics: str) -> int:
-    [line] = [line for line in metrics.splitlines() if line.startswith("vcli:generation_tokens_total")]
-    return int(float(line.rsplit(" ", 1)[1]))
 
 
 def _show(result: Chaos) -> None:

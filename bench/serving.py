@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import math
-import re
 import time
 import uuid
 from collections import Counter
@@ -24,6 +23,7 @@ from bench.client import LoadClient, spread
 from bench.client_processes import ClientProcesses
 from bench.load import LagMeter, Load
 from bench.metrics import RequestRecord, Window, is_ramped_up, serving_metrics
+from bench.scrape import totals
 from bench.workloads import BenchRequest, warm_up_requests
 from engine.errors import UserError
 
@@ -282,8 +282,8 @@ async def _scraping(client: LoadClient, run: ServingRun) -> AsyncIterator[None]:
 
     async def scrape() -> bool:
         try:
-            now, values = time.perf_counter(), parse_metrics(await client.get("/metrics"))
-            run.scrapes.append({"time": now, **values})
+            now, values = time.perf_counter(), totals(await client.get("/metrics"))
+            run.scrapes.append({"time": now, **{name: values[name] for name in _SCRAPED if name in values}})
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
         return True
@@ -304,8 +304,7 @@ async def _scraping(client: LoadClient, run: ServingRun) -> AsyncIterator[None]:
         await scrape()
 
 
-_SAMPLE = re.compile(r"^(?:vcli|vllm):(\w+)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
-_SCRAPED = {
+_SCRAPED = (  # what a run is judged by
     "num_requests_running",
     "num_requests_waiting",
     "kv_cache_usage_perc",
@@ -313,16 +312,7 @@ _SCRAPED = {
     "num_preemptions_total",
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
-}
-
-
-def parse_metrics(text: str) -> dict[str, float]:
-    """The gauges and counters that a run is judged by, out of Prometheus' text format (labels are summed over)."""
-    values: dict[str, float] = {}
-    for name, value in _SAMPLE.findall(text):
-        if name in _SCRAPED:
-            values[name] = values.get(name, 0.0) + float(value)
-    return values
+)
 
 
 def server_metrics(scrapes: list[dict[str, float]]) -> dict[str, float | int | None]:

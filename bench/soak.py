@@ -27,6 +27,7 @@ import psutil
 from bench import command
 from bench.hostile import Visit, Visitors, post
 from bench.run_async import run_async
+from bench.scrape import totals
 from bench.server import API, ENGINE, running_server, titled
 from engine.errors import UserError
 
@@ -224,8 +225,8 @@ class _Run:
         async with aiohttp.ClientSession() as session:
             while True:
                 async with session.get(f"{self.url}/metrics") as reply:
-                    text = await reply.text()
-                self.soak.gauges = {name: _metric(text, name) for name in names}
+                    values = totals(await reply.text())
+                self.soak.gauges = {name: values[name] for name in names}
                 if not any(self.soak.gauges.values()) or time.perf_counter() > deadline:
                     return
                 await asyncio.sleep(0.1)
@@ -298,10 +299,6 @@ def _is_error(body: bytes) -> bool:
         return bool(json.loads(body)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return False
-
-
-def _metric(text: str, name: str) -> float:
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"vcli:{name}"))
 
 
 def main(arguments: list[str]) -> int:

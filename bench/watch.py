@@ -4,7 +4,6 @@ All of it is read from /metrics, which costs the server next to nothing. What a 
 there: `vcli profile MODEL` looks into it.
 """
 
-import re
 import statistics
 import time
 import urllib.request
@@ -16,6 +15,7 @@ from bench.advice import FULL, LARGE, Advice
 from bench.environment import environment
 from bench.report import Table
 from bench.result import BenchResult
+from bench.scrape import by_label, totals
 from engine.errors import UserError
 from engine.step_clock import STAGES
 
@@ -27,7 +27,6 @@ DEVICE_STAGES = ("forward", "wait")
 DEFINITIONS = {
     "share": "of the wall clock of the engine's thread, all stages of which add up to it",
 }
-_SAMPLE = re.compile(r'^vcli:(\w+)(?:\{(?:[^}]*?stage="(\w+)")?[^}]*\})? (\S+)$', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -84,25 +83,14 @@ def watch(url: str, seconds: float, on_progress: Callable[[str, float], None], a
     return Watched(url, scrapes)
 
 
-def parse(text: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Values by name without the prefix, and seconds by stage, out of Prometheus' text format."""
-    values: dict[str, float] = {}
-    stages: dict[str, float] = {}
-    for name, stage, value in _SAMPLE.findall(text):
-        if name == "engine_stage_seconds_total":
-            stages[stage] = stages.get(stage, 0.0) + float(value)
-        else:
-            values[name] = values.get(name, 0.0) + float(value)
-    return values, stages
-
-
 def _scrape(url: str, api_key: str) -> Scrape:
     request = urllib.request.Request(f"{url.rstrip('/')}/metrics")
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-            return Scrape(time.monotonic(), *parse(reply.read().decode()))
+            text = reply.read().decode()
+            return Scrape(time.monotonic(), totals(text), by_label(text, "engine_stage_seconds_total", "stage"))
     except (OSError, ValueError) as error:
         raise UserError(f"no metrics come from {url} ({error}): give the address of a running `vcli serve`") from None
 

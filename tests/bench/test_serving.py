@@ -17,7 +17,7 @@ import pytest
 from bench.client_processes import ClientProcesses, SharedTurnstile, _own_moments, _Task
 from bench.load import LagMeter, Load, arrivals, open_loop
 from bench.metrics import RequestRecord
-from bench.serving import RunProgress, ServingRun, measure, parse_metrics, served_model, server_metrics
+from bench.serving import RunProgress, ServingRun, measure, served_model, server_metrics
 from bench.workloads import Answer, BenchRequest, random_requests
 from engine.errors import UserError
 
@@ -119,16 +119,6 @@ def test_the_servers_own_metrics_cover_the_run_and_not_what_was_before(fake_serv
     assert figures["kv_waste_perc"] == pytest.approx(2.0)
     assert figures["prefix_cache_hit_perc"] == pytest.approx(25.0)
     assert figures["num_preemptions"] == 0
-
-
-def test_metrics_are_read_from_the_text_format_and_labels_are_summed():
-    text = (
-        "# HELP vcli:num_preemptions_total x\n# TYPE vcli:num_preemptions_total counter\n"
-        'vcli:num_preemptions_total{engine="0"} 2\nvcli:num_preemptions_total{engine="1"} 3\n'
-        "vcli:kv_cache_waste_perc 1.5e-02\nvcli:something_else 7\nprocess_cpu_seconds_total 1\n"
-    )
-
-    assert parse_metrics(text) == {"num_preemptions_total": 5.0, "kv_cache_waste_perc": 0.015}
 
 
 def test_a_server_without_metrics_leaves_them_open():

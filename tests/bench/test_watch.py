@@ -6,18 +6,8 @@ import time
 import pytest
 
 from bench.advice import in_words
-from bench.watch import Scrape, Watched, advise, batch_table, parse, stage_table, to_result, watch
+from bench.watch import Scrape, Watched, advise, batch_table, stage_table, to_result, watch
 from engine.errors import UserError
-
-METRICS = """
-# HELP vcli:engine_stage_seconds_total Where the engine's thread spends its time.
-vcli:num_requests_running{model_name="m"} 3.0
-vcli:request_success_total{finished_reason="stop",model_name="m"} 2.0
-vcli:request_success_total{finished_reason="length",model_name="m"} 5.0
-vcli:engine_stage_seconds_total{model_name="m",stage="idle"} 1.5
-vcli:engine_stage_seconds_total{model_name="m",stage="forward"} 2.5e-01
-process_cpu_seconds_total 17.0
-"""
 
 
 def watched(stages: dict[str, float], *, seconds: float = 10.0, **values: float) -> Watched:
@@ -31,13 +21,6 @@ def watched(stages: dict[str, float], *, seconds: float = 10.0, **values: float)
 
 def first_words(of: Watched) -> str:
     return in_words(advise(of))[0]
-
-
-def test_metrics_are_values_by_name_and_seconds_by_stage():
-    values, stages = parse(METRICS)
-
-    assert values == {"num_requests_running": 3.0, "request_success_total": 7.0}
-    assert stages == {"idle": 1.5, "forward": 0.25}
 
 
 def test_the_stages_add_up_to_the_time_between_two_readings():
