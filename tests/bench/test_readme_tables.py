@@ -8,18 +8,24 @@ from bench import report
 from tests.bench.results import make_result
 
 
-def test_the_readme_gets_its_table_between_the_markers_and_a_second_time_nothing_changes(tmp_path: Path):
-    results, readme = tmp_path / "results", tmp_path / "README.md"
-    report.write(make_result(), results / "a.json")
-    report.write(make_result(model="late", metrics={**make_result().metrics, "valid": False}), results / "b.json")
-    (results / "parity.json").write_text('{"kind": "parity", "prompts": []}')
-    readme.write_text(f"# Title\n\n{tables.BEGIN}\nold\n{tables.END}\n\nThe rest.\n")
-
+def updated(results: Path, text: str) -> str:
+    """A README with this text after an update; a second one changes nothing."""
+    readme = results / "README.md"
+    readme.write_text(text)
     assert tables.update_readme(results, readme)
     once = readme.read_text()
     assert not tables.update_readme(results, readme)
-
     assert readme.read_text() == once
+    return once
+
+
+def test_the_readme_gets_its_table_between_the_markers(tmp_path: Path):
+    report.write(make_result(), tmp_path / "a.json")
+    report.write(make_result(model="late", metrics={**make_result().metrics, "valid": False}), tmp_path / "b.json")
+    (tmp_path / "parity.json").write_text('{"kind": "parity", "prompts": []}')
+
+    once = updated(tmp_path, f"# Title\n\n{tables.BEGIN}\nold\n{tables.END}\n\nThe rest.\n")
+
     assert once.startswith("# Title\n\n")
     assert once.endswith("\n\nThe rest.\n")
     assert "| tiny | 4 x 16/2, 2 concurrent | A CPU (2 cores) |" in once
@@ -52,12 +58,9 @@ def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed
     ]
     values = {"kind": "speed", "environment": env, "rows": rows, "time": {"big": shares}, "start": {"big": ["api all"]}}
     (tmp_path / "h200-speed.json").write_text(json.dumps(values))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{tables.BEGIN}\n{tables.END}\n# Speed\n{tables.SPEED_BEGIN}\nold\n{tables.SPEED_END}\nEnd\n")
+    text = f"{tables.BEGIN}\n{tables.END}\n# Speed\n{tables.SPEED_BEGIN}\nold\n{tables.SPEED_END}\nEnd\n"
 
-    assert tables.update_readme(tmp_path, readme)
-    once = readme.read_text()
-    assert not tables.update_readme(tmp_path, readme)
+    once = updated(tmp_path, text)
 
     assert "| big, bfloat16 | measured | unit | floor | vLLM 0.26 | target |  | revision |" in once
     assert "| a | 3.50 | ms | 3.20 | 4.85 | 3.60 | met | 012345678 |" in once
@@ -79,12 +82,8 @@ def test_the_readme_shows_kernels_beside_the_ceilings_of_their_gpu(tmp_path: Pat
     env = {"gpu": "NVIDIA H200", "driver": "580", "torch": "2.11.0", "command": "run", "git_revision": "0123456789abc"}
     values = {"kind": "kernels", "ceilings": ceilings, "rows": rows, "environment": env}
     (tmp_path / "h200-kernels.json").write_text(json.dumps(values))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{tables.BEGIN}\n{tables.END}\n{tables.KERNELS_BEGIN}\nold\n{tables.KERNELS_END}\n")
 
-    assert tables.update_readme(tmp_path, readme)
-    once = readme.read_text()
-    assert not tables.update_readme(tmp_path, readme)
+    once = updated(tmp_path, f"{tables.BEGIN}\n{tables.END}\n{tables.KERNELS_BEGIN}\nold\n{tables.KERNELS_END}\n")
 
     assert "| linear | 8 x 16 to 32 | 12.50 | 3.90 | - | 83% of bytes | - |" in once
     assert "| linear | 8 x 16 to 32 | 12.50 | 3.90 | 376.0 | 50% of flops | - |" in once

@@ -3,8 +3,11 @@
 import json
 import signal
 import socket
-import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import pytest
@@ -13,6 +16,34 @@ from tests.vcli.conftest import Server, free_port
 
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "a b c", "max_tokens": 100, "ignore_eos": True}
+
+
+@contextmanager
+def long_stream(server: Server) -> Iterator[Iterator[str]]:
+    """The events of a stream after the first one, which has come."""
+    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as reply:
+        events = filter(None, reply.iter_lines())
+        next(events)
+        yield events
+
+
+@contextmanager
+def asking(server: Server, count: int) -> Iterator[list[Future[httpx.Response]]]:
+    """So many ask at once while the block runs; it ends when all are answered."""
+    with ThreadPoolExecutor(count) as pool:
+        yield [pool.submit(server.post, COMPLETIONS, json=LONG) for _ in range(count)]
+
+
+def payload(event: str) -> dict[str, Any]:
+    return json.loads(event.removeprefix("data: "))
+
+
+def check_all_came(server: Server, events: list[str]) -> None:
+    """In what came of a `long_stream` nothing is lost, and nothing comes twice."""
+    text = "".join(payload(event)["choices"][0]["text"] for event in events[:-1])
+    whole = server.post(COMPLETIONS, json=LONG).json()["choices"][0]["text"]
+    assert whole.endswith(text)
+    assert len(text.split()) == len(whole.split()) - 1, "all but the first token, which came before"
 
 
 def test_http_answers_while_the_model_loads(start_server):
@@ -42,40 +73,34 @@ def test_start_up_tells_the_address_and_what_fits(start_server):
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_lets_open_streams_finish_and_exits_with_0(start_server, signal_number):
     server = start_server(FAKE_STEP_S="0.02").wait_ready()
-    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as reply:
-        lines = reply.iter_lines()
-        next(lines)
+    with long_stream(server) as events:
         server.process.send_signal(signal_number)
         server.wait_until(lambda: server.get("/ready").status_code == 503)
         refused = server.post(COMPLETIONS, json={"prompt": "a"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
-        events = [line for line in lines if line]
-    assert events[-1] == "data: [DONE]"
-    assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        rest = list(events)
+    assert rest[-1] == "data: [DONE]"
+    assert payload(rest[-2])["choices"][0]["finish_reason"] == "length"
     assert server.process.wait(20) == 0
 
 
 def test_drain_ends_at_its_timeout(start_server):
     server = start_server("--shutdown-timeout", "300ms", FAKE_STEP_S="0.1").wait_ready()
-    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as reply:
-        lines = reply.iter_lines()
-        next(lines)
+    with long_stream(server) as events:
         server.process.send_signal(signal.SIGTERM)
-        rest = [line for line in lines if line]
-    assert "error" in json.loads(rest[-1].removeprefix("data: "))
+        rest = list(events)
+    assert "error" in payload(rest[-1])
     assert server.process.wait(20) == 0
 
 
 def test_second_signal_ends_at_once(start_server):
     server = start_server(FAKE_STEP_S="0.5").wait_ready()
-    caller = threading.Thread(target=lambda: httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60))
-    caller.start()
-    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 1)
-    server.process.send_signal(signal.SIGTERM)
-    server.wait_until(lambda: "may finish" in server.log)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(20) == 128 + signal.SIGTERM
-    caller.join()
+    with asking(server, 1):
+        server.wait_until(lambda: server.metric("vcli:num_requests_running") == 1)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_until(lambda: "may finish" in server.log)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 128 + signal.SIGTERM
 
 
 def test_signal_while_loading_ends_at_once(start_server):
@@ -86,20 +111,12 @@ def test_signal_while_loading_ends_at_once(start_server):
 @pytest.mark.parametrize(("how", "cause"), [("die", "exit code 7"), ("fail", "out of luck: buy more")])
 def test_dead_engine_ends_open_requests_and_the_process_with_its_cause(start_server, how, cause):
     server = start_server("--max-restarts", "1", FAKE_STEP_S="0.05").wait_ready()
-    replies = []
-    caller = threading.Thread(
-        target=lambda: replies.append(httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60))
-    )
-    caller.start()
-    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
-        lines = stream.iter_lines()
-        next(lines)
+    with asking(server, 1) as [other], long_stream(server) as events:
         server.wait_until(lambda: server.metric("vcli:num_requests_running") == 2)
         killer = server.post(COMPLETIONS, json=LONG | {"cache_salt": how})
-        events = [line for line in lines if line]
-    caller.join()
-    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
-    for reply in (killer, *replies):
+        rest = list(events)
+    assert payload(rest[-1])["error"]["code"] == "engine_dead"
+    for reply in (killer, other.result()):
         assert reply.status_code == 500
         assert cause in reply.json()["error"]["message"]
     assert server.process.wait(20) == 1
@@ -109,19 +126,11 @@ def test_dead_engine_ends_open_requests_and_the_process_with_its_cause(start_ser
 
 def test_a_request_that_ends_engines_gets_a_reference_and_its_repeats_are_refused(start_server):
     server = start_server(FAKE_STEP_S="0.01").wait_ready()
-    replies = []
-    others = [
-        threading.Thread(target=lambda: replies.append(httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60)))
-        for _ in range(2)
-    ]
-    for other in others:
-        other.start()
-    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 2)
-    bad = server.post(COMPLETIONS, json=LONG | {"cache_salt": "fail"})
-    again = server.post(COMPLETIONS, json=LONG | {"cache_salt": "fail"})
-    for other in others:
-        other.join()
-    assert [reply.status_code for reply in replies] == [200, 200]
+    with asking(server, 2) as others:
+        server.wait_until(lambda: server.metric("vcli:num_requests_running") == 2)
+        bad = server.post(COMPLETIONS, json=LONG | {"cache_salt": "fail"})
+        again = server.post(COMPLETIONS, json=LONG | {"cache_salt": "fail"})
+    assert [other.result().status_code for other in others] == [200, 200]
     assert (bad.status_code, bad.json()["error"]["code"]) == (500, "quarantined")
     reference = bad.json()["error"]["message"].rsplit(maxsplit=1)[-1]
     assert f"(reference {reference}: 5 prompt tokens, 1 sequences with 0 tokens given, " in server.log
@@ -132,24 +141,15 @@ def test_a_request_that_ends_engines_gets_a_reference_and_its_repeats_are_refuse
     assert server.metric("vcli:admission_rejections_total") == 1
 
 
-def kill_engine(server: Server) -> None:
-    server.engine.kill()
-
-
 def test_an_engine_that_dies_is_replaced_and_streams_go_on(start_server):
     server = start_server(FAKE_STEP_S="0.02", FAKE_LOAD_S="0.5").wait_ready()
-    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        kill_engine(server)
+    with long_stream(server) as events:
+        server.engine.kill()
         server.wait_until(lambda: server.get("/ready").json()["status"] == "restarting")
         assert server.get("/health").status_code == 200
         late = server.post(COMPLETIONS, json=LONG | {"max_tokens": 5})  # it waits for the new engine
-        events = [line for line in lines if line]
-    text = "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-1])
-    whole = server.post(COMPLETIONS, json=LONG).json()["choices"][0]["text"]
-    assert whole.endswith(text), "nothing lost, nothing twice"
-    assert len(text.split()) == len(whole.split()) - 1, "all but the first token, which came before"
+        rest = list(events)
+    check_all_came(server, rest)
     assert late.status_code == 200
     assert server.metric("vcli:engine_restarts_total") == 1
     assert "ended by SIGKILL (often the system's answer to too little memory); the engine starts again (1" in server.log
@@ -157,12 +157,10 @@ def test_an_engine_that_dies_is_replaced_and_streams_go_on(start_server):
 
 def test_an_engine_that_hangs_is_replaced(start_server):
     server = start_server("--step-timeout", "1s", FAKE_STEP_S="0.02").wait_ready()
-    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
-        lines = stream.iter_lines()
-        next(lines)
+    with long_stream(server) as events:
         server.engine.suspend()
-        events = [line for line in lines if line]
-    assert events[-1] == "data: [DONE]"
+        rest = list(events)
+    assert rest[-1] == "data: [DONE]"
     assert "the engine made no step for 1 s; the engine starts again (1 unfinished sequences)" in server.log
     time.sleep(1.5)  # an engine without work is silent, and lives
     assert server.metric("vcli:engine_restarts_total") == 1
@@ -173,43 +171,36 @@ def test_an_operator_restarts_the_engine_and_streams_go_on(start_server):
     flags = ("--admin-address", str(port), "--max-restarts", "0")
     server = start_server(*flags, FAKE_STEP_S="0.02", FAKE_LOAD_S="0.3").wait_ready()
     admin = f"http://127.0.0.1:{port}/admin/restart-engine"
-    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
-        lines = stream.iter_lines()
-        next(lines)
+    with long_stream(server) as events:
         before = server.engine.pid
         replies = [httpx.post(admin, timeout=30) for _ in range(2)]
-        events = [line for line in lines if line]
+        rest = list(events)
     for reply in replies:
         assert (reply.status_code, reply.json()["status"]) == (200, "restarted")
         assert reply.json()["unfinished_sequences"] == 1
     assert server.engine.pid != before
-    text = "".join(json.loads(event.removeprefix("data: "))["choices"][0]["text"] for event in events[:-1])
-    whole = server.post(COMPLETIONS, json=LONG).json()["choices"][0]["text"]
-    assert whole.endswith(text)
-    assert len(text.split()) == len(whole.split()) - 1, "all but the first token, which came before"
+    check_all_came(server, rest)
     assert server.post("/admin/restart-engine").status_code == 404, "not here"
 
 
 def test_an_engine_that_dies_for_good_while_draining_is_no_good_end(start_server):
     server = start_server("--max-restarts", "0", FAKE_STEP_S="0.05").wait_ready()
-    with httpx.stream("POST", server.url + COMPLETIONS, json=LONG | {"stream": True}, timeout=30) as stream:
-        lines = stream.iter_lines()
-        next(lines)
+    with long_stream(server) as events:
         server.process.send_signal(signal.SIGTERM)
         server.wait_until(lambda: "may finish" in server.log)
-        kill_engine(server)
-        last = [line for line in lines if line][-1]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+        server.engine.kill()
+        last = list(events)[-1]
+    assert payload(last)["error"]["code"] == "engine_dead"
     assert server.process.wait(20) == 1
     assert "SIGKILL" in server.log.strip().splitlines()[-1]
 
 
 def test_an_engine_that_keeps_dying_ends_the_server(start_server):
     server = start_server("--max-restarts", "1").wait_ready()
-    kill_engine(server)
+    server.engine.kill()
     server.wait_until(lambda: server.metric("vcli:engine_restarts_total") == 1)
     server.wait_ready()
-    kill_engine(server)
+    server.engine.kill()
     assert server.process.wait(20) == 1
     assert "SIGKILL" in server.log.strip().splitlines()[-1]
 
@@ -230,18 +221,12 @@ def test_strange_host_is_one_sentence_and_exit_code_1(start_server):
 
 def test_full_queue_says_come_back_later(start_server):
     server = start_server("--max-num-seqs", "1", "--max-queue", "1", FAKE_STEP_S="0.02").wait_ready()
-    callers = [
-        threading.Thread(target=lambda: httpx.post(server.url + COMPLETIONS, json=LONG, timeout=60)) for _ in range(2)
-    ]
-    for caller in callers:
-        caller.start()
-    server.wait_until(lambda: server.metric("vcli:num_requests_waiting") == 1)
-    refused = server.post(COMPLETIONS, json={"prompt": "a"})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
-    assert int(refused.headers["retry-after"]) > 0
-    assert server.post(COMPLETIONS, json={"prompt": "a", "n": 3}).status_code == 400
-    for caller in callers:
-        caller.join()
+    with asking(server, 2):
+        server.wait_until(lambda: server.metric("vcli:num_requests_waiting") == 1)
+        refused = server.post(COMPLETIONS, json={"prompt": "a"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert int(refused.headers["retry-after"]) > 0
+        assert server.post(COMPLETIONS, json={"prompt": "a", "n": 3}).status_code == 400
     assert server.post(COMPLETIONS, json={"prompt": "a"}).status_code == 200
 
 
