@@ -12,12 +12,12 @@ found, and fails alone (quarantine.py).
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import random
 import secrets
 import signal
 import threading
 import time
-import traceback
 from collections.abc import Callable
 
 from engine import messages
@@ -40,6 +40,9 @@ INSPECTION_TIMEOUT_S = 0.25  # a step may take longer
 LOADING_TIMEOUT_S = 120.0  # of silence, from an engine that loads what another one had loaded before
 STANDBY_AFTER_S = 0.5  # the first requests go before it
 FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # ends that no request brings about: operators, too little memory
+
+
+log = logging.getLogger("vcli")
 
 
 class AsyncEngine:
@@ -297,7 +300,7 @@ class AsyncEngine:
         except UserError as error:
             self._call_on_loop(self._fail, str(error))
         except Exception as error:
-            traceback.print_exc()
+            log.exception("loading fails")
             self._call_on_loop(self._fail, f"loading failed: {type(error).__name__}: {error}")
         else:
             self._call_on_loop(self._on_tokenizer, tokenizer)
@@ -338,7 +341,7 @@ class AsyncEngine:
             try:
                 delta = stream.state.take(index, output, now)
             except Exception as error:  # one request that cannot be turned into text must not end the others
-                traceback.print_exc()
+                log.exception("a request's tokens cannot be made into text")
                 self._drop(stream)
                 self._loop.call_soon_threadsafe(self._end_alone, stream, error)
                 continue

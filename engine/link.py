@@ -7,19 +7,20 @@ anywhere; what the engine says arrives in `on_messages`, on the link's thread, e
 
 import collections
 import contextlib
+import logging
 import os
 import signal
 import socket
 import subprocess
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable
 
 import zmq
 
 from engine import messages
 from engine.child import module_command, module_environment
+from engine.log import Relay, format_for_children
 
 POLL_MS = 200  # how soon the death of a silent engine is noticed, where the system does not tell of it
 FAREWELL_S = 5.0  # for the engine to end by itself
@@ -48,7 +49,9 @@ class EngineLink:
             [*self.command, address, *(["standby"] if is_standby else [])],
             env=module_environment(),
             start_new_session=True,
+            stderr=subprocess.PIPE if format_for_children() == "json" else None,
         )
+        self._relay = Relay(self.process.stderr, "engine") if self.process.stderr else None
         # Becomes readable when the process ends.
         self._exit_fd = os.pidfd_open(self.process.pid) if hasattr(os, "pidfd_open") else None
         self._thread: threading.Thread | None = None
@@ -91,13 +94,15 @@ class EngineLink:
         try:
             self._serve()
         except Exception:  # a frame that is no message, or a loop that is gone: the engine has nobody to work for
-            traceback.print_exc()
+            logging.getLogger("vcli").exception("what the engine says cannot be understood")
             self.kill()
         returncode = self.process.wait()
         self._release()
         self._on_exit(returncode)
 
     def _release(self) -> None:
+        if self._relay is not None:
+            self._relay.finish()
         if self._exit_fd is not None:
             os.close(self._exit_fd)
         self._socket.close()

@@ -6,17 +6,17 @@ what takes long, and waits until it is needed.
 """
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 import time
-import traceback
 
 import setproctitle
 import zmq
 
-from engine import messages
+from engine import log, messages
 from engine.child import die_with_parent
 from engine.config import EngineConfig
 from engine.errors import UserError
@@ -30,6 +30,7 @@ def main(address: str, *, is_standby: bool = False) -> None:
     """Serve the API process behind `address` until it says stop."""
     setproctitle.setproctitle("vcli: engine standby" if is_standby else "vcli: engine 0")
     die_with_parent(signal.SIGKILL)
+    log.set_up("engine", log.format_for_children())
     for number in (signal.SIGINT, signal.SIGTERM):  # the API process's to act on, also where all processes get them
         signal.signal(number, signal.SIG_IGN)
     context = zmq.Context()
@@ -48,7 +49,7 @@ def main(address: str, *, is_standby: bool = False) -> None:
         socket.send(messages.encode(messages.Failed(str(error))))
         sys.exit(1)
     except Exception as error:
-        traceback.print_exc()
+        logging.getLogger("vcli").exception("the engine fails")
         socket.send(messages.encode(messages.Failed(f"{type(error).__name__}: {error}")))
         sys.exit(1)
     finally:

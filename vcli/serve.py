@@ -23,6 +23,23 @@ BACKLOG = 2048  # connections that the system holds for us: many clients may com
 @with_flags
 def serve(engine: EngineConfig, server: ServerConfig) -> None:
     """Serve a model over an OpenAI-compatible HTTP API."""
+    import logging
+
+    from engine import log
+
+    os.environ["VCLI_LOG_FORMAT"] = server.log_format
+    log.set_up("api", server.log_format)
+    try:
+        _serve(engine, server)
+    except UserError as error:
+        if server.log_format == "text":
+            raise
+        logging.getLogger("vcli").critical("%s", error)
+        sys.exit(1)
+
+
+def _serve(engine: EngineConfig, server: ServerConfig) -> None:
+    """Check what there is, start the engine and, beside it, the rest."""
     from engine.cache import keep_bytecode
     from engine.hub import resolve_model
     from engine.link import EngineLink

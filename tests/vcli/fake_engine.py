@@ -1,7 +1,7 @@
 """An engine process without a model: it answers by repeating the prompt's tokens, over the real messages.
 
 FAKE_STEP_S, FAKE_SEQUENCE_S (more for each sequence of a step) and FAKE_LOAD_S set its pace; a request with cache_salt
-"die" ends the process, "fail" makes it report why.
+"die" ends the process, "mutter" does so as C++ does, "fail" makes it report why.
 """
 
 import os
@@ -54,6 +54,9 @@ def main(address: str) -> None:
                 for request_id in message.request_ids:
                     requests.pop(request_id, None)
             else:
+                if message.cache_salt == "mutter":
+                    os.write(2, b"terminate called\nafter \xff throwing")
+                    os._exit(7)
                 if message.cache_salt == "die":
                     os._exit(7)
                 if message.cache_salt == "fail":

@@ -42,6 +42,9 @@ class ServerConfig:
     ] = field(default=60.0, metadata=HIDDEN)
     shutdown_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
     explain_startup: Annotated[bool, "when ready, print how long each part of the start took"] = False
+    log_format: Annotated[
+        Literal["text", "json"], "lines of the log; json: one object for each, of the server's and the engine's process"
+    ] = "text"
     log_requests: Annotated[
         Literal["off", "lines", "text"], "log a line of JSON for each request; text: with its prompts and answers"
     ] = "off"

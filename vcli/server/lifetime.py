@@ -12,7 +12,6 @@ import logging
 import resource
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
 
@@ -41,6 +40,8 @@ from vcli.version import version
 
 WATCH_INTERVAL_S = 0.1
 
+log = logging.getLogger("vcli")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,7 +63,6 @@ class Plan:
 def run(plan: Plan) -> int:
     """Serve until a signal or the engine's death; the process's exit code."""
     setproctitle.setproctitle("vcli: api")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     _allow_many_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Lifetime(plan).run())
@@ -171,10 +171,10 @@ class Lifetime:
 
     def _report_restart(self, reason: str) -> None:
         num_open = self.engine.num_unfinished
-        console.print(f"vcli: {reason}; the engine starts again ({num_open} unfinished sequences)", markup=False)
+        log.warning("%s; the engine starts again (%d unfinished sequences)", reason, num_open)
 
     def _report_conviction(self, state: RequestState, error: QuarantinedError) -> None:
-        console.print(f"vcli: refused from now on: {describe(state)}: {error}", markup=False)
+        log.warning("refused from now on: %s: %s", describe(state), error)
 
     def _report(self) -> None:
         now, ready = time.time(), self.engine.ready

@@ -41,7 +41,7 @@ class RequestLog:
             entry["seconds"] = round(time.monotonic() - start, 6)
             if (tenant := scope.get("tenant")) and tenant.name:
                 entry["tenant"] = tenant.name
-            log.info(msgspec.json.encode(entry).decode())
+            log.info(msgspec.json.encode(entry).decode(), extra={"event": "request", "fields": entry})
 
 
 def note_generation(

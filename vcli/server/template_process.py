@@ -21,10 +21,12 @@ def main() -> None:
     import jinja2.debug  # noqa: F401 (jinja2 imports it when a template fails, and nothing can be imported by then)
     import setproctitle
 
+    from engine import log
     from engine.chat_template import render_chat
     from engine.child import die_with_parent
 
     setproctitle.setproctitle("vcli: templates")
+    log.set_up("templates", log.format_for_children())
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the API process's to act on
     render_chat("{{ strftime_now('%Z') }}{{ [1] | tojson }}", [])  # what is loaded at first use is loaded now

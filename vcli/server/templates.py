@@ -16,7 +16,8 @@ from vcli.server.template_process import LENGTH_BYTES
 TIMEOUT_S = 10.0  # a usual template takes less than a millisecond
 MAX_REPLY_BYTES = 128 * 2**20
 READ_BYTES = 2**20  # at once: a long prompt comes in few pieces
-VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  # keys and tokens stay here
+# What it gets of the environment: keys and tokens stay here.
+VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ", "VCLI_LOG_FORMAT")
 
 
 class Templates:
