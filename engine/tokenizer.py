@@ -33,6 +33,8 @@ class Tokenizer:
         self.bos_token = bos_token
         self.eos_token = eos_token
         self.chat_template = chat_template
+        added_tokens = backend.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in added_tokens.items() if token.special}
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         eos_token_id = None if eos_token is None else backend.token_to_id(eos_token)
         self.eos_token_ids = () if eos_token_id is None else (eos_token_id,)

@@ -8,8 +8,10 @@ import pytest
 
 from vcli.server.dialects import CALL_FORMATS, MARKS, CallFormat
 from vcli.server.parts import AnswerForm, Arguments, CallBegun, Markup, Parser, Part, Reasoning, Text
+from vcli.server.protocol import Function, Tool
+from vcli.server.tools import ToolUse
 
-NAMES = ("get_weather", "add")
+TOOLS = ToolUse([Tool(Function("get_weather")), Tool(Function("add"))])
 WEATHER = '{"city": "Zürich \\"{[\\\\", "days": [1, {"a": 2}], "deep": {"x": null, "y": -1.5e3}}'
 ADD = '{"a": 1, "b": 2}'
 
@@ -17,7 +19,7 @@ ADD = '{"a": 1, "b": 2}'
 def parser(form: str | None = None, **arguments: Any) -> Parser:
     ids = map(str, itertools.count())
     call_format = CALL_FORMATS[form] if form else None
-    answer_form = AnswerForm(call_format=call_format, tool_names=frozenset(NAMES), **arguments)
+    answer_form = AnswerForm(call_format=call_format, tools=TOOLS, **arguments)
     return Parser(answer_form, lambda: next(ids))
 
 

@@ -13,8 +13,9 @@ import msgspec
 from engine.tokenizer import Tokenizer
 from vcli.server.dialects import Dialect
 from vcli.server.parts import AnswerForm
-from vcli.server.protocol import ApiError, ChatMessage, ChatRequest
+from vcli.server.protocol import ApiError, ChatMessage, ChatRequest, Tool
 from vcli.server.templates import Templates
+from vcli.server.tools import conversation, template_tools, tool_use
 
 MAX_TOKEN_LENGTH = 256  # characters; no tokenizer has longer tokens, but for runs of one and the same character
 
@@ -29,13 +30,16 @@ class Prompt:
 
 
 def answer_form(dialect: Dialect, prompt: str, request: ChatRequest) -> AnswerForm | None:
-    """What the answer to a rendered conversation may be made of. None: of text."""
-    if dialect.marks is None:
+    """What the answer to a rendered conversation may be made of. None: of text. Raises ApiError."""
+    use, marks = tool_use(request), dialect.marks
+    if use is None and marks is None:
         return None
     return AnswerForm(
-        marks=dialect.marks,
-        is_thinking=prompt.rstrip().endswith(dialect.marks.begin),
+        marks=marks,
+        is_thinking=marks is not None and prompt.rstrip().endswith(marks.begin),
         shows_reasoning=request.include_reasoning is not False,
+        tools=use,
+        call_format=dialect.call_format if use else None,
     )
 
 
@@ -65,7 +69,9 @@ async def render(
     messages: list[ChatMessage],
     tokenizer: Tokenizer,
     template: str | None,
+    dialect: Dialect,
     *,
+    tools: list[Tool],
     max_model_len: int,
     add_generation_prompt: bool,
     continue_final_message: bool,
@@ -77,7 +83,8 @@ async def render(
     if len(messages) > max_model_len:  # each would be a token at least
         message = f"the conversation has {len(messages):,} messages and --max-model-len is {max_model_len:,} tokens"
         raise ApiError(400, message, param="messages", code="context_length_exceeded")
-    plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+    described = template_tools(tools)
+    plain = conversation([_plain_message(message, i) for i, message in enumerate(messages)], described, dialect)
     _check_length(sum(len(message["content"]) for message in plain), max_model_len, "messages")
     kwargs = template_kwargs or {}
     if taken := sorted(_RESERVED & kwargs.keys()):
@@ -86,6 +93,7 @@ async def render(
         text = await templates.render(
             template,
             messages=plain,
+            tools=described if described and dialect.reads_tools else None,
             add_generation_prompt=add_generation_prompt,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,

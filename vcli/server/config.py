@@ -30,6 +30,10 @@ class ServerConfig:
         tuple[str, ...], "origins whose web pages may use the server (CORS), or *; may be repeated; none unless given"
     ] = ()
     chat_template: Annotated[Path | None, "file with a chat template to use instead of the model's"] = None
+    tool_call_parser: Annotated[
+        Literal["auto", "hermes", "llama3_json", "mistral", "mistral_list", "deepseek_v3", "deepseek_v31"],
+        "how the model writes tool calls; auto: as its chat template does",
+    ] = "auto"
     max_queue: Annotated[int, "requests that may wait beyond those that run; more are told to come back later"] = 1024
     max_queue_tokens: Annotated[int, "tokens that the prompts of requests which wait may have together"] = field(
         default=1_000_000, metadata=HIDDEN

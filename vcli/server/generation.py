@@ -88,7 +88,7 @@ class Service:
     def dialect(self) -> Dialect:
         """How the model writes, as its chat template tells."""
         tokenizer = self.require_tokenizer()
-        return dialect_of(self.chat_template or tokenizer.chat_template or "")
+        return dialect_of(self.chat_template or tokenizer.chat_template or "", self.config.tool_call_parser)
 
     def check_model(self, name: str | None) -> None:
         if name and name not in (self.model_name, self.model_root):
@@ -112,6 +112,8 @@ class Service:
             request.messages or [],
             tokenizer,
             self.chat_template or tokenizer.chat_template,
+            self.dialect,
+            tools=[] if isinstance(request, ChatRequest) and request.tool_choice == "none" else request.tools or [],
             max_model_len=self.require_ready().max_model_len,
             add_generation_prompt=not continues
             if request.add_generation_prompt is None
@@ -171,6 +173,7 @@ class GenerationEndpoint(ABC):
         with budget, entry as place:
             prompts = await self.prompts(request, ready)
             place.take_prompts([len(prompt.token_ids) for prompt in prompts])
+            params = self.shaped(params, prompts)
             reply = await self.reply(asked, request, prompts, params.n)
             streams = self._submit(request, prompts, params, reply.id, tenant)
             tenant.budget.spend(sum(len(prompt.token_ids) for prompt in prompts))
@@ -195,6 +198,10 @@ class GenerationEndpoint(ABC):
     @abstractmethod
     async def prompts(self, request: Any, ready: Ready) -> list[Prompt]:
         """The prompts of a call as token ids. Raises ApiError."""
+
+    def shaped(self, params: SamplingParams, prompts: list[Prompt]) -> SamplingParams:
+        """With what the prompts say of their answers."""
+        return params
 
     @abstractmethod
     async def reply(self, asked: Any, request: Any, prompts: list[Prompt], n: int) -> Reply:
@@ -296,6 +303,13 @@ class ChatCompletions(GenerationEndpoint):
             add_special_tokens=bool(request.add_special_tokens),  # the template has written them
         )
         return [replace(prompt, form=chat.answer_form(self.service.dialect, text, request))]
+
+    def shaped(self, params: SamplingParams, prompts: list[Prompt]) -> SamplingParams:
+        form = prompts[0].form
+        if form is None:
+            return params
+        shows_tokens = form.has_marks_among(self.service.require_tokenizer().special_tokens)
+        return msgspec.structs.replace(params, skip_special_tokens=params.skip_special_tokens and not shows_tokens)
 
     async def reply(self, asked: Any, request: ChatRequest, prompts: list[Prompt], n: int) -> Reply:
         return ChatReply(request, **self.common(prompts, n), **_usage_options(request))

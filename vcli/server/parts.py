@@ -10,10 +10,11 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 from vcli.server.dialects import CallFormat, Marks
+from vcli.server.tools import ToolUse
 
 
 @dataclass(slots=True)
@@ -65,8 +66,14 @@ class AnswerForm:
     marks: Marks | None = None  # of thoughts, if the model may think
     is_thinking: bool = False  # the prompt has opened them already
     shows_reasoning: bool = True
-    call_format: CallFormat | None = None  # if it may call tools
-    tool_names: frozenset[str] = frozenset()
+    tools: ToolUse | None = None
+    call_format: CallFormat | None = None  # in which it calls them
+
+    def has_marks_among(self, tokens: Iterable[str]) -> bool:
+        """Are any of these tokens among the marks, so that the text must show them?"""
+        written = self.call_format.write([("", "")] * 2) if self.call_format else ""
+        written += self.marks.begin + self.marks.end if self.marks else ""
+        return any(token in written for token in tokens)
 
 
 class Parser:
@@ -76,6 +83,7 @@ class Parser:
         self.num_calls = 0
         self.form = form
         self._format = form.call_format
+        self._tool_names = form.tools.names if form.tools else frozenset()
         self._new_id = new_id or (lambda: call_id(form.call_format.id_length if form.call_format else 0))
         self._text = ""  # not given yet
         self._position = 0  # looked at so far
@@ -142,7 +150,7 @@ class Parser:
         start = self._position
         yield from self._run_of(_NAME)
         name = self._text[start : self._position]
-        if name not in self.form.tool_names or not (yield from self._takes(form.name_end.strip())):
+        if name not in self._tool_names or not (yield from self._takes(form.name_end.strip())):
             return False
         yield from self._space()
         self._begin_call(name)
@@ -163,7 +171,7 @@ class Parser:
             start = self._position
             if key == "name" and not is_begun:
                 name = (yield from self._string()) or ""
-                if name not in self.form.tool_names:
+                if name not in self._tool_names:
                     return False
             elif key in (form.arguments_key, "arguments") and name and not is_begun:
                 is_begun = True

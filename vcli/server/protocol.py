@@ -198,8 +198,6 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
-        if self.tools and self.tool_choice != "none":
-            raise ApiError(400, "tools are not supported yet by this server: leave them out", param="tools")
         if self.modalities and self.modalities != ["text"]:
             raise unsupported("modalities", self.modalities)
         if not self.messages:
@@ -258,6 +256,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
     return_token_strs: bool | None = None
 
 
