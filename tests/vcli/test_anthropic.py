@@ -10,7 +10,7 @@ import pytest
 
 # What a conversation has become can be read in the answer: the contents in a row, or all there is if system says so.
 TEMPLATE = """\
-{#- Answers may begin with thoughts: <think> and </think>. -#}
+{#- Answers may begin with thoughts, <think> and </think>, and hold calls: <tool_call>. -#}
 {%- if messages[0].role == "system" and messages[0].content == "show all" -%}
 {{ {"messages": messages[1:], "tools": tools, "enable_thinking": enable_thinking | default(none)} | tojson }}
 {%- else -%}
@@ -117,8 +117,8 @@ def test_turns_become_messages(client):
             "reasoning_content": "hm",
             "content": "three",
             "tool_calls": [
-                {"id": "t1", "type": "function", "function": {"name": "add", "arguments": '{"a":[1,"é"]}'}},
-                {"id": "t2", "type": "function", "function": {"name": "add", "arguments": "{}"}},
+                {"id": "t1", "type": "function", "function": {"name": "add", "arguments": {"a": [1, "é"]}}},
+                {"id": "t2", "type": "function", "function": {"name": "add", "arguments": {}}},
             ],
         },
         {"role": "tool", "content": "4", "tool_call_id": "t1"},
