@@ -132,6 +132,11 @@ class AsyncEngine:
         return len(self._sequences)
 
     @property
+    def open_requests(self) -> list[RequestState]:
+        """Those that are not done."""
+        return list(dict.fromkeys(stream.state for stream, _ in list(self._sequences.values())))
+
+    @property
     def returncode(self) -> int | None:
         """The engine process's exit code, None while it runs."""
         return self._link.process.poll() if self._link else None

@@ -43,6 +43,7 @@ class RequestTimings:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)  # one for each sequence that has ended
+    request_id: str = ""
 
 
 @dataclass(slots=True)
@@ -172,7 +173,9 @@ class RequestState:
         self.prompt = prompt
         self.prompt_logprobs: PromptLogprobs | None = None
         self.sequences = [SequenceState(index, request, tokenizer) for index, request in enumerate(requests)]
-        self.timings = RequestTimings(first.arrival_time, num_prompt_tokens=len(first.prompt_token_ids))
+        self.timings = RequestTimings(
+            first.arrival_time, num_prompt_tokens=len(first.prompt_token_ids), request_id=request_id
+        )
         self.num_crashes = 0  # engines that ended while they ran it, see quarantine.py
         self.num_tokens_at_start = 0  # that it had given when the engine at hand got it
         self.num_trial_tokens = 0  # that it will have given when its trial is over

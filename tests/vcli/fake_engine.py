@@ -42,6 +42,7 @@ def main(address: str) -> None:
     socket.send(messages.encode(ready))
     requests: dict[str, messages.AddRequest] = {}
     done: dict[str, int] = {}
+    num_given = 0  # tokens
     while os.getppid() == parent:
         while socket.poll(0 if requests else SOCKET_POLL_MS):
             message = messages.decode_to_engine(socket.recv())
@@ -73,11 +74,13 @@ def main(address: str) -> None:
             for output in outputs:
                 if output.finish_reason:
                     requests.pop(output.request_id)
+            num_given += len(outputs)
             num_running = min(len(requests), config["max_num_seqs"])
             num_waiting = len(requests) - num_running
             stats = messages.EngineStats(num_running, num_waiting, num_blocks=1024, num_slots_allocated=16)
+            stats.generation_tokens = num_given
         else:
-            outputs, stats = [], messages.EngineStats(num_blocks=1024)
+            outputs, stats = [], messages.EngineStats(num_blocks=1024, generation_tokens=num_given)
         socket.send(messages.encode(messages.StepOutput(outputs, stats)))
 
 

@@ -67,14 +67,25 @@ def with_key(key: str, **more: str) -> dict[str, dict[str, str]]:
 
 
 API = ["/v1/models", "/v1/models/x", "/v1/chat/completions", COMPLETIONS, "/tokenize", "/detokenize"]
-TRICKS = ["/version", "/metrics", "/nothing", "/", "/health/", "//health", "/health/../metrics", "/metrics?x=/health"]
+TRICKS = [
+    "/version",
+    "/metrics",
+    "/nothing",
+    "/dashboard",
+    "/dashboard/events",
+    "/health/",
+    "//health",
+    "/health/../metrics",
+    "/metrics?x=/health",
+]
 
 
-def test_every_path_but_the_probes_needs_a_key(server):
-    with httpx.Client(base_url=server.url) as client:
+def test_every_path_but_the_probes_and_the_page_needs_a_key(server):
+    with httpx.Client() as client:
         for path in API + TRICKS:
+            url = server.url + path
             for keys in ({}, with_key("wrong-key"), {"headers": {"authorization": "acme-key-1"}}):
-                for reply in (client.get(path, **keys), client.post(path, json={"prompt": "a"}, **keys)):
+                for reply in (client.get(url, **keys), client.post(url, json={"prompt": "a"}, **keys)):
                     assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key"), path
 
 

@@ -22,6 +22,7 @@ from vcli.server import chat
 from vcli.server.anthropic.endpoints import Messages
 from vcli.server.anthropic.protocol import CountTokensRequest
 from vcli.server.bodies import ClientGoneError
+from vcli.server.dashboard.files import page_routes
 from vcli.server.embeddings import Embeddings
 from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response, speaks_anthropic
 from vcli.server.generation import ChatCompletions, Completions, Service, engine_dead
@@ -45,10 +46,12 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/dashboard/events", service.feed, methods=["GET"]),
+        *page_routes(),
         *_common_routes(endpoints),
     ]
     origins = service.config.allowed_origins
-    guards = [Middleware(OriginCheck, origins), Middleware(KeyCheck, service.keys)]
+    guards = [Middleware(OriginCheck, origins, service.keys), Middleware(KeyCheck, service.keys)]
     if origins:
         methods, readable = ["GET", "POST"], ["retry-after", "x-request-id"]
         cors = Middleware(

@@ -18,11 +18,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vcli.server.anthropic import errors as anthropic_errors
+from vcli.server.dashboard import files as dashboard
 from vcli.server.headers import header
 from vcli.server.keys import ANYONE, Keys, Tenant
 from vcli.server.protocol import ApiError
 
-PUBLIC_PATHS = ("/health", "/ready")  # need no API key: probes have none
+PUBLIC_PATHS = ("/health", "/ready", *dashboard.PATHS)  # need no API key: probes have none, the page asks for one
+ADMIN_PATHS = ("/metrics", "/dashboard/events")  # tell how busy the server is
 
 
 def framed(routes: Sequence[Route], middleware: Sequence[Middleware]) -> Starlette:
@@ -55,7 +57,7 @@ class KeyCheck:
         if tenant is None:
             message = "the API key is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
             raise ApiError(401, message, code="invalid_api_key")
-        if (self.admin or scope["path"] == "/metrics") and not (tenant.is_admin or tenant is ANYONE):
+        if (self.admin or scope["path"] in ADMIN_PATHS) and not (tenant.is_admin or tenant is ANYONE):
             raise ApiError(403, f"{scope['path'][:100]} is for admins: use the key of a tenant with is_admin = true")
         return tenant
 
@@ -65,19 +67,28 @@ class OriginCheck:
 
     A browser asks on behalf of a page what its reader may ask, who may sit on this machine: that it keeps the answer
     from the page (CORS) is too late for the work done. It says the page's origin with whatever changes something.
+    With `keys` the server has a page of its own, which is let in.
     """
 
-    def __init__(self, app: ASGIApp, allowed_origins: Sequence[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, allowed_origins: Sequence[str] = (), keys: Keys | None = None) -> None:
         self.app = app
         self.allowed_origins = allowed_origins
+        self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and "*" not in self.allowed_origins:
             origin = (header(scope, "Origin") or b"").decode("latin-1")
-            if origin and origin not in self.allowed_origins:
+            if origin and origin not in self.allowed_origins and not self._is_own(origin, scope):
                 message = f"pages of {origin[:100]!r} may not use this server: --allowed-origins would say which may"
                 return await error_response(ApiError(403, message, code="origin_refused"), scope)(scope, receive, send)
         return await self.app(scope, receive, send)
+
+    def _is_own(self, origin: str, scope: Scope) -> bool:
+        """Is it the origin of this server's page? A name over HTTP proves nothing (DNS rebinding), but a key does."""
+        scheme, _, host = origin.partition("://")
+        if self.keys is None or host != (header(scope, "Host") or b"").decode("latin-1"):
+            return False
+        return scheme == "https" or bool(self.keys) or _is_address(host)
 
 
 class HostCheck:

@@ -29,6 +29,7 @@ from vcli.server.admission import RETRY_LATER_S, Admission, Place
 from vcli.server.bodies import Bodies, ClientGoneError
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
+from vcli.server.dashboard.feed import Feed
 from vcli.server.dialects import Dialect, dialect_of
 from vcli.server.headers import milliseconds
 from vcli.server.keys import Keys, Tenant
@@ -65,6 +66,7 @@ class Service:
     templates: Templates
     admission: Admission
     metrics: Metrics
+    feed: Feed
     replays: replay.Replays = field(default_factory=replay.Replays)
     bodies: Bodies = field(default_factory=Bodies)
 

@@ -30,6 +30,8 @@ from vcli.console import console, format_seconds, print_table
 from vcli.server.admission import Admission
 from vcli.server.app import make_admin_app, make_app
 from vcli.server.config import ServerConfig
+from vcli.server.dashboard.feed import Feed
+from vcli.server.dashboard.sampler import Sampler
 from vcli.server.generation import Service
 from vcli.server.http import LAST_WORDS_S, http_server, url_of
 from vcli.server.keys import Keys
@@ -97,6 +99,7 @@ class Lifetime:
             templates=Templates(),
             admission=admission,
             metrics=metrics,
+            feed=Feed(Sampler(self.engine, admission, metrics)),
         )
         self.signals: list[int] = []
         self._signalled = asyncio.Event()
@@ -111,6 +114,7 @@ class Lifetime:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         await self.engine.start()
+        sampling = asyncio.create_task(self.service.feed.run())
         serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in running]
         try:
             if await self._until_ready():
@@ -120,6 +124,8 @@ class Lifetime:
             await self._drain()
         finally:
             died = self.engine.error
+            sampling.cancel()
+            self.service.feed.close()
             for http, _ in running:
                 http.should_exit = True
             await self.engine.shutdown()

@@ -15,6 +15,7 @@ from engine.async_engine import AsyncEngine
 from engine.messages import EngineStats
 from engine.outputs import OutputDelta, RequestTimings
 from vcli.server.admission import Admission
+from vcli.server.dashboard.recent import RecentValues
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
 
@@ -28,6 +29,8 @@ class Metrics:
     """Owns the registry of one server."""
 
     def __init__(self, model_name: str, engine: AsyncEngine, admission: Admission) -> None:
+        self.model_name = model_name
+        self.recent_gaps = RecentValues()  # between tokens, finer than in the histogram
         self.registry = prometheus.CollectorRegistry()
         self.registry.register(_StateCollector(model_name, engine, admission))
         prometheus.ProcessCollector(registry=self.registry)
@@ -56,7 +59,7 @@ class Metrics:
         return prometheus.generate_latest(self.registry)
 
     def meter(self) -> "Meter":
-        return Meter(self._itl)
+        return Meter(self._itl, self.recent_gaps)
 
     def on_step(self, stats: EngineStats) -> None:
         """Note the size of a step."""
@@ -82,8 +85,9 @@ class Metrics:
 class Meter:
     """Watches the tokens of one call go by, for the gaps between them."""
 
-    def __init__(self, gaps: prometheus.Histogram) -> None:
+    def __init__(self, gaps: prometheus.Histogram, recent: RecentValues) -> None:
         self._gaps = gaps
+        self._recent = recent
         self._last_seen: dict[tuple[int, int], float] = {}
 
     def on_deltas(self, prompt_index: int, deltas: list[OutputDelta]) -> None:
@@ -97,6 +101,7 @@ class Meter:
                 gap = (now - self._last_seen[key]) / num_tokens
                 for _ in range(num_tokens):
                     self._gaps.observe(gap)
+                self._recent.add(gap, num_tokens)
             self._last_seen[key] = now
 
 

@@ -1,0 +1,166 @@
+// The dashboard: follows the server's feed, and hands what comes to the cards.
+
+import { Chart } from "./chart.js";
+import { Chat } from "./chat.js";
+import { ask, events, Refused, storeKey } from "./events.js";
+import { number, seconds, show, words } from "./format.js";
+import { BlockMap, showMemory, showTotals } from "./memory.js";
+import { Waterfalls } from "./waterfalls.js";
+
+const KEPT = 300; // samples
+const SMOOTH = 5; // samples whose mean is the pace that is written
+const RETRY_MS = [500, 1000, 2000, 5000];
+
+const $ = (id) => document.getElementById(id);
+let samples = [];
+let facts = {};
+let failures = 0;
+let following = null; // an AbortController, while the feed is open
+
+// A card with figures and a chart; `figures(sample, samples up to it)` gives what is written, by name.
+class Card {
+  constructor(id, series, label, figures, isFilled) {
+    this.section = $(id);
+    this.figures = figures;
+    this.chart = new Chart(this.section.querySelector(".chart"), series, label, () => this.write(), isFilled);
+  }
+
+  update() {
+    this.chart.update(samples);
+    this.write();
+  }
+
+  write() {
+    const shown = this.chart.hovered ?? samples.at(-1);
+    if (!shown) return;
+    const end = samples.indexOf(shown) + 1;
+    for (const [name, value] of Object.entries(this.figures(shown, samples.slice(Math.max(0, end - SMOOTH), end)))) {
+      show(this.section.querySelector(`[data-value=${name}]`), value);
+    }
+  }
+}
+
+function latencyCard(id, key) {
+  const part = (i) => (sample) => sample[key]?.[i] ?? null;
+  const series = [
+    { name: "s0", value: part(0) },
+    { name: "s2", value: part(1) },
+    { name: "s1", value: part(2) },
+  ];
+  const figures = (sample) =>
+    Object.fromEntries(["p50", "p95", "p99"].map((name, i) => [name, sample[key] ? seconds(sample[key][i]) : "–"]));
+  return new Card(id, series, (value) => words(seconds(value)), figures, false);
+}
+
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+const cards = [
+  new Card(
+    "throughput",
+    [{ name: "s0", value: (sample) => sample.generation_tokens_per_s }],
+    number,
+    (_, last) => ({
+      generated: number(Math.round(mean(last.map((each) => each.generation_tokens_per_s)))),
+      prompt: number(Math.round(mean(last.map((each) => each.prompt_tokens_per_s)))),
+    }),
+    true,
+  ),
+  new Card(
+    "requests",
+    [
+      { name: "s0", value: (sample) => sample.num_running },
+      { name: "s1", value: (sample) => sample.num_waiting },
+    ],
+    number,
+    (sample) => ({
+      running: number(sample.num_running),
+      waiting: number(sample.num_waiting),
+      queue: sample.queue_s ? seconds(sample.queue_s) : "none",
+    }),
+    true,
+  ),
+  latencyCard("ttft", "ttft_s"),
+  latencyCard("itl", "itl_s"),
+];
+const blockMap = new BlockMap($("kv"));
+const waterfalls = new Waterfalls($("slowest"));
+new Chat($("chat"), needKey);
+
+const handlers = {
+  history(history) {
+    samples = history;
+    for (const card of cards) card.update();
+  },
+  sample(sample) {
+    samples.push(sample);
+    samples.splice(0, samples.length - KEPT);
+    for (const card of cards) card.update();
+  },
+  state(state) {
+    facts = state.facts;
+    $("model").textContent = state.model;
+    document.title = `${state.model} · vcli`;
+    setStatus(state.status, state.stage);
+    $("facts").textContent = describe(facts);
+    blockMap.update(state.kv, state.blocks, facts);
+    showMemory($("memory"), state.memory, state.fragmentation);
+    showTotals($("memory"), state.totals);
+    waterfalls.update(state.slowest);
+  },
+};
+
+function describe({ version, device, dtype, max_num_seqs, max_model_len, started }) {
+  const parts = [`vcli ${version}`];
+  if (device) {
+    parts.push(`${device}, ${dtype}`, `${number(max_num_seqs)} requests at once`, `${number(max_model_len)} tokens each at most`);
+  }
+  return [...parts, `up ${words(seconds(Date.now() / 1000 - started))}`].join(" · ");
+}
+
+function setStatus(status, words) {
+  $("status").className = `pill ${status}`;
+  $("status").textContent = words ? `${status}: ${words}` : status;
+}
+
+function needKey(error) {
+  if (!(error instanceof Refused) || ![401, 403].includes(error.status)) return;
+  const isUnknown = error.status === 401;
+  $("key-words").textContent = isUnknown
+    ? "This server asks for an API key. It is kept in this tab alone."
+    : `${error.message}. The chat works with any key.`;
+  $("key").hidden = false;
+}
+
+async function follow() {
+  following?.abort();
+  following = new AbortController();
+  const { signal } = following;
+  try {
+    const response = await ask("dashboard/events", { signal });
+    $("key").hidden = true;
+    for await (const event of events(response)) {
+      failures = 0;
+      handlers[event.name]?.(JSON.parse(event.data));
+    }
+    setStatus("lost", "the server has ended");
+  } catch (error) {
+    if (signal.aborted) return;
+    if (error instanceof Refused && [401, 403].includes(error.status)) {
+      setStatus("lost", error.status === 401 ? "no key" : "not for this key");
+      needKey(error);
+      return; // until there is a key
+    }
+    setStatus("lost", error instanceof Refused ? error.message : "no connection");
+  }
+  setTimeout(() => signal.aborted || follow(), RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)]);
+}
+
+$("key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  storeKey($("key-input").value.trim());
+  $("key-input").value = "";
+  follow();
+});
+
+// Nobody looks at a hidden page: the server need not feed it. What it missed comes with the history.
+document.addEventListener("visibilitychange", () => (document.hidden ? following?.abort() : follow()));
+if (!document.hidden) follow();
