@@ -30,6 +30,7 @@ from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
 from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest
 from vcli.server.request_log import RequestLog
+from vcli.server.responses.endpoints import response_routes
 from vcli.version import version
 
 
@@ -44,6 +45,7 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/embeddings", Embeddings(service), methods=["POST"]),
         Route("/v1/messages", Messages(service), methods=["POST"]),
         Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
+        *response_routes(service),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
         Route("/dashboard/events", service.feed, methods=["GET"]),
@@ -53,7 +55,7 @@ def make_app(service: Service) -> Starlette:
     origins = service.config.allowed_origins
     guards = [Middleware(OriginCheck, origins, service.keys), Middleware(KeyCheck, service.keys)]
     if origins:
-        methods, readable = ["GET", "POST"], ["retry-after", "x-request-id"]
+        methods, readable = ["GET", "POST", "DELETE"], ["retry-after", "x-request-id"]
         cors = Middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"], expose_headers=readable
         )

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -44,6 +45,7 @@ from vcli.server.protocol import (
 )
 from vcli.server.replies import ChatReply, CompletionReply, Reply
 from vcli.server.request_log import note_generation
+from vcli.server.responses.store import ResponseStore
 from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
 
@@ -68,6 +70,7 @@ class Service:
     metrics: Metrics
     feed: Feed
     replays: replay.Replays = field(default_factory=replay.Replays)
+    responses: ResponseStore = field(default_factory=ResponseStore)
     bodies: Bodies = field(default_factory=Bodies)
 
     def require_ready(self) -> Ready:
@@ -138,20 +141,30 @@ class GenerationEndpoint(ABC):
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrival_time, owner, replays = time.monotonic(), scope["tenant"].name, self.service.replays
+        arrival_time = time.monotonic()
         if (event_id := replay.last_event_id(scope)) is not None:
-            followed, number = replays.find(event_id, owner)
+            followed, number = self.service.replays.find(event_id, scope["tenant"].name)
             await followed.follow(number, receive, send)
             return
         try:
             asked = await self.service.bodies.read(self.decoder, scope, receive)
         except ClientGoneError:
             return
-        answer = partial(self._answer, scope, asked, arrival_time)
+        await self.serve(scope, asked, partial(self._answer, scope, asked, arrival_time), receive, send)
+
+    async def serve(
+        self,
+        scope: Scope,
+        asked: Any,
+        answer: Callable[[Receive, Send], Awaitable[None]],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Have the answer made: for this connection, or so that the client may come back for the rest."""
         if not asked.stream or not (grace_s := replay.grace_s(scope)):
             await answer(receive, send)
         else:
-            await replays.start(answer, grace_s, owner).follow(1, receive, send)
+            await self.service.replays.start(answer, grace_s, scope["tenant"].name).follow(1, receive, send)
 
     async def _answer(self, scope: Scope, asked: Any, arrival_time: float, receive: Receive, send: Send) -> None:
         service, tenant = self.service, scope["tenant"]

@@ -5,6 +5,9 @@ A client that asks for it (`X-Reconnect-Grace-Ms`) gets events with ids, and sen
 the client: what it sends is numbered and kept here for whoever follows, and that the client is gone it hears when
 nobody has followed for the grace time. What always holds: every event that the last follower has not been sent is kept,
 and KEPT_BYTES of those before, since what was sent may not have arrived.
+
+A reply that is made in the background waits for nobody: it goes on without followers, has as many as come, and the last
+KEPT_IN_BACKGROUND_BYTES of its events stay until somebody forgets it.
 """
 
 import asyncio
@@ -19,6 +22,7 @@ from vcli.server.protocol import ApiError
 
 MAX_GRACE_MS = 60_000
 KEPT_BYTES = 1 << 20  # of one stream, beyond what its client has not been sent
+KEPT_IN_BACKGROUND_BYTES = 8 << 20  # of one stream: some 30,000 tokens
 MOST_BYTES = 256 << 20  # of all streams; then those that are over go early
 MAX_NUMBER_DIGITS = 9
 
@@ -47,6 +51,10 @@ class Replays:
         """A stream that `make` sends. owner: the tenant, who alone may follow it."""
         return Replay(self, make, grace_s, owner)
 
+    def start_in_background(self, make: Callable[[Receive, Send], Awaitable[None]], owner: str) -> "Replay":
+        """A stream that is made whether somebody follows it or not."""
+        return Replay(self, make, None, owner)
+
     def find(self, event_id: str, owner: str) -> "tuple[Replay, int]":
         """A stream, and the number of the event after this one. Raises ApiError if it is not there (any more)."""
         name, _, number = event_id.rpartition("-")
@@ -56,6 +64,9 @@ class Replays:
             message = f"no stream goes on after event {event_id[:100]!r}: it was not sent, or its grace time is over"
             raise ApiError(404, message, code="stream_gone")
         return replay, int(number) + 1
+
+    def of(self, reply_id: str) -> "Replay | None":
+        return self._by_id.get(reply_id)
 
     def add(self, replay: "Replay") -> None:
         self._by_id[replay.id] = replay
@@ -71,11 +82,12 @@ class Replays:
 
 
 class Replay:
-    """One reply's events, and whoever follows them: one connection at a time, the latest."""
+    """One reply's events, and whoever follows them: one connection at a time, the latest, or any in the background."""
 
     def __init__(
-        self, replays: Replays, make: Callable[[Receive, Send], Awaitable[None]], grace_s: float, owner: str
+        self, replays: Replays, make: Callable[[Receive, Send], Awaitable[None]], grace_s: float | None, owner: str
     ) -> None:
+        """grace_s: None in the background."""
         self.owner = owner
         self.id = ""  # of the reply, once it has begun
         self._replays = replays
@@ -87,30 +99,45 @@ class Replay:
         self._num_sent = 0  # number of the last one that a follower has been sent
         self._num_sent_bytes = 0  # of those that are kept and sent
         self._is_complete = False
-        self._follower: object | None = None
+        self._followers: set[object] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._news = asyncio.Event()
-        self._abandoned = asyncio.Event()
-        self._task = asyncio.ensure_future(make(self._until_abandoned, self._keep))
+        self._ending = asyncio.Event()  # the reply is told that its client is gone
+        self._is_forgotten = False
+        self._task = asyncio.ensure_future(make(self._until_ending, self._keep))
         self._task.add_done_callback(self._on_done)
 
     def has_after(self, number: int) -> bool:
-        """Is all that comes after this event kept?"""
-        return self._first - 1 <= number < self._first + len(self._events)
+        """Was this event made, and is all that comes after it kept?"""
+        return number < self._first + len(self._events) and self.keeps_after(number)
+
+    def keeps_after(self, number: int) -> bool:
+        """Is nothing dropped that comes after this event? It may not have been made yet."""
+        return self._first - 1 <= number
 
     def is_over(self) -> bool:
         """Nothing more comes, and nobody follows."""
-        return self._is_complete and self._follower is None
+        return self._is_complete and not self._followers
+
+    async def begin(self) -> None:
+        """Return when the first event is there. Raises ApiError if the reply never begins."""
+        while not self._events and not self._task.done():
+            await self._news.wait()
+        if self._head is None:
+            self._task.result()
 
     async def follow(self, number: int, receive: Receive, send: Send) -> None:
         """Send a client the events from this number on. Raises ApiError if the reply never begins."""
-        follower = self._follower = object()  # who followed before is sent no more
+        follower = object()
+        if self._grace_s is not None:
+            self._followers.clear()  # who followed before is sent no more
+        self._followers.add(follower)
         if self._timer is not None:
             self._timer.cancel()
         self._tell()
         watcher = asyncio.create_task(self._watch(receive, follower))
         try:
-            while self._head is None and self._follower is follower and not self._task.done():
+            while self._head is None and follower in self._followers and not self._task.done():
                 await self._news.wait()
             if self._head is None:
                 if self._task.done():
@@ -118,11 +145,11 @@ class Replay:
                 return
             await send({**self._head, "headers": list(self._head["headers"])})  # others may add to them
             async with streaming.kept_alive(send):
-                while self._follower is follower:
+                while follower in self._followers and number >= self._first:  # else it is too slow for what is kept
                     if events := self._events[number - self._first :]:
                         number += len(events)
                         await streaming.send_events(send, b"".join(events))
-                        if self._follower is follower:  # else somebody else may have less
+                        if self._grace_s is not None and follower in self._followers:  # else others may have less
                             self._note_sent(number - 1)
                     elif self._is_complete:
                         break
@@ -139,17 +166,24 @@ class Replay:
         self._leave(follower)
 
     def _leave(self, follower: object) -> None:
-        if self._follower is follower:
-            self._follower = None
-            self._timer = asyncio.get_running_loop().call_later(self._grace_s, self.forget)
+        if follower in self._followers:
+            self._followers.remove(follower)
+            if self._grace_s is not None:
+                self._timer = asyncio.get_running_loop().call_later(self._grace_s, self.forget)
             self._tell()
+
+    async def end(self) -> None:
+        """Have the request end as if its client had gone, and return when it has. What is kept of it stays."""
+        self._ending.set()
+        await asyncio.wait([self._task])
 
     def forget(self) -> None:
         """Nobody comes back: the request ends, and what is kept of it goes."""
-        if not self._abandoned.is_set():
-            self._abandoned.set()
+        self._ending.set()
+        if not self._is_forgotten:
+            self._is_forgotten = True
             self._replays.remove(self)
-            self._replays.count(-self._num_bytes)
+            self._drop(self._num_bytes)
 
     def _tell(self) -> None:
         """Wake up all who wait for news."""
@@ -158,8 +192,8 @@ class Replay:
 
     # What the reply is sent to.
 
-    async def _until_abandoned(self) -> Message:
-        await self._abandoned.wait()
+    async def _until_ending(self) -> Message:
+        await self._ending.wait()
         return {"type": "http.disconnect"}
 
     async def _keep(self, message: Message) -> None:
@@ -167,7 +201,7 @@ class Replay:
             self._head = message
             self.id = next(value for name, value in message["headers"] if name == b"x-request-id").decode()
             self._replays.add(self)
-        elif not self._abandoned.is_set():
+        elif not self._is_forgotten:
             num_bytes_before = self._num_bytes
             for event in message["body"].split(b"\n\n"):
                 if event and not event.startswith(b":"):  # each follower gets comments of its own
@@ -176,6 +210,8 @@ class Replay:
                     self._num_bytes += len(self._events[-1])
             self._is_complete = not message.get("more_body")
             self._replays.count(self._num_bytes - num_bytes_before)
+            if self._grace_s is None:
+                self._drop(self._num_bytes - KEPT_IN_BACKGROUND_BYTES)
         self._tell()
 
     def _note_sent(self, number: int) -> None:
@@ -183,15 +219,19 @@ class Replay:
         for event in self._events[self._num_sent - self._first + 1 : max(number - self._first + 1, 0)]:
             self._num_sent_bytes += len(event)
         self._num_sent = max(self._num_sent, number)
+        self._num_sent_bytes -= self._drop(self._num_sent_bytes - KEPT_BYTES)
+
+    def _drop(self, at_least: int) -> int:
+        """Drop so many bytes of the oldest events, or some more; return how many."""
         num_dropped = num_bytes = 0
-        while self._num_sent_bytes - num_bytes > KEPT_BYTES:
+        while num_bytes < at_least:
             num_bytes += len(self._events[num_dropped])
             num_dropped += 1
         del self._events[:num_dropped]
         self._first += num_dropped
         self._num_bytes -= num_bytes
-        self._num_sent_bytes -= num_bytes
         self._replays.count(-num_bytes)
+        return num_bytes
 
     def _on_done(self, task: "asyncio.Future[None]") -> None:
         self._is_complete = True

@@ -126,6 +126,21 @@ class Reply(ABC):
     def whole(self) -> bytes:
         """The reply in one piece."""
 
+    def token_logprobs(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+        """Tokens as OpenAI's newer APIs show them: each with its likeliest rivals."""
+        return [
+            self._token(token.token_id, token.logprob)
+            | {"top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top]}
+            for token in logprobs
+        ]
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token_bytes = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
+        return {"token": self._token_text(token_id), "logprob": _finite(logprob), "bytes": list(token_bytes)}
+
+    def _token_text(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.tokenizer is None else self.tokenizer.token_text(token_id)
+
 
 class ChoicesReply(Reply):
     """A reply in the shape that OpenAI's two older APIs share."""
@@ -196,9 +211,6 @@ class ChoicesReply(Reply):
     def _extras(self) -> dict[str, Any]:
         return {}
 
-    def _token_text(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self.tokenizer is None else self.tokenizer.token_text(token_id)
-
 
 class ChatReply(ChoicesReply):
     object_name, chunk_name, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
@@ -250,16 +262,7 @@ class ChatReply(ChoicesReply):
         return extras
 
     def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        content = [
-            self._token(token.token_id, token.logprob)
-            | {"top_logprobs": [self._token(token_id, logprob) for token_id, logprob in token.top]}
-            for token in logprobs
-        ]
-        return {"content": content}
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        token_bytes = b"" if self.tokenizer is None else self.tokenizer.token_bytes(token_id)
-        return {"token": self._token_text(token_id), "logprob": _finite(logprob), "bytes": list(token_bytes)}
+        return {"content": self.token_logprobs(logprobs)}
 
 
 def _delta_message(parts: list[Part]) -> dict[str, Any]:

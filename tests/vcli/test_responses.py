@@ -1,0 +1,459 @@
+"""/v1/responses through OpenAI's own client. The engine behind it repeats the prompt."""
+
+import random
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from engine.outputs import OutputDelta
+from vcli.server.chat import Prompt
+from vcli.server.dialects import CALL_FORMATS, Marks
+from vcli.server.parts import AnswerForm
+from vcli.server.protocol import ApiError
+from vcli.server.responses import store
+from vcli.server.responses.protocol import InputItem, ResponsesRequest, as_messages
+from vcli.server.responses.reply import ResponseReply
+from vcli.server.responses.store import ResponseStore, Stored
+
+LONG = {"input": "a b c d e f g", "max_output_tokens": 60, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server(start_server):
+    server = start_server(FAKE_STEP_S="0.005").wait_ready()
+    yield server
+    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 0)
+    assert "Traceback" not in server.log
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client
+
+
+def test_a_response_says_what_a_chat_says(client):
+    chat = client.chat.completions.create(
+        model="",
+        messages=[{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}],
+    )
+    response = client.responses.create(model="", instructions="be brief", input="hello", metadata={"for": "you"})
+    assert response.output_text == chat.choices[0].message.content
+    assert (response.status, response.error, response.metadata) == ("completed", None, {"for": "you"})
+    assert [item.type for item in response.output] == ["message"]
+    assert response.usage.input_tokens == chat.usage.prompt_tokens
+    assert response.usage.output_tokens == chat.usage.completion_tokens
+    assert response.usage.total_tokens == chat.usage.total_tokens
+
+
+def test_events_come_in_order_and_make_up_the_response(client):
+    with client.responses.stream(model="", input="hello there") as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events if event not in deltas] == [
+        *("response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"),
+        *("response.output_text.done", "response.content_part.done", "response.output_item.done", "response.completed"),
+    ]
+    assert len(deltas) > 3
+    assert "".join(event.delta for event in deltas) == final.output_text == deltas[-1].snapshot
+    assert final.output_text == client.responses.create(model="", input="hello there").output_text
+    kept = client.responses.retrieve(final.id)
+    assert (kept.output_text, kept.usage, kept.status) == (final.output_text, final.usage, "completed")
+
+
+def test_an_answer_that_was_cut_is_incomplete(client):
+    response = client.responses.create(model="", input="hello", max_output_tokens=3)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert response.usage.output_tokens == 3
+    *_, last = client.responses.create(model="", input="hello", max_output_tokens=3, stream=True)
+    assert (last.type, last.response.status) == ("response.incomplete", "incomplete")
+    assert last.response.output_text == response.output_text
+
+
+def test_log_probabilities_come_with_the_text(client):
+    asked: dict[str, Any] = {"model": "", "input": "hello", "top_logprobs": 2, "max_output_tokens": 6}
+    [message] = client.responses.create(**asked).output
+    tokens = message.content[0].logprobs
+    assert len(tokens) == 6
+    assert {len(token.top_logprobs) for token in tokens} == {2}
+    events = client.responses.create(**asked, stream=True)
+    streamed = [token.token for event in events if event.type.endswith("text.delta") for token in event.logprobs]
+    assert streamed == [token.token for token in tokens]
+    included = client.responses.create(model="", input="hello", include=["message.output_text.logprobs"])
+    assert included.output[0].content[0].logprobs[0].top_logprobs == []
+
+
+def test_a_response_goes_on_from_another_one(client):
+    first = client.responses.create(model="", instructions="be brief", input="hello")
+    second = client.responses.create(model="", input="and then?", previous_response_id=first.id)
+    third = client.responses.create(model="", input="at last?", previous_response_id=second.id)
+    messages = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "and then?"},
+        {"role": "assistant", "content": second.output_text},
+        {"role": "user", "content": "at last?"},
+    ]
+    chat = client.chat.completions.create(model="", messages=messages)
+    assert third.output_text == chat.choices[0].message.content
+    assert third.usage.input_tokens == chat.usage.prompt_tokens, "without the instructions of the first"
+    client.responses.delete(second.id)
+    assert client.responses.create(model="", input="!", previous_response_id=third.id).status == "completed"
+    with pytest.raises(openai.NotFoundError, match="there is no response"):
+        client.responses.create(model="", input="!", previous_response_id=second.id)
+
+
+def test_a_conversation_can_be_sent_item_by_item(client):
+    answer = client.responses.create(model="", input="hello")
+    by_item = client.responses.create(
+        model="",
+        input=[{"role": "user", "content": "hello"}, *answer.output, {"role": "user", "content": "and then?"}],
+    )
+    by_id = client.responses.create(model="", input="and then?", previous_response_id=answer.id)
+    assert by_item.output_text == by_id.output_text
+
+
+def test_what_led_to_a_response_is_listed(client):
+    items: list[Any] = [{"role": "user", "content": str(number)} for number in range(5)]
+    first = client.responses.create(model="", input=items)
+    second = client.responses.create(model="", input="5", previous_response_id=first.id)
+    listed = client.responses.input_items.list(second.id, order="asc", limit=2)
+    texts = [item.content[0].text for item in listed]  # all pages of it
+    assert texts == ["0", "1", "2", "3", "4", first.output_text, "5"]
+    assert listed.has_more
+    assert [item.content[0].text for item in client.responses.input_items.list(second.id)] == texts[::-1]
+
+
+def test_a_response_is_there_until_it_is_deleted(client):
+    response = client.responses.create(model="", input="hello")
+    assert client.responses.retrieve(response.id).to_dict() == response.to_dict()
+    client.responses.delete(response.id)
+    for ask in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
+        with pytest.raises(openai.NotFoundError, match="there is no response"):
+            ask(response.id)
+    unstored = client.responses.create(model="", input="hello", store=False)
+    with pytest.raises(openai.NotFoundError, match="store: false"):
+        client.responses.retrieve(unstored.id)
+
+
+def test_a_response_in_the_background_is_made_while_nobody_waits(client, server):
+    response = client.responses.create(model="", background=True, **LONG)
+    assert response.status == "queued"
+    with pytest.raises(openai.BadRequestError, match="not done yet"):
+        client.responses.create(model="", input="!", previous_response_id=response.id)
+    seen = {response.status}
+    while (response := client.responses.retrieve(response.id)).status in ("queued", "in_progress"):
+        seen.add(response.status)
+    assert (response.status, seen) == ("incomplete", {"queued", "in_progress"})
+    assert response.output_text == client.responses.create(model="", **LONG).output_text
+
+
+def test_a_client_that_loses_its_connection_again_and_again_gets_every_event_once(client):
+    undisturbed = [event.to_dict() for event in client.responses.create(model="", stream=True, **LONG)]
+    draw = random.Random(1)
+    stream = client.responses.create(model="", background=True, stream=True, **LONG)
+    events = [next(iter(stream))]
+    stream.close()
+    num_connections = 1
+    while events[-1].type != "response.incomplete":
+        time.sleep(draw.uniform(0, 0.05))
+        num_most = draw.randint(1, 9)
+        stream = client.responses.retrieve(events[0].response.id, stream=True, starting_after=len(events) - 1)
+        for _, event in zip(range(num_most), stream, strict=False):
+            events.append(event)
+        stream.close()
+        num_connections += 1
+    assert num_connections > 5
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == "".join(
+        event["delta"] for event in undisturbed if event["type"] == "response.output_text.delta"
+    )
+    whole = list(client.responses.retrieve(events[0].response.id, stream=True))
+    assert [event.to_dict() for event in whole] == [event.to_dict() for event in events], "and again from the start"
+
+
+def test_several_may_follow_one_response(client):
+    response = client.responses.create(model="", background=True, **LONG)
+    first, second = (iter(client.responses.retrieve(response.id, stream=True)) for _ in range(2))
+    pairs = list(zip(first, second, strict=True))
+    assert len(pairs) > 20
+    assert all(one.to_dict() == other.to_dict() for one, other in pairs)
+
+
+def test_a_response_goes_on_over_the_death_of_the_engine(client, server):
+    undisturbed = client.responses.create(model="", **LONG)
+    num_restarts = server.metric("vcli:engine_restarts_total")
+    response = client.responses.create(model="", background=True, **LONG)
+    events = iter(client.responses.retrieve(response.id, stream=True))
+    for _ in range(10):
+        next(events)
+    server.engine.kill()
+    *_, last = events
+    assert last.response.output_text == undisturbed.output_text
+    assert last.response.usage.output_tokens == undisturbed.usage.output_tokens
+    assert server.metric("vcli:engine_restarts_total") == num_restarts + 1
+
+
+def test_a_cancelled_response_frees_its_place_and_stays_as_far_as_it_got(client, server):
+    response = client.responses.create(
+        model="", input="a b c", background=True, max_output_tokens=450, extra_body={"ignore_eos": True}
+    )
+    events = iter(client.responses.retrieve(response.id, stream=True))
+    while next(events).type != "response.output_text.delta":
+        pass
+    cancelled = client.responses.cancel(response.id)
+    assert cancelled.status == "cancelled"
+    assert 0 < cancelled.usage.output_tokens < 450
+    assert "response.completed" not in [event.type for event in events], "and the stream ends"
+    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 0)
+    assert client.responses.retrieve(response.id).to_dict() == cancelled.to_dict()
+    assert client.responses.cancel(response.id).status == "cancelled", "a second time, too"
+
+
+def test_deleting_a_response_ends_it(client, server):
+    response = client.responses.create(
+        model="", input="a b c", background=True, max_output_tokens=450, extra_body={"ignore_eos": True}
+    )
+    client.responses.delete(response.id)
+    server.wait_until(lambda: server.metric("vcli:num_requests_running") == 0)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(response.id)
+
+
+def test_what_was_made_for_a_client_alone_is_neither_cancelled_nor_streamed_again(client):
+    response = client.responses.create(model="", input="hello")
+    with pytest.raises(openai.BadRequestError, match="background: true can be cancelled"):
+        client.responses.cancel(response.id)
+    with pytest.raises(openai.BadRequestError, match="not made with background"):
+        client.responses.retrieve(response.id, stream=True)
+
+
+def test_a_client_may_come_back_for_a_stream_as_for_any_other(server):
+    body = {"input": "hello", "stream": True}
+    with httpx.stream(
+        "POST", f"{server.url}/v1/responses", json=body, headers={"X-Reconnect-Grace-Ms": "9000"}
+    ) as reply:
+        ids = [line.removeprefix("id: ") for line in reply.iter_lines() if line.startswith("id: ")]
+    rest = server.post("/v1/responses", json=body, headers={"Last-Event-ID": ids[-3]}).text
+    assert [line for line in rest.splitlines() if line.startswith("event:")] == [
+        "event: response.output_item.done",
+        "event: response.completed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "words"),
+    [
+        ({}, None, "input is required"),
+        ({"input": ""}, "input", "some text"),
+        ({"input": []}, "input", "at least one item"),
+        ({"input": [{"content": "hi"}]}, "input[0].role", "got nothing"),
+        ({"input": [{"role": "robot", "content": "hi"}]}, "input[0].role", "'robot'"),
+        ({"input": [{"type": "web_search_call"}]}, "input[0].type", "web_search_call"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]},
+            "input[0].content[0]",
+            "reads text only",
+        ),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0]", "call_id"),
+        ({"input": [{"type": "function_call_output", "output": "1"}]}, "input[0]", "call_id"),
+        ({"input": "hi", "tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
+        ({"input": "hi", "tools": [{"type": "function"}]}, "tools[0].name", "needs a name"),
+        ({"input": "hi", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "schema"),
+        ({"input": "hi", "background": True, "store": False}, "store", "nobody could get"),
+        ({"input": "hi", "conversation": "conv_1"}, "conversation", "not supported"),
+        ({"input": "hi", "truncation": "auto"}, "truncation", "not supported"),
+        ({"input": "hi", "metadata": {"x" * 65: ""}}, "metadata", "64"),
+        ({"input": "hi", "max_output_tokens": 0}, "max_tokens", "max_tokens"),
+        ({"input": "hi", "temperature": -1}, "temperature", "-1"),
+        ({"input": "hi", "top_logprobs": 99}, "top_logprobs", "99"),
+        ({"input": "hi " * 2000, "background": True}, None, "512"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(server, asked, param, words):
+    reply = server.post("/v1/responses", json=asked)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert words in error["message"]
+    assert error["param"] == param or param is None
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("?stream=maybe", 400),
+        ("?stream=true&starting_after=-1", 400),
+        ("?starting_after=1", 400),
+        ("/input_items?limit=0", 400),
+        ("/input_items?limit=many", 400),
+        ("/input_items?order=up", 400),
+        ("/input_items?after=item_99", 400),
+        ("x", 404),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(server, client, path, status):
+    response = client.responses.create(model="", input="hello", background=True)
+    assert server.get(f"/v1/responses/{response.id}{path}").status_code == status
+
+
+def test_other_tenants_do_not_see_a_response(start_server, tmp_path):
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[alice]\nkeys = ["key-of-alice-0001"]\n[bob]\nkeys = ["key-of-bob-00000001"]\n')
+    server = start_server("--api-key-file", str(keys), FAKE_STEP_S="0.005").wait_ready()
+    alice, bob = (server.client.with_options(api_key=key) for key in ("key-of-alice-0001", "key-of-bob-00000001"))
+    response = alice.responses.create(model="", input="secret", background=True)
+    responses = bob.responses
+    for ask in (responses.retrieve, responses.cancel, responses.delete, responses.input_items.list):
+        with pytest.raises(openai.NotFoundError):
+            ask(response.id)
+    with pytest.raises(openai.NotFoundError):
+        responses.create(model="", input="what was it?", previous_response_id=response.id)
+    with pytest.raises(openai.NotFoundError):
+        responses.retrieve(response.id, stream=True)
+    assert "secret" in list(alice.responses.retrieve(response.id, stream=True))[-1].response.output_text
+
+
+def empty_reply(form: AnswerForm | None) -> ResponseReply:
+    asked = ResponsesRequest(input="?", stream=True)
+    prompts = [Prompt([1], None, form)]
+    return ResponseReply(asked, lambda reply: None, {}, model="m", prompts=prompts, n=1, tokenizer=None)
+
+
+def answer(reply: ResponseReply, text: str, *, most: int = 3, finish_reason: str | None = "stop") -> bytes:
+    """The events of a reply to whom this text was given, so many characters at a time."""
+    pieces = [text[start : start + most] for start in range(0, len(text), most)] or [""]
+    events = reply.head()
+    for number, piece in enumerate(pieces, start=1):
+        reason = finish_reason if number == len(pieces) else None
+        events += reply.event(0, OutputDelta(0, piece, [7], finish_reason=reason))
+    return events + reply.tail()
+
+
+def read_by_client(sent: bytes) -> tuple[list[Any], Any]:
+    """What OpenAI's client makes of events: the events, and the response that it puts together of them."""
+    headers = {"content-type": "text/event-stream"}
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=sent, headers=headers))
+    client = openai.OpenAI(api_key="none", http_client=httpx.Client(transport=transport))
+    with client.responses.stream(model="m", input="?") as stream:
+        return list(stream), stream.get_final_response()
+
+
+THINKS_AND_CALLS = AnswerForm(
+    marks=Marks("<think>", "</think>"), call_format=CALL_FORMATS["hermes"], tool_names=frozenset({"look"})
+)
+CALLS = (
+    '<tool_call>\n{"name": "look", "arguments": {"at": "Rome"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "look", "arguments": {"at": "Oslo"}}\n</tool_call>'
+)
+
+
+@pytest.mark.parametrize("most", [1, 3, 1000])
+def test_thoughts_text_and_calls_are_items_of_their_own(most):
+    sent = answer(empty_reply(THINKS_AND_CALLS), f"<think>two cities</think>One moment.{CALLS}", most=most)
+    events, response = read_by_client(sent)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    reasoning, message, *calls = response.output
+    assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]
+    assert reasoning.content[0].text == "two cities"
+    assert message.content[0].text == response.output_text == "One moment."
+    assert [(call.name, call.arguments) for call in calls] == [("look", '{"at": "Rome"}'), ("look", '{"at": "Oslo"}')]
+    assert len({item.id for item in response.output} | {call.call_id for call in calls}) == 6
+    assert {item.status for item in response.output} == {"completed"}
+    for index, item in enumerate(response.output):
+        about = [event for event in events if getattr(event, "output_index", None) == index]
+        assert (about[0].type, about[-1].type) == ("response.output_item.added", "response.output_item.done")
+        assert about[-1].item.to_dict().items() <= item.to_dict().items() or item is message, "but for what is parsed"
+        deltas = "".join(event.delta for event in about if event.type.endswith(".delta"))
+        assert deltas == (item.arguments if item.type == "function_call" else item.content[0].text)
+    assert response.usage.output_tokens_details.reasoning_tokens <= response.usage.output_tokens
+
+
+def test_what_was_stored_leads_to_the_same_conversation():
+    """Thoughts, text and calls of an answer come back as one message of the next prompt."""
+    reply = empty_reply(THINKS_AND_CALLS)
+    answer(reply, f"<think>two cities</think>One moment.{CALLS}")
+    [message] = as_messages(Stored(reply.id, "", b"[]", reply.json()).conversation())
+    assert (message.reasoning_content, message.content) == ("two cities", "One moment.")
+    calls = message.tool_calls or []
+    assert [call["function"]["arguments"] for call in calls] == ['{"at": "Rome"}', '{"at": "Oslo"}']
+    assert [call["id"] for call in calls] == [item["call_id"] for item in reply.body()["output"][2:]]
+
+
+def test_an_answer_without_text_is_an_empty_message():
+    [item] = read_by_client(answer(empty_reply(None), ""))[1].output
+    assert (item.type, item.content[0].text) == ("message", "")
+
+
+def test_a_response_that_fails_says_why_and_keeps_what_there_was():
+    reply = empty_reply(None)
+    reply.head()
+    reply.event(0, OutputDelta(0, "some", [7]))
+    last = reply.error_event(ApiError(500, "out of luck", code="engine_dead"))
+    body = reply.body()
+    assert b"event: response.failed" in last
+    assert (body["status"], body["error"]) == ("failed", {"code": "engine_dead", "message": "out of luck"})
+    assert [(item["status"], item["content"][0]["text"]) for item in body["output"]] == [("incomplete", "some")]
+
+
+def test_thoughts_text_and_calls_of_one_turn_are_one_message():
+    items = [
+        InputItem(role="developer", content="be brief"),
+        InputItem(
+            role="user", content=[{"type": "input_text", "text": "weather "}, {"type": "input_text", "text": "?"}]
+        ),
+        InputItem(type="reasoning", content=[{"type": "reasoning_text", "text": "two cities"}]),
+        InputItem(role="assistant", content=[{"type": "output_text", "text": "One moment."}]),
+        InputItem(type="function_call", call_id="1", name="look", arguments='{"at": "Rome"}'),
+        InputItem(type="function_call", call_id="2", name="look", arguments='{"at": "Oslo"}'),
+        InputItem(type="function_call_output", call_id="1", output="sun"),
+        InputItem(type="function_call_output", call_id="2", output=[{"type": "input_text", "text": "rain"}]),
+        InputItem(role="assistant", content="Sun and rain."),
+        InputItem(role="assistant", content="Anything else?"),
+    ]
+    messages = as_messages(items)
+    assert [message.role for message in messages] == [
+        *("system", "user", "assistant", "tool", "tool", "assistant", "assistant"),
+    ]
+    turn = messages[2]
+    assert (turn.reasoning_content, turn.content) == ("two cities", "One moment.")
+    assert turn.tool_calls == [
+        {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "Rome"}'}},
+        {"id": "2", "type": "function", "function": {"name": "look", "arguments": '{"at": "Oslo"}'}},
+    ]
+    assert [(message.tool_call_id, message.content) for message in messages[3:5]] == [("1", "sun"), ("2", "rain")]
+    assert messages[1].content == "weather ?"
+
+
+def test_the_store_has_room_for_so_many(monkeypatch: pytest.MonkeyPatch):
+    """Who has stored most loses its oldest; what is still being made stays; all of it is counted."""
+    monkeypatch.setattr(store, "MAX_RESPONSES", 4)
+    responses = ResponseStore()
+    responses.put(Stored("running", "bob", b"[]", body=lambda: b"{}"))
+    for number in range(5):
+        responses.put(Stored(f"bob-{number}", "bob", b"[]", b"{}"))
+        responses.check()
+    responses.put(Stored("alice-0", "alice", b"[]", b"{}"))
+    kept = [name for name in ("running", "alice-0", *(f"bob-{number}" for number in range(5))) if name in responses]
+    assert kept == ["running", "alice-0", "bob-3", "bob-4"]
+    responses.put(Stored("running", "bob", b"[]", b"{}" * 50))
+    responses.check()
+    for name, owner in (("running", "bob"), ("alice-0", "alice"), ("bob-3", "bob"), ("bob-4", "bob")):
+        responses.remove(responses.find(name, owner))
+        responses.check()
+
+
+def test_the_store_has_room_for_so_much_and_keeps_it_for_so_long(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(store, "MAX_BYTES", 100_000)
+    responses = ResponseStore()
+    for number in range(10):
+        responses.put(Stored(str(number), "", b"x" * 10_000, b"y" * 10_000))
+    responses.check()
+    assert [name for name in map(str, range(10)) if name in responses] == ["6", "7", "8", "9"]
+    monkeypatch.setattr(store, "MAX_AGE_S", 0.0)
+    with pytest.raises(ApiError, match="there is no response '9'"):
+        responses.find("9", "")
+    responses.check()

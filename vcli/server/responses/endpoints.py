@@ -1,0 +1,185 @@
+"""/v1/responses and what is below it: make a response, have it shown again or streamed again, cancel it, delete it.
+
+A response is made as a chat is. One with background: true is a stream that needs no client: whoever has its id may
+follow it from any event on, and a cancelled one ends as if its client had gone.
+"""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import msgspec
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from vcli.server import streaming
+from vcli.server.chat import Prompt
+from vcli.server.frame import json_response
+from vcli.server.generation import ChatCompletions, Service
+from vcli.server.protocol import ApiError
+from vcli.server.replies import Reply
+from vcli.server.responses.protocol import Conversation, ResponsesRequest, shown
+from vcli.server.responses.reply import ResponseReply
+from vcli.server.responses.store import Stored
+
+DEFAULT_LIMIT, MAX_LIMIT = 20, 100  # items of a list
+MAX_NUMBER_DIGITS = 9
+
+
+def response_routes(service: Service) -> list[Route]:
+    stored = StoredResponses(service)
+    return [
+        Route("/v1/responses", Responses(service), methods=["POST"]),
+        Route("/v1/responses/{response_id}", Retrieval(service), methods=["GET"]),
+        Route("/v1/responses/{response_id}", stored.delete, methods=["DELETE"]),
+        Route("/v1/responses/{response_id}/cancel", stored.cancel, methods=["POST"]),
+        Route("/v1/responses/{response_id}/input_items", stored.input_items),
+    ]
+
+
+class Responses(ChatCompletions):
+    """POST /v1/responses"""
+
+    decoder = msgspec.json.Decoder(ResponsesRequest)
+
+    async def generation_request(self, asked: ResponsesRequest, scope: Scope) -> Conversation:
+        asked.check()
+        owner = scope["tenant"].name
+        if not asked.previous_response_id:
+            return asked.as_conversation([], owner)
+        previous = self.service.responses.find(asked.previous_response_id, owner, "previous_response_id")
+        return asked.as_conversation(previous.conversation(), owner)
+
+    async def serve(
+        self,
+        scope: Scope,
+        asked: ResponsesRequest,
+        answer: Callable[[Receive, Send], Awaitable[None]],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        if not asked.background:
+            await super().serve(scope, asked, answer, receive, send)
+            return
+        owner = scope["tenant"].name
+        made = self.service.replays.start_in_background(answer, owner)
+        if asked.stream:
+            await made.follow(1, receive, send)
+        else:
+            await made.begin()
+            await streaming.send_json(send, self.service.responses.find(made.id, owner).json(), made.id)
+
+    async def reply(self, asked: ResponsesRequest, request: Any, prompts: list[Prompt], n: int) -> Reply:
+        ready = self.service.require_ready()
+        return ResponseReply(asked, partial(self._store, request), ready.default_sampling, **self.common(prompts, n))
+
+    def _store(self, request: Conversation, reply: ResponseReply) -> None:
+        asked, store = reply.asked, self.service.responses
+        was_deleted = asked.background and reply.is_done and reply.id not in store
+        if not asked.is_stored or was_deleted or (reply.status == "cancelled" and not asked.background):
+            return
+        stored = Stored(
+            id=reply.id,
+            owner=request.owner,
+            items=msgspec.json.encode(request.items),
+            body=reply.json() if reply.is_done else reply.json,
+            replay=self.service.replays.of(reply.id) if asked.background else None,
+        )
+        store.put(stored)
+
+
+class Retrieval:
+    """GET /v1/responses/{id}: a response as it is now, or with stream=true its events, from any number on."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        query = QueryParams(scope["query_string"])
+        stored = _find(self.service, scope)
+        starting_after = _number(query, "starting_after")
+        if not _flag(query, "stream"):
+            if starting_after is not None:
+                raise ApiError(400, "starting_after needs stream=true", param="starting_after")
+            await streaming.send_json(send, stored.json(), stored.id)
+            return
+        number = 0 if starting_after is None else starting_after + 1  # replays count from 1, responses from 0
+        if stored.replay is None:
+            message = f"the response {stored.id!r} was not made with background: true: ask for it without stream"
+            raise ApiError(400, message, param="stream")
+        if not stored.replay.keeps_after(number):
+            message = "so old events are not kept any more: ask for the response without stream"
+            raise ApiError(404, message, param="starting_after", code="stream_gone")
+        await stored.replay.follow(number + 1, receive, send)
+
+
+class StoredResponses:
+    """The endpoints for responses that are there, as far as they answer at once."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    async def delete(self, request: Request) -> Response:
+        stored = _find(self.service, request.scope)
+        self.service.responses.remove(stored)
+        return json_response({"id": stored.id, "object": "response", "deleted": True})
+
+    async def cancel(self, request: Request) -> Response:
+        """End a response that is made in the background; one that is done stays what it is."""
+        stored = _find(self.service, request.scope)
+        if stored.replay is None:
+            raise ApiError(400, f"only responses made with background: true can be cancelled, {stored.id!r} was not")
+        await stored.replay.end()
+        return Response(_find(self.service, request.scope).json(), media_type="application/json")
+
+    async def input_items(self, request: Request) -> Response:
+        """What led to a response, item by item, the last one first unless order=asc."""
+        query = request.query_params
+        limit = _number(query, "limit")
+        if limit is not None and not 1 <= limit <= MAX_LIMIT:
+            raise ApiError(400, f"limit must be 1 to {MAX_LIMIT}, got {limit}", param="limit")
+        if (order := query.get("order", "desc")) not in ("asc", "desc"):
+            raise ApiError(400, f"order must be asc or desc, got {order[:40]!r}", param="order")
+        stored = _find(self.service, request.scope)
+        items = [shown(item, index) for index, item in enumerate(stored.input_items())]
+        return json_response(_page(items if order == "asc" else items[::-1], query.get("after"), limit))
+
+
+def _page(items: list[dict[str, Any]], after: str | None, limit: int | None) -> dict[str, Any]:
+    start = 0
+    if after is not None:
+        start = next((index for index, item in enumerate(items, start=1) if item["id"] == after), -1)
+        if start < 0:
+            raise ApiError(400, f"after: there is no item {after[:100]!r} in this response", param="after")
+    end = start + (DEFAULT_LIMIT if limit is None else limit)
+    page = items[start:end]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": end < len(items),
+    }
+
+
+def _find(service: Service, scope: Scope) -> Stored:
+    return service.responses.find(scope["path_params"]["response_id"], scope["tenant"].name)
+
+
+def _flag(query: QueryParams, name: str) -> bool:
+    value = query.get(name, "false").lower()
+    if value not in ("true", "false", "1", "0"):
+        raise ApiError(400, f"{name} must be true or false, got {value[:40]!r}", param=name)
+    return value in ("true", "1")
+
+
+def _number(query: QueryParams, name: str) -> int | None:
+    value = query.get(name)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdigit() and len(value) <= MAX_NUMBER_DIGITS):
+        raise ApiError(400, f"{name} must be a whole number, got {value[:40]!r}", param=name)
+    return int(value)
