@@ -252,6 +252,51 @@ def test_as_much_is_kept_as_may_be_needed_and_no_more():
     asyncio.run(asyncio.wait_for(story(), 30))
 
 
+def test_in_the_background_a_reply_waits_for_nobody_and_keeps_its_latest_events(monkeypatch: pytest.MonkeyPatch):
+    """Of 1 MB, 300 kB are kept; a follower gets all that comes while it follows, another one joins at the end."""
+    monkeypatch.setattr("vcli.server.replay.KEPT_IN_BACKGROUND_BYTES", 300_000)
+
+    async def story() -> None:
+        replays, first, second, pause = Replays(), Client(), Client(), asyncio.Event()
+        replay = replays.start_in_background(lambda _, send: make_events("resp_1", 100, pause, send), "")
+        await replay.begin()
+        assert replays.of("resp_1") is replay
+        await asyncio.sleep(0.05)
+        assert not replay.keeps_after(0)
+        assert replay.keeps_after(21)
+        following = asyncio.create_task(replay.follow(22, first.receive, first.send))
+        while len(first.numbers) < 29:
+            await asyncio.sleep(0.001)
+        pause.set()
+        await following
+        await replay.follow(90, second.receive, second.send)
+        assert first.numbers[:29] == list(range(22, 51))
+        assert second.numbers == list(range(90, 101))
+        assert sum(map(len, replay._events)) == replays._num_bytes <= 300_000
+        replay.forget()
+        assert (replays._num_bytes, replays.of("resp_1")) == (0, None)
+        assert not replay.keeps_after(99)
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+
+
+def test_a_reply_in_the_background_can_be_ended():
+    async def story() -> None:
+        replays, told = Replays(), asyncio.Event()
+
+        async def make(receive: Any, send: Any) -> None:
+            await make_events("resp_1", 3, told, send)
+            assert (await receive())["type"] == "http.disconnect"
+
+        replay = replays.start_in_background(make, "")
+        told.set()
+        await replay.end()
+        assert replay.is_over()
+        assert replay.keeps_after(0), "what it has said stays"
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+
+
 def test_streams_that_are_over_go_early_when_all_of_them_together_are_too_much(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("vcli.server.replay.MOST_BYTES", 260_000)
 

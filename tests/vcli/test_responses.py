@@ -1,10 +1,12 @@
 """/v1/responses through OpenAI's own client. The engine behind it repeats the prompt."""
 
+import json
 import random
 import time
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -232,6 +234,16 @@ def test_what_was_made_for_a_client_alone_is_neither_cancelled_nor_streamed_agai
         client.responses.retrieve(response.id, stream=True)
 
 
+def test_the_log_has_a_line_for_what_went_on_in_the_background(start_server):
+    server = start_server("--log-requests", "lines", FAKE_STEP_S="0.005").wait_ready()
+    response = server.client.responses.create(model="", background=True, **LONG)
+    server.wait_until(lambda: f'"id":"{response.id}"' in server.log)
+    lines = [json.loads(line.partition(": ")[2]) for line in server.log.splitlines() if f'"{response.id}"' in line]
+    assert [(line["path"], line["output_tokens"], line["finish_reasons"]) for line in lines] == [
+        ("/v1/responses", 60, ["length"])
+    ]
+
+
 def test_a_client_may_come_back_for_a_stream_as_for_any_other(server):
     body = {"input": "hello", "stream": True}
     with httpx.stream(
@@ -268,7 +280,7 @@ def test_a_client_may_come_back_for_a_stream_as_for_any_other(server):
         ({"input": "hi", "conversation": "conv_1"}, "conversation", "not supported"),
         ({"input": "hi", "truncation": "auto"}, "truncation", "not supported"),
         ({"input": "hi", "metadata": {"x" * 65: ""}}, "metadata", "64"),
-        ({"input": "hi", "max_output_tokens": 0}, "max_tokens", "max_tokens"),
+        ({"input": "hi", "max_output_tokens": 0}, "max_output_tokens", "max_output_tokens must"),
         ({"input": "hi", "temperature": -1}, "temperature", "-1"),
         ({"input": "hi", "top_logprobs": 99}, "top_logprobs", "99"),
         ({"input": "hi " * 2000, "background": True}, None, "512"),
@@ -426,6 +438,38 @@ def test_thoughts_text_and_calls_of_one_turn_are_one_message():
     ]
     assert [(message.tool_call_id, message.content) for message in messages[3:5]] == [("1", "sun"), ("2", "rain")]
     assert messages[1].content == "weather ?"
+
+
+LOOK, ADD = ({"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("look", "add"))
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "as_chat"),
+    [
+        (None, ["look", "add"], None),
+        ("required", ["look", "add"], "required"),
+        ({"type": "function", "name": "add"}, ["look", "add"], {"type": "function", "function": {"name": "add"}}),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]},
+            ["add"],
+            "required",
+        ),
+    ],
+)
+def test_tools_are_those_of_a_chat(choice, names, as_chat):
+    asked = msgspec.convert({"input": "?", "tools": [LOOK, ADD], "tool_choice": choice}, ResponsesRequest)
+    request = asked.as_conversation([], "")
+    assert [tool.function.name for tool in request.tools or []] == names
+    assert request.tool_choice == as_chat
+
+
+def test_the_form_of_the_text_is_that_of_a_chat():
+    schema = {"type": "object", "properties": {"at": {"type": "string"}}}
+    form = {"type": "json_schema", "name": "place", "schema": schema, "strict": True}
+    asked = msgspec.convert({"input": "?", "text": {"format": form}}, ResponsesRequest)
+    json_schema = {"name": "place", "schema": schema, "strict": True}
+    assert asked.as_conversation([], "").response_format == {"type": "json_schema", "json_schema": json_schema}
+    assert empty_reply(None).body()["text"] == {"format": {"type": "text"}}
 
 
 def test_the_store_has_room_for_so_many(monkeypatch: pytest.MonkeyPatch):

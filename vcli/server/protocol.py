@@ -6,8 +6,9 @@ silently dropped.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -35,6 +36,13 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
         self.headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
+
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """The same in the words of another API. names: of its parameters, by ours."""
+        self.param = names.get(self.param or "", self.param)
+        first, space, rest = str(self).partition(" ")
+        self.args = (names.get(first, first) + space + rest,)
+        return self
 
     def body(self) -> bytes:
         kind = _ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -299,6 +307,15 @@ def decode(decoder: msgspec.json.Decoder[Request], body: bytes) -> Request:
         raise ApiError(400, "the request body is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeError) as error:
         raise ApiError(400, f"the request body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def convert_query(query: bytes, kind: type[Request]) -> Request:
+    """What stands behind a path's question mark as a struct. Raises ApiError(400) as `decode` does."""
+    try:
+        return msgspec.convert(dict(parse_qsl(query.decode("latin-1"))), kind, strict=False)
+    except msgspec.ValidationError as error:
+        message, param = _readable(str(error))
+        raise ApiError(400, message, param=param) from None
 
 
 def unsupported(name: str, value: Any) -> ApiError:

@@ -7,6 +7,7 @@ A line is JSON, so that nothing that a client sends can look like another line. 
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,7 +19,10 @@ log = logging.getLogger("vcli.requests")
 
 
 class RequestLog:
-    """Writes the line when the reply has ended. What others know about the request they put into `scope["log"]`."""
+    """Writes the line when the reply has ended, and another one at the end of one that outlives its connection.
+
+    What others know about the request they put into `scope["log"]`.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -41,7 +45,7 @@ class RequestLog:
             entry["seconds"] = round(time.monotonic() - start, 6)
             if (tenant := scope.get("tenant")) and tenant.name:
                 entry["tenant"] = tenant.name
-            log.info(msgspec.json.encode(entry).decode(), extra={"event": "request", "fields": entry})
+            _write(entry)
 
 
 def note_generation(
@@ -51,7 +55,8 @@ def note_generation(
     if "log" not in scope:
         return
     timings = [stream.state.timings for stream in streams]
-    scope["log"] |= {
+    entry = scope["log"]
+    entry |= {
         "id": request_id,
         "prompt_tokens": sum(each.num_prompt_tokens for each in timings),
         "cached_tokens": sum(each.num_cached_tokens for each in timings),
@@ -60,7 +65,14 @@ def note_generation(
     }
     if with_text:
         outputs = [output for stream in streams for output in stream.state.result().outputs]
-        scope["log"] |= {
+        entry |= {
             "prompts": [prompt.token_ids if prompt.text is None else prompt.text for prompt in prompts],
             "answers": [output.text or output.token_ids for output in outputs],
         }
+    if "seconds" in entry:  # its connection has ended long ago, and the line of that did not know yet
+        entry["seconds"] = round(time.monotonic() - min(each.arrival_time for each in timings), 6)
+        _write(entry)
+
+
+def _write(entry: dict[str, Any]) -> None:
+    log.info(msgspec.json.encode(entry).decode(), extra={"event": "request", "fields": entry})

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -19,14 +18,13 @@ from vcli.server import streaming
 from vcli.server.chat import Prompt
 from vcli.server.frame import json_response
 from vcli.server.generation import ChatCompletions, Service
-from vcli.server.protocol import ApiError
+from vcli.server.protocol import ApiError, convert_query
 from vcli.server.replies import Reply
-from vcli.server.responses.protocol import Conversation, ResponsesRequest, shown
+from vcli.server.responses.protocol import Conversation, ItemsQuery, ResponsesRequest, RetrieveQuery, shown
 from vcli.server.responses.reply import ResponseReply
 from vcli.server.responses.store import Stored
 
-DEFAULT_LIMIT, MAX_LIMIT = 20, 100  # items of a list
-MAX_NUMBER_DIGITS = 9
+RENAMED = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format"}  # of a chat
 
 
 def response_routes(service: Service) -> list[Route]:
@@ -52,6 +50,14 @@ class Responses(ChatCompletions):
             return asked.as_conversation([], owner)
         previous = self.service.responses.find(asked.previous_response_id, owner, "previous_response_id")
         return asked.as_conversation(previous.conversation(), owner)
+
+    async def _answer(
+        self, scope: Scope, asked: ResponsesRequest, arrival_time: float, receive: Receive, send: Send
+    ) -> None:
+        try:
+            await super()._answer(scope, asked, arrival_time, receive, send)
+        except ApiError as error:
+            raise error.renamed(RENAMED) from None
 
     async def serve(
         self,
@@ -98,15 +104,16 @@ class Retrieval:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        query = QueryParams(scope["query_string"])
+        query = convert_query(scope["query_string"], RetrieveQuery)
         stored = _find(self.service, scope)
-        starting_after = _number(query, "starting_after")
-        if not _flag(query, "stream"):
-            if starting_after is not None:
+        if not query.stream:
+            if query.starting_after is not None:
                 raise ApiError(400, "starting_after needs stream=true", param="starting_after")
             await streaming.send_json(send, stored.json(), stored.id)
             return
-        number = 0 if starting_after is None else starting_after + 1  # replays count from 1, responses from 0
+        number = (
+            0 if query.starting_after is None else query.starting_after + 1
+        )  # replays count from 1, responses from 0
         if stored.replay is None:
             message = f"the response {stored.id!r} was not made with background: true: ask for it without stream"
             raise ApiError(400, message, param="stream")
@@ -137,24 +144,19 @@ class StoredResponses:
 
     async def input_items(self, request: Request) -> Response:
         """What led to a response, item by item, the last one first unless order=asc."""
-        query = request.query_params
-        limit = _number(query, "limit")
-        if limit is not None and not 1 <= limit <= MAX_LIMIT:
-            raise ApiError(400, f"limit must be 1 to {MAX_LIMIT}, got {limit}", param="limit")
-        if (order := query.get("order", "desc")) not in ("asc", "desc"):
-            raise ApiError(400, f"order must be asc or desc, got {order[:40]!r}", param="order")
+        query = convert_query(request.scope["query_string"], ItemsQuery)
         stored = _find(self.service, request.scope)
         items = [shown(item, index) for index, item in enumerate(stored.input_items())]
-        return json_response(_page(items if order == "asc" else items[::-1], query.get("after"), limit))
+        return json_response(_page(items if query.order == "asc" else items[::-1], query))
 
 
-def _page(items: list[dict[str, Any]], after: str | None, limit: int | None) -> dict[str, Any]:
+def _page(items: list[dict[str, Any]], query: ItemsQuery) -> dict[str, Any]:
     start = 0
-    if after is not None:
-        start = next((index for index, item in enumerate(items, start=1) if item["id"] == after), -1)
-        if start < 0:
-            raise ApiError(400, f"after: there is no item {after[:100]!r} in this response", param="after")
-    end = start + (DEFAULT_LIMIT if limit is None else limit)
+    if query.after is not None:
+        start = next((index for index, item in enumerate(items, start=1) if item["id"] == query.after), 0)
+        if not start:
+            raise ApiError(400, f"after: there is no item {query.after[:100]!r} in this response", param="after")
+    end = start + query.limit
     page = items[start:end]
     return {
         "object": "list",
@@ -167,19 +169,3 @@ def _page(items: list[dict[str, Any]], after: str | None, limit: int | None) -> 
 
 def _find(service: Service, scope: Scope) -> Stored:
     return service.responses.find(scope["path_params"]["response_id"], scope["tenant"].name)
-
-
-def _flag(query: QueryParams, name: str) -> bool:
-    value = query.get(name, "false").lower()
-    if value not in ("true", "false", "1", "0"):
-        raise ApiError(400, f"{name} must be true or false, got {value[:40]!r}", param=name)
-    return value in ("true", "1")
-
-
-def _number(query: QueryParams, name: str) -> int | None:
-    value = query.get(name)
-    if value is None:
-        return None
-    if not (value.isascii() and value.isdigit() and len(value) <= MAX_NUMBER_DIGITS):
-        raise ApiError(400, f"{name} must be a whole number, got {value[:40]!r}", param=name)
-    return int(value)

@@ -4,7 +4,7 @@ A request becomes a ChatRequest: from there on it is served as any conversation.
 parameter that would change the answer and cannot be honoured is refused by name; what only tags a request is ignored.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -56,6 +56,15 @@ class FunctionTool(msgspec.Struct, omit_defaults=True):
     strict: bool | None = None
 
 
+class ToolChoice(msgspec.Struct, omit_defaults=True):
+    """One function, or (`allowed_tools`) only some of the tools."""
+
+    type: Literal["function", "allowed_tools"]
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
 class ResponsesRequest(msgspec.Struct, kw_only=True):
     """None is 'not given': OpenAI's clients may send null for anything."""
 
@@ -70,7 +79,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: Int | None = None
     include: list[str] | None = None
@@ -151,18 +160,23 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             max_completion_tokens=self.max_output_tokens,
             logprobs=self.has_logprobs or None,
             response_format=_response_format(self.text),
-            tools=[_chat_tool(tool, index) for index, tool in enumerate(self.tools or [])] or None,
-            tool_choice=self._chat_tool_choice(),
+            **self._chat_tools(),
             **given | self._template_kwargs(),
         )
 
-    def _chat_tool_choice(self) -> str | dict[str, Any] | None:
-        choice = self.tool_choice
-        if not isinstance(choice, dict):
-            return choice if self.tools else None
-        if choice.get("type") == "function" and isinstance(choice.get("name"), str):
-            return {"type": "function", "function": {"name": choice["name"]}}
-        raise unsupported("tool_choice", choice)
+    def _chat_tools(self) -> dict[str, Any]:
+        """The tools that may be called, and whether one has to be."""
+        tools = [_chat_tool(tool, index) for index, tool in enumerate(self.tools or [])]
+        choice: str | dict[str, Any] | None
+        if not isinstance(self.tool_choice, ToolChoice):
+            choice = self.tool_choice
+        elif self.tool_choice.type == "allowed_tools":
+            names = [tool.get("name") for tool in self.tool_choice.tools or []]
+            tools = [tool for tool in tools if tool.function.name in names]
+            choice = self.tool_choice.mode
+        else:
+            choice = {"type": "function", "function": {"name": self.tool_choice.name}}
+        return {"tools": tools, "tool_choice": choice} if tools else {}
 
     def _template_kwargs(self) -> dict[str, Any]:
         """How much the model is to think, as templates of thinking models have it."""
@@ -176,6 +190,21 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
 _SHARED = sorted(
     (set(ResponsesRequest.__struct_fields__) & set(ChatRequest.__struct_fields__)) - {"stream", "tools", "tool_choice"}
 )
+
+
+class RetrieveQuery(msgspec.Struct):
+    """Of GET /v1/responses/{id}."""
+
+    stream: bool = False
+    starting_after: Annotated[int, msgspec.Meta(ge=0, le=10**9)] | None = None
+
+
+class ItemsQuery(msgspec.Struct):
+    """Of GET /v1/responses/{id}/input_items."""
+
+    order: Literal["asc", "desc"] = "desc"
+    after: str | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=100)] = 20
 
 
 class Conversation(ChatRequest, kw_only=True):
@@ -202,7 +231,8 @@ def as_messages(items: list[InputItem], num_before: int = 0) -> list[ChatMessage
                 messages.append(ChatMessage(role=_role(item, param), content=text))
         elif item.type == "reasoning":
             thought = _text(item.content or item.summary, param)
-            messages.append(ChatMessage(role="assistant", reasoning_content=thought))
+            if thought:
+                messages.append(ChatMessage(role="assistant", reasoning_content=thought))
         elif item.type == "function_call":
             call = _chat_tool_call(item, param)
             if last is None:

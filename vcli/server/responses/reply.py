@@ -261,7 +261,7 @@ def settings(asked: ResponsesRequest, defaults: dict[str, float]) -> dict[str, A
             "format": {"type": "text"}
             | msgspec.to_builtins(asked.text.format if asked.text and asked.text.format else {})
         },
-        "tool_choice": or_else(asked.tool_choice, "auto"),
+        "tool_choice": msgspec.to_builtins(asked.tool_choice or "auto"),
         "tools": msgspec.to_builtins(asked.tools or []),
         "top_logprobs": asked.top_logprobs or 0,
         "truncation": "disabled",

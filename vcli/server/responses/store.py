@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from vcli.server.bodies import MAX_BODY_BYTES
 from vcli.server.protocol import ApiError
 from vcli.server.replay import Replay
 from vcli.server.responses.protocol import InputItem
@@ -49,6 +50,11 @@ class Stored:
         if not isinstance(self.body, bytes):
             message = f"the response {self.id!r} is not done yet: wait for it, then go on from it"
             raise ApiError(400, message, param="previous_response_id", code="response_in_progress")
+        if len(self.items) > MAX_BODY_BYTES:
+            message = (
+                f"the conversation before {self.id!r} is larger than {MAX_BODY_BYTES >> 20} MiB: begin another one"
+            )
+            raise ApiError(400, message, param="previous_response_id", code="context_length_exceeded")
         return self.input_items() + _OUTPUT.decode(self.body).output
 
 
