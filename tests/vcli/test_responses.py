@@ -14,11 +14,12 @@ from engine.outputs import OutputDelta
 from vcli.server.chat import Prompt
 from vcli.server.dialects import CALL_FORMATS, Marks
 from vcli.server.parts import AnswerForm
-from vcli.server.protocol import ApiError
+from vcli.server.protocol import ApiError, Function, Tool
 from vcli.server.responses import store
 from vcli.server.responses.protocol import InputItem, ResponsesRequest, as_messages
 from vcli.server.responses.reply import ResponseReply
 from vcli.server.responses.store import ResponseStore, Stored
+from vcli.server.tools import ToolUse, tool_use
 
 LONG = {"input": "a b c d e f g", "max_output_tokens": 60, "extra_body": {"ignore_eos": True}}
 
@@ -355,7 +356,7 @@ def read_by_client(sent: bytes) -> tuple[list[Any], Any]:
 
 
 THINKS_AND_CALLS = AnswerForm(
-    marks=Marks("<think>", "</think>"), call_format=CALL_FORMATS["hermes"], tool_names=frozenset({"look"})
+    marks=Marks("<think>", "</think>"), call_format=CALL_FORMATS["hermes"], tools=ToolUse([Tool(Function("look"))])
 )
 CALLS = (
     '<tool_call>\n{"name": "look", "arguments": {"at": "Rome"}}\n</tool_call>\n'
@@ -441,26 +442,25 @@ def test_thoughts_text_and_calls_of_one_turn_are_one_message():
 
 
 LOOK, ADD = ({"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("look", "add"))
+ONLY_ADD = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]}
 
 
 @pytest.mark.parametrize(
-    ("choice", "names", "as_chat"),
+    ("choice", "callable_names", "must_call"),
     [
-        (None, ["look", "add"], None),
-        ("required", ["look", "add"], "required"),
-        ({"type": "function", "name": "add"}, ["look", "add"], {"type": "function", "function": {"name": "add"}}),
-        (
-            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]},
-            ["add"],
-            "required",
-        ),
+        (None, {"look", "add"}, False),
+        ("required", {"look", "add"}, True),
+        ({"type": "function", "name": "add"}, {"add"}, True),
+        (ONLY_ADD, {"add"}, True),
+        (ONLY_ADD | {"mode": "auto"}, {"add"}, False),
     ],
 )
-def test_tools_are_those_of_a_chat(choice, names, as_chat):
+def test_tools_are_those_of_a_chat(choice, callable_names, must_call):
     asked = msgspec.convert({"input": "?", "tools": [LOOK, ADD], "tool_choice": choice}, ResponsesRequest)
-    request = asked.as_conversation([], "")
-    assert [tool.function.name for tool in request.tools or []] == names
-    assert request.tool_choice == as_chat
+    use = tool_use(asked.as_conversation([], ""))
+    assert use is not None
+    assert (use.names, use.must_call) == (callable_names, must_call)
+    assert use.tools[0].function.parameters == {"type": "object"}
 
 
 def test_the_form_of_the_text_is_that_of_a_chat():

@@ -62,7 +62,7 @@ class ToolChoice(msgspec.Struct, omit_defaults=True):
     type: Literal["function", "allowed_tools"]
     name: str | None = None
     mode: Literal["auto", "required"] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[FunctionTool] | None = None
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):
@@ -160,23 +160,19 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             max_completion_tokens=self.max_output_tokens,
             logprobs=self.has_logprobs or None,
             response_format=_response_format(self.text),
-            **self._chat_tools(),
+            tools=[_chat_tool(tool, index) for index, tool in enumerate(self.tools or [])] or None,
+            tool_choice=self._chat_tool_choice(),
             **given | self._template_kwargs(),
         )
 
-    def _chat_tools(self) -> dict[str, Any]:
-        """The tools that may be called, and whether one has to be."""
-        tools = [_chat_tool(tool, index) for index, tool in enumerate(self.tools or [])]
-        choice: str | dict[str, Any] | None
-        if not isinstance(self.tool_choice, ToolChoice):
-            choice = self.tool_choice
-        elif self.tool_choice.type == "allowed_tools":
-            names = [tool.get("name") for tool in self.tool_choice.tools or []]
-            tools = [tool for tool in tools if tool.function.name in names]
-            choice = self.tool_choice.mode
-        else:
-            choice = {"type": "function", "function": {"name": self.tool_choice.name}}
-        return {"tools": tools, "tool_choice": choice} if tools else {}
+    def _chat_tool_choice(self) -> str | dict[str, Any] | None:
+        choice = self.tool_choice
+        if not isinstance(choice, ToolChoice):
+            return choice
+        if choice.type == "function":
+            return {"type": "function", "function": {"name": choice.name}}
+        allowed = [{"type": "function", "function": {"name": tool.name}} for tool in choice.tools or []]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode or "auto", "tools": allowed}}
 
     def _template_kwargs(self) -> dict[str, Any]:
         """How much the model is to think, as templates of thinking models have it."""
