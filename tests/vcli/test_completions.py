@@ -1,5 +1,7 @@
 """Both generating endpoints through OpenAI's own client. The engine behind them repeats the prompt."""
 
+import json
+
 import openai
 import pytest
 
@@ -158,6 +160,67 @@ def test_prompt_logprobs_come_by_token_id(server):
     assert first is None
     assert second["60"]["logprob"] == -0.5
     assert second["60"]["rank"] == 1
+
+
+@pytest.mark.parametrize("limit", [1, 4, -1, 500])
+def test_long_prompt_can_be_cut_to_its_end(server, limit):
+    prompt = [7, 8, *range(3, 503)]
+    body = {"prompt": prompt, "max_tokens": 12, "truncate_prompt_tokens": limit, "return_token_ids": True}
+    reply = server.post("/v1/completions", json=body).json()
+    num_left = 512 - 12 if limit == -1 else limit
+    assert reply["choices"][0]["prompt_token_ids"] == prompt[-num_left:]
+    assert reply["usage"]["prompt_tokens"] == num_left
+
+
+def test_cut_prompt_is_echoed_as_it_was_cut(client):
+    cut = {"truncate_prompt_tokens": 1}
+    text = client.completions.create(model="", prompt=PROMPT, echo=True, max_tokens=1, extra_body=cut).choices[0].text
+    assert text == "jsonjson", "the last token, repeated"
+
+
+def test_tokens_can_be_named_by_their_ids(client):
+    asked = {"model": "", "prompt": [50, 60], "max_tokens": 2, "logprobs": 1}
+    reply = client.completions.create(**asked, extra_body={"return_tokens_as_token_ids": True})
+    assert reply.choices[0].logprobs.tokens == ["token_id:50", "token_id:60"]
+    assert reply.choices[0].logprobs.top_logprobs[0] == {"token_id:50": -0.5}
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": ["one", "another"], "n": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}], "n": 3, "logprobs": True}),
+    ],
+)
+def test_every_choice_of_a_stream_is_that_of_the_whole(server, path, asked):
+    """With all that stands beside the text."""
+    asked |= {"max_tokens": 5, "return_token_ids": True, "ignore_eos": True}
+    whole = server.post(path, json=asked).json()
+    lines = server.post(path, json=asked | {"stream": True}).text.split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    for choice in whole["choices"]:
+        pieces = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
+        assert [token_id for piece in pieces for token_id in piece["token_ids"]] == choice["token_ids"]
+        if "text" in choice:
+            assert "".join(piece["text"] for piece in pieces) == choice["text"]
+            assert pieces[0]["prompt_token_ids"] == choice["prompt_token_ids"]
+        else:
+            assert "".join(piece["delta"].get("content", "") for piece in pieces) == choice["message"]["content"]
+            assert [piece["delta"].get("role") for piece in pieces][:2] == ["assistant", None]
+            logprobs = [token for piece in pieces for token in piece["logprobs"]["content"]]
+            assert logprobs == choice["logprobs"]["content"]
+            assert events[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+        assert pieces[-1]["finish_reason"] == choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_what_only_others_know_is_ignored(server, path):
+    """Parameters of OpenAI's own service, which change nothing about the answer."""
+    asked = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    extras = {"user": "me", "service_tier": "flex", "store": True, "metadata": {"a": "b"}, "safety_identifier": "x"}
+    extras |= {"prompt_cache_key": "k", "prompt_cache_retention": "24h", "verbosity": "low", "prediction": None}
+    reply, plain = (server.post(path, json=body).json()["choices"] for body in (asked | extras, asked))
+    assert reply == plain
 
 
 def test_model_is_listed_with_its_root_and_limit(client, model_folder):

@@ -65,6 +65,36 @@ def test_seed_fixes_the_answer_and_n_gives_several(tiny):
     assert len(set(token_ids)) == 3
 
 
+def test_best_of_gives_the_choices_whose_tokens_are_the_likeliest(tiny):
+    """Drawn with one seed, they are among those that n gives."""
+    asked = {"prompt": [5, 6, 7], "max_tokens": 8, "seed": 3, "ignore_eos": True, "return_token_ids": True}
+    everyone = tiny.post("/v1/completions", json=asked | {"n": 6, "logprobs": 0}).json()["choices"]
+    everyone.sort(key=lambda choice: -sum(choice["logprobs"]["token_logprobs"]))
+    reply = tiny.post("/v1/completions", json=asked | {"n": 2, "best_of": 6}).json()
+    assert [choice["index"] for choice in reply["choices"]] == [0, 1]
+    assert [choice["token_ids"] for choice in reply["choices"]] == [choice["token_ids"] for choice in everyone[:2]]
+    assert reply["choices"][0]["logprobs"] is None
+    assert reply["usage"]["completion_tokens"] == 6 * 8, "they have all been made"
+
+
+def test_sampling_fields_beyond_openais_reach_the_sampler(tiny):
+    def token_ids(**fields: object) -> list[int]:
+        asked = {"prompt": [5, 6, 7], "max_tokens": 12, "seed": 4, "ignore_eos": True, "return_token_ids": True}
+        reply = tiny.post("/v1/completions", json=asked | fields)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"][0]["token_ids"]
+
+    greedy, drawn = token_ids(temperature=0), token_ids()
+    assert greedy != drawn
+    assert token_ids(top_k=1) == token_ids(min_p=1.0) == token_ids(top_p=1e-9) == greedy
+    assert token_ids(stop_token_ids=[greedy[3]], temperature=0) == greedy[:4]
+    assert token_ids(stop_token_ids=[greedy[3]], temperature=0, min_tokens=8)[:4] != greedy[:4]
+    penalized = token_ids(temperature=0, repetition_penalty=100.0)
+    assert len(set(penalized)) == 12
+    assert token_ids(temperature=0, logit_bias={"9": 100}) == [9] * 12
+    assert token_ids(temperature=0, cache_salt="mine", priority=0) == greedy
+
+
 def test_client_that_leaves_frees_its_blocks(default):
     body = {"prompt": [5, 6, 7], "max_tokens": 1900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{default.url}/v1/completions", json=body) as reply:

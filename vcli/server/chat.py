@@ -5,7 +5,7 @@ What always holds: a text that cannot fit in the context is refused before it is
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -27,6 +27,13 @@ class Prompt:
     token_ids: list[int]
     text: str | None
     form: AnswerForm | None = None  # of its answer, where that may be more than text
+
+
+def truncated(prompt: Prompt, limit: int | None) -> Prompt:
+    """The last tokens of a prompt, if there are more than the limit."""
+    if limit is None or len(prompt.token_ids) <= limit:
+        return prompt
+    return replace(prompt, token_ids=prompt.token_ids[-limit:], text=None)
 
 
 def answer_form(dialect: Dialect, prompt: str, request: ChatRequest) -> AnswerForm | None:

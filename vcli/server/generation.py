@@ -40,7 +40,6 @@ from vcli.server.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    StreamOptions,
     TokenizeRequest,
 )
 from vcli.server.replies import ChatReply, CompletionReply, Reply
@@ -175,6 +174,7 @@ class GenerationEndpoint(ABC):
         tenant.check_priority(request.priority or 0)
         ready = service.require_ready()
         params = request.sampling_params(ready.default_sampling)
+        prompt_limit = request.prompt_limit(ready.max_model_len)
         num_sequences = request.num_prompts * params.n
         budget = tenant.budget.enter(num_sequences, service.admission.reject)
         entry = service.admission.enter(
@@ -186,7 +186,7 @@ class GenerationEndpoint(ABC):
             deadline_s=deadline_s(scope),
         )
         with budget, entry as place:
-            prompts = await self.prompts(request, ready)
+            prompts = [chat.truncated(prompt, prompt_limit) for prompt in await self.prompts(request, ready)]
             place.take_prompts([len(prompt.token_ids) for prompt in prompts])
             params = self.shaped(params, prompts)
             reply = await self.reply(asked, request, prompts, params.n)
@@ -327,7 +327,7 @@ class ChatCompletions(GenerationEndpoint):
         return msgspec.structs.replace(params, skip_special_tokens=params.skip_special_tokens and not shows_tokens)
 
     async def reply(self, asked: Any, request: ChatRequest, prompts: list[Prompt], n: int) -> Reply:
-        return ChatReply(request, **self.common(prompts, n), **_usage_options(request))
+        return ChatReply(request, **self.common(prompts, n))
 
 
 class Completions(GenerationEndpoint):
@@ -347,7 +347,7 @@ class Completions(GenerationEndpoint):
 
     async def reply(self, asked: Any, request: CompletionRequest, prompts: list[Prompt], n: int) -> Reply:
         echoes = [await self._text(prompt) if request.echo else "" for prompt in prompts]
-        return CompletionReply(request, echoes, **self.common(prompts, n), **_usage_options(request))
+        return CompletionReply(request, echoes, **self.common(prompts, n))
 
     async def _text(self, prompt: Prompt) -> str:
         if prompt.text is not None:
@@ -367,11 +367,3 @@ def engine_dead(error: EngineDeadError) -> ApiError:
 
 def request_failed(error: RequestFailedError) -> ApiError:
     return ApiError(500, str(error), code=error.code)
-
-
-def _usage_options(request: GenerationRequest) -> dict[str, bool]:
-    options = request.stream_options or StreamOptions()
-    return {
-        "usage_at_end": bool(options.include_usage),
-        "usage_in_every_event": bool(options.continuous_usage_stats),
-    }

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from engine.sampling_params import MAX_LOGPROBS, MAX_N, SamplingParams
 
 MAX_STOP_STRINGS = 64  # each is looked for after every token
 MAX_STOP_LENGTH = 1024
@@ -85,6 +85,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Int | None = None
     priority: Int | None = None
     cache_salt: str | None = None
     # refused unless empty (see `refuse_unsupported`)
@@ -97,7 +99,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     use_beam_search: Any = None
     allowed_token_ids: Any = None
     bad_words: Any = None
-    truncate_prompt_tokens: Any = None
 
     def sampling_params(self, defaults: dict[str, float]) -> SamplingParams:
         """What the request says, and the model's own defaults where it says nothing. Raises ApiError."""
@@ -130,6 +131,22 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
                 raise unsupported(name, value)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream: true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError(
+                400, "prompt_logprobs come with whole replies only, not with streams", param="prompt_logprobs"
+            )
+
+    def prompt_limit(self, max_model_len: int) -> int | None:
+        """How many tokens, from its end, are taken of a prompt; None: it is not cut. Raises ApiError."""
+        limit = self.truncate_prompt_tokens
+        if limit == -1:
+            return max(max_model_len - (self.output_limit() or 1), 1)
+        if limit is not None and not 1 <= limit < max_model_len:
+            message = (
+                f"truncate_prompt_tokens must be -1 (what leaves room for max_tokens) or 1 to {max_model_len - 1:,}"
+            )
+            raise ApiError(400, f"{message}, got {limit:,}", param="truncate_prompt_tokens")
+        return limit
 
     def _stop_strings(self) -> list[str]:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -240,13 +257,18 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     def sampling_params(self, defaults: dict[str, float]) -> SamplingParams:
         params = super().sampling_params(defaults)
         if self.echo and self.logprobs is not None and params.prompt_logprobs is None:
-            return msgspec.structs.replace(params, prompt_logprobs=self.logprobs)
+            params = msgspec.structs.replace(params, prompt_logprobs=self.logprobs)
+        if self.best_of is not None and self.best_of > params.n:  # they are compared by their log probabilities
+            params = msgspec.structs.replace(params, n=self.best_of, logprobs=params.logprobs or 0)
         return params
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise unsupported("best_of", self.best_of)
+        n = self.n or 1
+        if self.best_of is not None and not n <= self.best_of <= MAX_N:
+            raise ApiError(400, f"best_of must be between n ({n}) and {MAX_N}, got {self.best_of}", param="best_of")
+        if self.best_of is not None and self.best_of > n and self.stream:
+            raise ApiError(400, "best_of is known at the end only: leave stream or best_of out", param="best_of")
 
     @property
     def num_prompts(self) -> int:
@@ -276,7 +298,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 _SHARED_NAMES = sorted(set(SamplingParams.__struct_fields__) & set(GenerationRequest.__struct_fields__))
 _UNSUPPORTED_NAMES = (
     *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-    *("use_beam_search", "allowed_token_ids", "bad_words", "truncate_prompt_tokens"),
+    *("use_beam_search", "allowed_token_ids", "bad_words"),
     *("functions", "chat_template", "audio", "suffix", "prompt_embeds"),
 )
 

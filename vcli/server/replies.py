@@ -18,7 +18,7 @@ from engine.outputs import OutputDelta, PromptLogprobs
 from engine.tokenizer import Tokenizer
 from vcli.server.chat import Prompt
 from vcli.server.parts import Arguments, CallBegun, Markup, Parser, Part, Reasoning, Text
-from vcli.server.protocol import ApiError, ChatRequest, CompletionRequest
+from vcli.server.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
 
 DONE = b"data: [DONE]\n\n"
 
@@ -148,10 +148,13 @@ class ChoicesReply(Reply):
     object_name: str  # OpenAI's name of the whole reply, and of a piece of it
     chunk_name: str
 
-    def __init__(self, *, usage_at_end: bool, usage_in_every_event: bool, **common: Any) -> None:
+    def __init__(self, request: GenerationRequest, **common: Any) -> None:
         super().__init__(**common)
-        self.usage_at_end = usage_at_end
-        self.usage_in_every_event = usage_in_every_event
+        options = request.stream_options or StreamOptions()
+        self.usage_at_end = bool(options.include_usage)
+        self.usage_in_every_event = bool(options.continuous_usage_stats)
+        self.has_token_ids = bool(request.return_token_ids) or self.tokenizer is None
+        self.names_tokens_by_id = bool(request.return_tokens_as_token_ids)
         head = {"id": self.id, "object": self.chunk_name, "created": self.created, "model": self.model}
         self._event_prefix = b"data: " + encode(head)[:-1] + b',"choices":['
 
@@ -169,6 +172,8 @@ class ChoicesReply(Reply):
         else:
             reasons = {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
             parts += [b",", encode(reasons)[1:], b"]"]
+        if is_first and (extras := self._extras()):
+            parts += [b",", encode(extras)[1:-1]]
         if self.usage_in_every_event:
             parts += [b',"usage":', encode(self.usage())]
         return b"".join([*parts, b"}\n\n"])
@@ -187,7 +192,7 @@ class ChoicesReply(Reply):
             "object": self.object_name,
             "created": self.created,
             "model": self.model,
-            "choices": [self._choice(index, choice) for index, choice in enumerate(self.choices)],
+            "choices": [self._choice(index, choice) for index, choice in enumerate(self._shown_choices())],
             "usage": self.usage(),
         }
         return encode(body | self._extras())
@@ -208,17 +213,23 @@ class ChoicesReply(Reply):
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         """One choice of the whole reply."""
 
+    def _shown_choices(self) -> list[Choice]:
+        return self.choices
+
     def _extras(self) -> dict[str, Any]:
+        """What stands beside the choices of a whole reply, and of the first event of each choice."""
         return {}
+
+    def _token_text(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self.names_tokens_by_id else super()._token_text(token_id)
 
 
 class ChatReply(ChoicesReply):
     object_name, chunk_name, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def __init__(self, request: ChatRequest, **common: Any) -> None:
-        super().__init__(**common)
+        super().__init__(request, **common)
         self.has_logprobs = bool(request.logprobs)
-        self.has_token_ids = bool(request.return_token_ids) or self.tokenizer is None
 
     def _delta(self, prompt_index: int, choice: Choice, delta: OutputDelta, *, is_first: bool) -> bytes:
         if choice.parser is not None:
@@ -309,13 +320,13 @@ class CompletionReply(ChoicesReply):
     object_name, chunk_name, id_prefix = "text_completion", "text_completion", "cmpl-"
 
     def __init__(self, request: CompletionRequest, echoes: list[str], **common: Any) -> None:
-        super().__init__(**common)
+        super().__init__(request, **common)
+        self.num_shown = request.n or 1  # choices for each prompt, the best of self.n
         self.echoes = echoes  # what to say before the answer to each prompt; empty strings without `echo`
         self.has_echo = bool(request.echo)
         self.drops_output = request.drops_output
         self.has_logprobs = request.logprobs is not None
         self.has_prompt_logprobs = request.prompt_logprobs is not None
-        self.has_token_ids = bool(request.return_token_ids) or self.tokenizer is None
 
     def add(self, prompt_index: int, delta: OutputDelta, *, keep: bool) -> Choice:
         if self.drops_output:
@@ -330,10 +341,11 @@ class CompletionReply(ChoicesReply):
             parts += [b',"logprobs":', encode(self._logprobs([*tokens, *(delta.logprobs or [])], choice, prompt_index))]
         if self.has_token_ids:
             parts += [b',"token_ids":', encode(delta.token_ids)]
+            parts += [b',"prompt_token_ids":', encode(choice.prompt.token_ids)] if is_first else []
         return b"".join(parts)
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        prompt_index = index // self.n
+        prompt_index = index // self.num_shown
         body: dict[str, Any] = {
             "index": index,
             "text": self.echoes[prompt_index] + "".join(choice.texts),
@@ -350,6 +362,13 @@ class CompletionReply(ChoicesReply):
         if self.has_token_ids:
             body |= {"token_ids": choice.token_ids, "prompt_token_ids": choice.prompt.token_ids}
         return body
+
+    def _shown_choices(self) -> list[Choice]:
+        """With best_of: the choices for each prompt whose tokens are the likeliest on average, best first."""
+        if self.num_shown == self.n:
+            return self.choices
+        groups = [self.choices[start : start + self.n] for start in range(0, len(self.choices), self.n)]
+        return [choice for group in groups for choice in sorted(group, key=_surprise)[: self.num_shown]]
 
     def _echoed_logprobs(self, prompt_index: int) -> Sequence[TokenLogprob | None]:
         return (self.prompt_logprobs[prompt_index] or []) if self.has_echo else []
@@ -387,6 +406,11 @@ def _rivals(token: TokenLogprob, token_text: Any) -> dict[str, Any]:
         str(token_id): {"logprob": _finite(logprob), "rank": rank, "decoded_token": token_text(token_id)}
         for token_id, (logprob, rank) in ranked.items()
     }
+
+
+def _surprise(choice: Choice) -> float:
+    """Of a token, on average."""
+    return -sum(_finite(token.logprob) for token in choice.logprobs) / max(len(choice.logprobs), 1)
 
 
 def _finite(logprob: float) -> float:
