@@ -153,6 +153,74 @@ def test_thoughts_have_a_block_of_their_own(client):
     assert [block.type for block in client.messages.create(**asked, thinking=omitted).content] == ["text"]
 
 
+ADD = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {"a": {}}}}
+CALLS = """Well:
+<tool_call>
+{"name": "add", "arguments": {"a": [1, "é"]}}
+</tool_call>
+<tool_call>
+{"name": "add", "arguments": {}}
+</tool_call><|im_end|>"""
+
+
+def test_tools_are_told_to_the_model(client):
+    function = {"name": "add", "description": "Adds.", "parameters": ADD["input_schema"]}
+    for choice in ({"type": "auto"}, {"type": "any"}, {"type": "tool", "name": "add"}):
+        told = seen(client, HELLO, tools=[ADD | {"type": "custom"}], tool_choice=choice)
+        assert told["tools"] == [{"type": "function", "function": function}]
+    assert seen(client, HELLO, tools=[ADD], tool_choice={"type": "none"})["tools"] is None
+    with pytest.raises(anthropic.BadRequestError, match="'sub'"):
+        seen(client, HELLO, tools=[ADD], tool_choice={"type": "tool", "name": "sub"})
+
+
+def test_calls_of_tools_are_blocks(client):
+    asked = {"model": "", "messages": [{"role": "user", "content": CALLS}], "max_tokens": 200, "tools": [ADD]}
+    whole = client.messages.create(**asked)
+    text, first, second = whole.content
+    assert (text.text, whole.stop_reason) == ("Well:", "tool_use")
+    assert [(call.name, call.input) for call in (first, second)] == [("add", {"a": [1, "é"]}), ("add", {})]
+    assert first.id != second.id
+    with client.messages.stream(**asked) as stream:
+        pieces = [event.partial_json for event in stream if event.type == "input_json"]
+        streamed = stream.get_final_message()
+    assert len(pieces) > 4, "they come as they are written"
+    assert "".join(pieces) == '{"a": [1, "é"]}{}'
+    assert [getattr(block, "input", None) for block in streamed.content] == [None, first.input, second.input]
+    assert (streamed.stop_reason, streamed.usage) == (whole.stop_reason, whole.usage)
+
+
+def test_call_that_max_tokens_cuts_off_has_no_input(client):
+    def asked(text):
+        return {"model": "", "messages": [{"role": "user", "content": text}], "tools": [ADD]}
+
+    num_tokens = client.messages.count_tokens(**asked(CALLS[: CALLS.index("é")])).input_tokens
+    message = client.messages.create(**asked(CALLS), max_tokens=num_tokens)
+    assert (message.content[-1].name, message.content[-1].input, message.stop_reason) == ("add", {}, "max_tokens")
+    with client.messages.stream(**asked(CALLS), max_tokens=num_tokens) as stream:
+        assert [event.snapshot for event in stream if event.type == "input_json"][-1] == {"a": [1]}
+
+
+def test_clients_own_loop_runs_tools_and_sends_what_they_gave(client):
+    """It asks the API in beta, and for the server to keep the conversation, but does without."""
+
+    @anthropic.beta_tool
+    def add(a: list) -> str:
+        """Adds."""
+        return f"It is {a}."
+
+    call = CALLS[: CALLS.index("</tool_call>")] + "</tool_call>"
+    runner = client.beta.messages.tool_runner(
+        model="",
+        messages=[{"role": "user", "content": call + "<|im_end|>"}],
+        tools=[add],
+        max_tokens=200,
+        max_iterations=2,
+    )
+    first, second = list(runner)
+    assert [block.type for block in first.content] == ["text", "tool_use"]
+    assert second.usage.input_tokens > first.usage.input_tokens, "it has got the call and its result, too"
+
+
 @pytest.mark.parametrize("kind", ["enabled", "adaptive", "disabled"])
 def test_thinking_is_the_templates_affair(client, kind):
     thinking = {"type": kind} | ({"budget_tokens": 1024} if kind == "enabled" else {})
@@ -193,6 +261,8 @@ def test_thinking_is_the_templates_affair(client, kind):
         ({"max_tokens": 1, "messages": HELLO, "tools": [{"type": "web_search_20250305", "name": "x"}]}, "web_search"),
         ({"max_tokens": 1, "messages": HELLO, "tools": [{"name": "x"}]}, "tools[0].input_schema is required"),
         ({"max_tokens": 1, "messages": HELLO, "thinking": {"type": "loud"}}, "loud"),
+        ({"max_tokens": 1, "messages": HELLO, "thread": {"type": "create"}}, "send the whole conversation"),
+        ({"max_tokens": 1, "messages": HELLO, "mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ],
 )
 def test_bad_request_is_told_in_anthropics_shape(server, asked, words):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from vcli.server import protocol
-from vcli.server.protocol import ApiError, ChatMessage, ChatRequest, Int
+from vcli.server.protocol import ApiError, ChatMessage, ChatRequest, Int, unsupported
 
 BLOCK_BREAK = "\n"  # between blocks of text, and between turns of one role
 
@@ -105,9 +105,14 @@ class CountTokensRequest(msgspec.Struct, kw_only=True):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    # refused unless empty: without them another conversation would be answered
+    thread: Any = None
+    compaction: Any = None
+    mcp_servers: Any = None
 
     def chat_request(self, **sampling: Any) -> ChatRequest:
         """What would ask the same as a chat completion. A last turn of the assistant is continued. Raises ApiError."""
+        self._refuse_unsupported()
         messages = _chat_messages(self)
         is_continued = bool(messages) and messages[-1].role == "assistant"
         if is_continued and messages[-1].tool_calls:
@@ -124,6 +129,14 @@ class CountTokensRequest(msgspec.Struct, kw_only=True):
             parallel_tool_calls=not (self.tool_choice and self.tool_choice.disable_parallel_tool_use),
             **sampling,
         )
+
+    def _refuse_unsupported(self) -> None:
+        if self.thread:  # clients that read the code go on without
+            message = "this server keeps no threads: send the whole conversation, without thread"
+            raise ApiError(400, message, code="thread_unsupported_request")
+        for name in ("compaction", "mcp_servers"):
+            if value := getattr(self, name):
+                raise unsupported(name, value)
 
     def _response_format(self) -> dict[str, Any] | None:
         if self.output_config is None or self.output_config.format is None:
