@@ -9,6 +9,9 @@ import httpx
 import msgspec
 import openai
 import pytest
+from langchain_core.messages import HumanMessage
+from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 
 from engine.outputs import OutputDelta
 from vcli.server.chat import Prompt
@@ -26,7 +29,7 @@ LONG = {"input": "a b c d e f g", "max_output_tokens": 60, "extra_body": {"ignor
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    server = start_server(FAKE_STEP_S="0.005").wait_ready()
+    server = start_server("--log-requests", "lines", FAKE_STEP_S="0.005").wait_ready()
     yield server
     server.wait_until(lambda: server.metric("vcli:num_requests_running") == 0)
     assert "Traceback" not in server.log
@@ -118,6 +121,21 @@ def test_a_conversation_can_be_sent_item_by_item(client):
     )
     by_id = client.responses.create(model="", input="and then?", previous_response_id=answer.id)
     assert by_item.output_text == by_id.output_text
+
+
+def test_langchain_speaks_it(server, client):
+    model = ChatOpenAI(model="", base_url=f"{server.url}/v1", api_key=SecretStr("none"), use_responses_api=True)
+    whole = model.invoke("hello there")
+    assert whole.text == "user\nhello there"
+    assert whole.usage_metadata is not None
+    pieces = list(model.stream("hello there"))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert len(pieces) > 5
+    goes_on = model.model_copy(update={"use_previous_response_id": True})
+    answer = goes_on.invoke([HumanMessage("hello there"), whole, HumanMessage("and then?")])
+    same = client.responses.create(model="", input="and then?", previous_response_id=whole.response_metadata["id"])
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["input_tokens"] == same.usage.input_tokens > whole.usage_metadata["input_tokens"]
 
 
 def test_what_led_to_a_response_is_listed(client):
@@ -235,9 +253,8 @@ def test_what_was_made_for_a_client_alone_is_neither_cancelled_nor_streamed_agai
         client.responses.retrieve(response.id, stream=True)
 
 
-def test_the_log_has_a_line_for_what_went_on_in_the_background(start_server):
-    server = start_server("--log-requests", "lines", FAKE_STEP_S="0.005").wait_ready()
-    response = server.client.responses.create(model="", background=True, **LONG)
+def test_the_log_has_a_line_for_what_went_on_in_the_background(client, server):
+    response = client.responses.create(model="", background=True, **LONG)
     server.wait_until(lambda: f'"id":"{response.id}"' in server.log)
     lines = [json.loads(line.partition(": ")[2]) for line in server.log.splitlines() if f'"{response.id}"' in line]
     assert [(line["path"], line["output_tokens"], line["finish_reasons"]) for line in lines] == [

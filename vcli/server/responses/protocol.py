@@ -233,8 +233,10 @@ def as_messages(items: list[InputItem], num_before: int = 0) -> list[ChatMessage
             call = _chat_tool_call(item, param)
             if last is None:
                 messages.append(ChatMessage(role="assistant", tool_calls=[call]))
+            elif last.tool_calls is None:
+                last.tool_calls = [call]
             else:
-                last.tool_calls = [*(last.tool_calls or []), call]
+                last.tool_calls.append(call)
         elif item.type == "function_call_output":
             if not item.call_id:
                 raise ApiError(400, f"{param}: a function_call_output needs the call_id of its call", param=param)
