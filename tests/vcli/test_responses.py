@@ -123,6 +123,15 @@ def test_a_conversation_can_be_sent_item_by_item(client):
     assert by_item.output_text == by_id.output_text
 
 
+def test_the_tokens_of_a_prompt_are_counted_without_an_answer(client):
+    asked: dict[str, Any] = {"instructions": "be brief", "input": [{"role": "user", "content": "hello"}]}
+    response = client.responses.create(model="", **asked)
+    assert client.responses.input_tokens.count(model="", **asked).input_tokens == response.usage.input_tokens
+    follow_up: dict[str, Any] = {"input": "and then?", "previous_response_id": response.id}
+    expected = client.responses.create(model="", **follow_up).usage.input_tokens
+    assert client.responses.input_tokens.count(**follow_up).input_tokens == expected
+
+
 def test_langchain_speaks_it(server, client):
     model = ChatOpenAI(model="", base_url=f"{server.url}/v1", api_key=SecretStr("none"), use_responses_api=True)
     whole = model.invoke("hello there")

@@ -31,6 +31,7 @@ def response_routes(service: Service) -> list[Route]:
     stored = StoredResponses(service)
     return [
         Route("/v1/responses", Responses(service), methods=["POST"]),
+        Route("/v1/responses/input_tokens", InputTokens(service), methods=["POST"]),
         Route("/v1/responses/{response_id}", Retrieval(service), methods=["GET"]),
         Route("/v1/responses/{response_id}", stored.delete, methods=["DELETE"]),
         Route("/v1/responses/{response_id}/cancel", stored.cancel, methods=["POST"]),
@@ -43,6 +44,12 @@ class Responses(ChatCompletions):
 
     decoder = msgspec.json.Decoder(ResponsesRequest)
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except ApiError as error:
+            raise error.renamed(RENAMED) from None
+
     async def generation_request(self, asked: ResponsesRequest, scope: Scope) -> Conversation:
         asked.check()
         owner = scope["tenant"].name
@@ -50,14 +57,6 @@ class Responses(ChatCompletions):
             return asked.as_conversation([], owner)
         previous = self.service.responses.find(asked.previous_response_id, owner, "previous_response_id")
         return asked.as_conversation(previous.conversation(), owner)
-
-    async def _answer(
-        self, scope: Scope, asked: ResponsesRequest, arrival_time: float, receive: Receive, send: Send
-    ) -> None:
-        try:
-            await super()._answer(scope, asked, arrival_time, receive, send)
-        except ApiError as error:
-            raise error.renamed(RENAMED) from None
 
     async def serve(
         self,
@@ -95,6 +94,26 @@ class Responses(ChatCompletions):
             replay=self.service.replays.of(reply.id) if asked.background else None,
         )
         store.put(stored)
+
+
+class InputTokens(Responses):
+    """POST /v1/responses/input_tokens: how long the prompt of such a response is."""
+
+    async def serve(
+        self,
+        scope: Scope,
+        asked: ResponsesRequest,
+        answer: Callable[[Receive, Send], Awaitable[None]],
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        request = await self.generation_request(asked, scope)
+        self.service.check_model(request.model)
+        request.refuse_unsupported()
+        with scope["tenant"].budget.enter(1, self.service.admission.reject):
+            [prompt] = await self.prompts(request, self.service.require_ready())
+        count = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
+        await json_response(count)(scope, receive, send)
 
 
 class Retrieval:
