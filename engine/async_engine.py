@@ -22,7 +22,8 @@ from collections.abc import Callable
 
 from engine import messages
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, InvalidLogitsError, UserError
+from engine.errors import EngineDeadError, GrammarFailedError, InvalidLogitsError, UserError
+from engine.grammar_compiler import GrammarCompiler, import_llguidance
 from engine.hub import resolve_model
 from engine.intake import make_requests
 from engine.link import EngineLink, describe_exit
@@ -67,6 +68,7 @@ class AsyncEngine:
         self.timeline = timeline or Timeline()
         self.ready: messages.Ready | None = None  # set when requests can be submitted
         self.tokenizer: Tokenizer | None = None
+        self._grammars: GrammarCompiler | None = None  # to refuse bad ones: the engine has its own
         self.error: str | None = None  # why the engine is dead
         self.stats = messages.EngineStats()
         self.inspection: messages.Inspection | None = None  # the last one
@@ -166,7 +168,7 @@ class AsyncEngine:
             prompt_token_ids,
             params,
             ready=self.ready,
-            has_tokenizer=self.tokenizer is not None,
+            tokenizer=self.tokenizer,
             seeds=self._seeds,
             priority=priority,
             cache_salt=cache_salt,
@@ -183,6 +185,15 @@ class AsyncEngine:
                 if not self._quarantine.is_trying:  # else it waits here
                     self._link.send(request)
         return stream
+
+    async def check_grammar(self, text: str) -> None:
+        """To be awaited before a request with a grammar is submitted. Raises GrammarError for one that is none."""
+        if self.ready is None:
+            raise RuntimeError("the model is still loading: wait for wait_ready()")
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(lambda: self.tokenizer, self.ready.vocab_size, self.ready.eos_token_ids)
+        if self._grammars.find(text) is None:
+            await asyncio.wrap_future(self._grammars.submit(text))
 
     async def restart(self) -> None:
         """Put another engine in this one's place, which goes on with every unfinished request; return when it serves.
@@ -302,6 +313,7 @@ class AsyncEngine:
             self._start = messages.Start(dataclasses.asdict(dataclasses.replace(self.config, model=path)))
             link.send(self._start)
             tokenizer = None if self.config.skip_tokenizer_init else Tokenizer.load(self.config.tokenizer or path)
+            import_llguidance()
         except UserError as error:
             self._call_on_loop(self._fail, str(error))
         except Exception as error:
@@ -352,7 +364,10 @@ class AsyncEngine:
                 continue
             if delta.finish_reason == "error":
                 self._drop(stream)
-                failure = InvalidLogitsError(len(stream.state.sequences[index].token_ids))
+                num_tokens = len(stream.state.sequences[index].token_ids)
+                failure = (
+                    GrammarFailedError(num_tokens, output.error) if output.error else InvalidLogitsError(num_tokens)
+                )
                 self._loop.call_soon_threadsafe(self._end_alone, stream, failure)
                 continue
             deltas.setdefault(stream, []).append(delta)

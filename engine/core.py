@@ -2,16 +2,20 @@
 
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from engine.batch import ScheduledBatch
 from engine.config import BLOCK_SIZE, EngineConfig
+from engine.grammar import GrammarError
+from engine.grammar_compiler import CompiledGrammar
 from engine.memory import device_memory, fragmentation
 from engine.messages import AddRequest, EngineStats, Inspection, Ready, TokenOutput
-from engine.model_runner import StepResult
 from engine.scheduler import Scheduler
+from engine.step_result import StepResult
 from engine.worker import OnProgress, Worker
 
 MAX_BLOCKS_SHOWN = 4096  # of an inspection: the state of as many is told within a millisecond
+COMPILE_POLL_S = 0.005  # between two looks at what else there is to do, of an engine that waits for a grammar
 
 
 class EngineCore:
@@ -54,21 +58,31 @@ class EngineCore:
         self.max_in_flight = 2 if worker.device.type == "cuda" else 1
         self._in_flight: deque[tuple[StepResult, ScheduledBatch, float]] = deque()  # with the time of the step's start
         self._last_end = 0.0  # of a step
+        self._compiling: dict[str, tuple[AddRequest, Future[CompiledGrammar]]] = {}  # by request id
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._compiling)
 
     @property
     def stats(self) -> EngineStats:
         return self.scheduler.stats
 
     def add(self, request: AddRequest) -> None:
-        """Queue a request; its tokens come out of later steps."""
-        self.scheduler.add(request)
+        """Queue a request; its tokens come out of later steps. One with a grammar first waits for that."""
+        text, grammars = request.params.grammar, self.worker.grammars
+        if text and (grammar := grammars.find(text)) is None:
+            self._compiling[request.request_id] = (request, grammars.submit(text))
+            self.scheduler.num_compiling = len(self._compiling)
+        else:
+            self.scheduler.add(request, grammar if text else None)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop requests; their blocks are free at once."""
+        request_ids = list(request_ids)
+        for request_id in request_ids:
+            self._compiling.pop(request_id, None)
+        self.scheduler.num_compiling = len(self._compiling)
         self.scheduler.abort(request_ids)
 
     def inspect(self) -> Inspection:
@@ -79,6 +93,7 @@ class EngineCore:
 
     def step(self) -> list[TokenOutput]:
         """Launch a step, then take in the oldest one in flight once there are enough of them."""
+        refused = self._take_compiled() if self._compiling else []
         self.clock.enter("schedule")
         start = self.clock.since
         self._look_for_host_tier()
@@ -88,7 +103,7 @@ class EngineCore:
             self.batch = batch
             self._in_flight.append((result, batch, start))
         if not self._in_flight or (batch.requests and len(self._in_flight) < self.max_in_flight):
-            return []
+            return refused
         self.clock.enter("wait")
         result, batch, start = self._in_flight.popleft()
         drawn = result.wait()
@@ -96,7 +111,25 @@ class EngineCore:
         # A device begins with a step when it is launched, or when it has ended the one before.
         self.scheduler.note_time(batch, self.clock.since - max(start, self._last_end))
         self._last_end = self.clock.since
-        return self.scheduler.update(*drawn)
+        return refused + self.scheduler.update(*drawn)
+
+    def _take_compiled(self) -> list[TokenOutput]:
+        """Queue the requests whose grammar is ready, and end those whose grammar is none."""
+        if not self.scheduler.has_work:
+            self.clock.enter("idle")
+            wait([future for _, future in self._compiling.values()], COMPILE_POLL_S, FIRST_COMPLETED)
+            self.clock.enter("schedule")
+        refused = []
+        for request_id, (request, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[request_id]
+            try:
+                self.scheduler.add(request, future.result())
+            except GrammarError as error:  # the front doors have tried it: only what they cannot see comes as far
+                refused.append(TokenOutput(request_id, [], finish_reason="error", error=str(error)))
+        self.scheduler.num_compiling = len(self._compiling)
+        return refused
 
     def _look_for_host_tier(self) -> None:
         """Memory of the host is there some time after the start."""

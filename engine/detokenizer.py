@@ -145,14 +145,14 @@ class Pieces:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         num_ids = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         self.num_leading_spaces_stripped = 0
         self.drops_space_of_first_token = False
         self._metaspace = ""
         self._steps: list[Callable[[str], str | bytes]] = []
         self._read_decoder()
         self._tables = {
-            True: _Table(lambda id: b"" if id in self._special_ids else self._bytes_of(id), num_ids),
+            True: _Table(lambda id: b"" if id in self.special_ids else self._bytes_of(id), num_ids),
             False: _Table(self._bytes_of, num_ids),
         }
 

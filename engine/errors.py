@@ -11,6 +11,18 @@ class RequestFailedError(Exception):
     code = "request_failed"
 
 
+class GrammarFailedError(RequestFailedError):
+    """The rules that a client made for its answer leave nothing to draw, or became too complex on the way."""
+
+    code = "grammar_failed"
+
+    def __init__(self, num_output_tokens: int, reason: str) -> None:
+        super().__init__(
+            f"the grammar of the answer fails at its token {num_output_tokens + 1:,}: {reason}; make it simpler, or "
+            "loosen what else limits the tokens"
+        )
+
+
 class InvalidLogitsError(RequestFailedError):
     """The model gave a request NaN or infinite logits: no token can be drawn from them."""
 

@@ -12,6 +12,7 @@ import msgspec
 
 from engine.messages import AddRequest, Ready
 from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
 
 
 def make_requests(
@@ -20,7 +21,7 @@ def make_requests(
     params: SamplingParams,
     *,
     ready: Ready,
-    has_tokenizer: bool,
+    tokenizer: Tokenizer | None,
     seeds: random.Random,
     priority: int = 0,
     cache_salt: str = "",
@@ -29,11 +30,16 @@ def make_requests(
     check_prompt(prompt_token_ids, ready)
     check_token_ids("stop_token_ids holds token", params.stop_token_ids, ready.vocab_size)
     check_token_ids("logit_bias names token", list(params.logit_bias or ()), ready.vocab_size)
-    if params.stop and not (has_tokenizer and params.detokenize):
+    check_token_ids("allowed_token_ids holds token", params.allowed_token_ids or [], ready.vocab_size)
+    if params.stop and not (tokenizer and params.detokenize):
         raise ValueError("stop strings need text, and this request gives token ids only: use stop_token_ids")
+    if (params.grammar or params.bad_words) and tokenizer is None:
+        name = "a grammar" if params.grammar else "bad_words"
+        raise ValueError(f"{name} needs the tokenizer, and --skip-tokenizer-init left it out")
     room = ready.max_model_len - len(prompt_token_ids)
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
     seed = seeds.getrandbits(63) if params.seed is None else params.seed
+    bad_words_token_ids = tokens_of_words(params.bad_words, tokenizer) if tokenizer and params.bad_words else []
     request_ids = [request_id] if params.n == 1 else [f"{request_id}-{index}" for index in range(params.n)]
     arrival_time = time.monotonic()
     return [
@@ -47,6 +53,7 @@ def make_requests(
                 min_tokens=min(params.min_tokens, max_tokens),
                 seed=seed_of(seed, index),
                 prompt_logprobs=None if index else params.prompt_logprobs,
+                bad_words_token_ids=bad_words_token_ids,
             ),
             priority=priority,
             cache_salt=cache_salt,
@@ -73,6 +80,13 @@ def check_token_ids(where: str, token_ids: list[int], vocab_size: int) -> None:
         return
     wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
     raise ValueError(f"{where} {wrong:,}, and the model's tokens are 0 to {vocab_size - 1:,}")
+
+
+def tokens_of_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """What words are made of at the beginning of a text, and behind a space."""
+    texts = [text for word in words for text in (word.lstrip(), " " + word.lstrip())]
+    found = map(tuple, tokenizer.encode_batch(texts, add_special_tokens=False))
+    return [list(token_ids) for token_ids in dict.fromkeys(found) if token_ids]
 
 
 def seed_of(seed: int, index: int) -> int:

@@ -163,6 +163,8 @@ class LLM:
         return [state.result() for state in states]
 
     def _make_state(self, text: str | None, token_ids: list[int], params: SamplingParams) -> RequestState:
+        if params.grammar:
+            self.core.worker.grammars.compile(params.grammar)
         request_id = str(self._num_requests)
         self._num_requests += 1
         requests = make_requests(
@@ -170,7 +172,7 @@ class LLM:
             token_ids,
             params,
             ready=self.core.ready,
-            has_tokenizer=self.tokenizer is not None,
+            tokenizer=self.tokenizer,
             seeds=self._seeds,
         )
         return RequestState(request_id, text, requests, self.tokenizer)

@@ -94,6 +94,8 @@ class TokenOutput(msgspec.Struct, array_like=True):
     num_cached_tokens: int = 0
     scheduled_time: float = 0.0  # time.monotonic() when it first entered a batch
     embedding: bytes | None = None  # the hidden states of a request that pools them: float32, little-endian
+    ends_in_text: bool = False  # beside "stop": the last token is part of the text, and the last of its grammar
+    error: str = ""  # beside "error": what the request's grammar or other rules for its tokens failed at
 
 
 class EngineStats(msgspec.Struct, array_like=True):

@@ -16,11 +16,13 @@ from engine import ops, sampler
 from engine.batch import ForwardBatch, NewRow, ScheduledBatch, ScheduledRequest
 from engine.config import BLOCK_SIZE
 from engine.cuda_graphs import ALWAYS, Graphs, decode_sizes, mixed_sizes
-from engine.messages import TokenLogprob
+from engine.grammar_compiler import GrammarCompiler
 from engine.models import Model
 from engine.ops import sampling_line
 from engine.sampler import Logprobs, SamplingRow
 from engine.step_clock import StepClock
+from engine.step_result import StepResult
+from engine.token_mask import TokenMask, num_words
 
 REAL_PACE = 0.8  # beside rows that do nothing: Llama 3.1 8B computes 44,300 tokens/s on an H200, and 54,400 of those
 MAX_GRAPH_CONTEXT = 16_384  # of a decode in a mixed graph: not all prefill kernels split it over multiprocessors
@@ -32,49 +34,9 @@ class Row:
 
     sampling: SamplingRow
     num_tokens: int  # when it got the row
+    mask: TokenMask | None = None
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # chunk by chunk
     hidden_sum: Tensor | float = 0.0  # [hidden_size] float32: over the prompt tokens so far, where it wants their mean
-
-
-@dataclass
-class StepResult:
-    """What a step drew, on its way from the device."""
-
-    token_ids: Tensor  # [S]
-    logprobs: Logprobs | None
-    num_top: list[int | None]  # alternatives each of the S requests wants; None: no log probabilities
-    prompt_logprobs: dict[int, list[Logprobs]]  # by place among the S requests whose prompt is now complete
-    prompts: dict[int, tuple[Tensor, int]]  # the same: prompt token ids, alternatives wanted
-    pooled: dict[int, Tensor]  # by place, of requests that pool the hidden states of their prompt: [hidden_size]
-    event: torch.cuda.Event | None
-
-    def wait(
-        self,
-    ) -> tuple[list[int], dict[int, TokenLogprob], dict[int, list[TokenLogprob | None]], dict[int, bytes]]:
-        """Tokens, log probabilities, prompt log probabilities and embeddings, as Scheduler.update takes them."""
-        if self.event is not None:
-            self.event.synchronize()
-        token_ids = self.token_ids.tolist()
-        vectors = {i: vector.cpu().numpy() for i, vector in self.pooled.items()}
-        for i, vector in vectors.items():
-            if not np.isfinite(vector).all():
-                token_ids[i] = -1
-        logprobs = {}
-        if self.logprobs is not None:
-            rows = _to_messages(token_ids, self.logprobs, [num or 0 for num in self.num_top])
-            logprobs = {i: row for i, row in enumerate(rows) if self.num_top[i] is not None}
-        prompt_logprobs = {i: self._prompt_rows(i) for i in self.prompt_logprobs}
-        return token_ids, logprobs, prompt_logprobs, {i: vector.tobytes() for i, vector in vectors.items()}
-
-    def _prompt_rows(self, i: int) -> list[TokenLogprob | None]:
-        prompt, num_top = self.prompts[i]
-        following = prompt.tolist()[1:]
-        rows: list[TokenLogprob | None] = [None]  # nothing predicts the first token
-        for chunk in self.prompt_logprobs[i]:
-            start = len(rows) - 1
-            token_ids = following[start : start + len(chunk.chosen)]
-            rows += _to_messages(token_ids, chunk, [num_top] * len(token_ids))
-        return rows
 
 
 class ModelRunner:
@@ -88,8 +50,12 @@ class ModelRunner:
         max_model_len: int,
         padding_block: int,
         clock: StepClock,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
-        """padding_block: a block of the cache that no request owns, for the rows that fill up a graph."""
+        """padding_block: a block of the cache that no request owns, for the rows that fill up a graph.
+
+        grammars: where those of the requests are found.
+        """
         self.model = model
         self.device = device
         self.clock = clock
@@ -103,6 +69,8 @@ class ModelRunner:
         self.sampling_lines = torch.zeros(max_num_seqs + 1, sampling_line.NUM_WORDS, dtype=torch.int32, device=device)
         self.query_starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
         self.rows: dict[int, Row] = {}
+        self.grammars = grammars
+        self.last_masked: StepResult | None = None  # the newest step, if masks must follow what it draws
         self.decode_graphs: Graphs | None = None
         self.mixed_graphs: Graphs | None = None
 
@@ -326,7 +294,7 @@ class ModelRunner:
 
     def _set_row(self, new: NewRow) -> None:
         sampling = SamplingRow(new.params, new.num_prompt_tokens, bool(new.stop_token_ids))
-        self.rows[new.row] = Row(sampling, len(new.token_ids))
+        self.rows[new.row] = Row(sampling, len(new.token_ids), self._mask_of(new) if new.params.has_mask else None)
         line = sampling_line.pack(new.params, new.num_prompt_tokens, new.stop_token_ids)
         parts = (np.array(new.token_ids, np.int32), np.array(new.block_ids, np.int32), line)
         uploaded = self._upload(np.concatenate(parts)).split([len(part) for part in parts])
@@ -350,6 +318,8 @@ class ModelRunner:
         num_top = [row.params.logprobs for row in rows]
         wants_logprobs = any(num is not None for num in num_top)
         raw_logits = logits.clone() if wants_logprobs and any(row.changes_logits for row in rows) else logits
+        masks = {i: mask for i, request in enumerate(sampled) if (mask := self.rows[request.row].mask) is not None}
+        self._apply_masks(masks, logits)
         token_ids = best
         if token_ids is None or not all(row.takes_best for row in rows):
             token_ids = self._sample(sampled, logits)
@@ -363,7 +333,34 @@ class ModelRunner:
             token_ids = token_ids.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        return StepResult(token_ids, logprobs, num_top, prompt_logprobs, prompts, pooled, event)
+        result = StepResult(token_ids, logprobs, num_top, prompt_logprobs, prompts, pooled, event, masks)
+        self.last_masked = result if masks else None
+        return result
+
+    def _mask_of(self, new: NewRow) -> TokenMask:
+        grammar = None
+        if new.params.grammar:
+            assert self.grammars is not None
+            grammar = self.grammars.find(new.params.grammar)
+            assert grammar is not None, "it lives as long as its request"
+        return TokenMask(new.params, grammar, new.token_ids[new.num_prompt_tokens :], self.model.config.vocab_size)
+
+    def _apply_masks(self, masks: dict[int, TokenMask], logits: Tensor) -> None:
+        """Rule out the tokens that requests may not draw.   logits [S, vocab]; masks by place among the S
+
+        The model's work on this step is on its way already, so the wait for the tokens before costs no time.
+        """
+        if not masks:
+            return
+        if self.last_masked is not None:
+            self.last_masked.take_in()
+        rows = [i for i, mask in masks.items() if not mask.is_ended]  # an ended one's token is nobody's
+        if not rows:
+            return
+        words = np.empty((len(rows), num_words(logits.shape[1])), np.uint32)
+        for line, i in zip(words, rows, strict=True):
+            masks[i].fill(line)
+        ops.mask_logits(logits, self._upload(words.view(np.int32)), self._upload(rows))
 
     def _sample(self, sampled: list[ScheduledRequest], logits: Tensor) -> Tensor:
         """Draw a token for each request, and put it into its row."""
@@ -405,12 +402,3 @@ def _num_decodes(batch: ScheduledBatch) -> int:
     """
     new_rows = {new.row for new in batch.new_rows}
     return sum(request.num_tokens == 1 and request.row not in new_rows for request in batch.requests)
-
-
-def _to_messages(token_ids: list[int], logprobs: Logprobs, num_top: list[int]) -> list[TokenLogprob]:
-    values, ids = logprobs.top_values.tolist(), logprobs.top_ids.tolist()
-    rows = zip(token_ids, logprobs.chosen.tolist(), logprobs.rank.tolist(), ids, values, num_top, strict=True)
-    return [
-        TokenLogprob(token_id, chosen, rank, list(zip(row_ids[:num], row_values[:num], strict=True)))
-        for token_id, chosen, rank, row_ids, row_values, num in rows
-    ]

@@ -115,7 +115,7 @@ class SequenceState:
         prompt_logprobs = None if self.token_ids else output.prompt_logprobs  # preempted, it has them computed again
         text = ""
         if self._detokenizer is not None:
-            text = self._add_text(token_ids, finish_reason)
+            text = self._add_text(token_ids, finish_reason, ends_in_text=output.ends_in_text)
             if (stop := self._detokenizer.stop_string) is not None:
                 token_ids = token_ids[: self._detokenizer.num_tokens - len(self.token_ids)]
                 finish_reason, self.stop_reason = "stop", stop
@@ -154,11 +154,11 @@ class SequenceState:
             stop_reason=self.stop_reason,
         )
 
-    def _add_text(self, token_ids: list[int], finish_reason: str | None) -> str:
+    def _add_text(self, token_ids: list[int], finish_reason: str | None, *, ends_in_text: bool) -> str:
         assert self._detokenizer is not None
         # A token that ends the sequence (eos or a stop token) is no part of the text, unless asked for.
-        ends_with_stop = finish_reason == "stop" and not self.request.params.include_stop_str_in_output
-        text = self._detokenizer.add(token_ids[:-1] if ends_with_stop else token_ids)
+        has_end = finish_reason == "stop" and not (ends_in_text or self.request.params.include_stop_str_in_output)
+        text = self._detokenizer.add(token_ids[:-1] if has_end else token_ids)
         return text + self._detokenizer.finish() if finish_reason else text
 
 

@@ -36,6 +36,7 @@ class Request:
     row: int = -1  # its place in the device tables while it runs
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when it first ran
     scheduled_time: float = 0.0  # time.monotonic() of its first step
+    grammar: object = None  # compiled: kept alive for as long as the request may get a row
     finish_reason: str | None = None
 
     @property
@@ -62,6 +63,14 @@ class Request:
         """Tokens that end it: those the client named and, unless ignored, the model's end of sequence."""
         named = frozenset(self.params.stop_token_ids)
         return named if self.params.ignore_eos else named | self.eos_token_ids
+
+    def is_stop(self, token_id: int) -> bool:
+        """Whether a token stands for an end, and for no text."""
+        return token_id in self.stop_token_ids or token_id in self.eos_token_ids
+
+    def is_named_stop(self, token_id: int) -> bool:
+        """Whether the client named a token, which is not the model's own end, as one that ends the sequence."""
+        return token_id in self.params.stop_token_ids and token_id not in self.eos_token_ids
 
     def finish_reason_after(self, token_id: int) -> str | None:
         """Why the sequence ends with this token, its newest, or None if it goes on."""

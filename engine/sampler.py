@@ -21,7 +21,7 @@ class SamplingRow:
 
     @property
     def changes_logits(self) -> bool:
-        return bool(self.params.logit_bias) or self.has_forbidden or self.params.has_penalties
+        return bool(self.params.logit_bias) or self.has_forbidden or self.params.has_penalties or self.params.has_mask
 
     @property
     def takes_best(self) -> bool:

@@ -31,6 +31,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
     detokenize: bool = True
     pooling: Pooling | None = None  # no tokens, but the prompt's hidden states as one vector: see pooling_params
+    grammar: str = ""  # what the answer must look like (engine/grammar.py makes them); it ends where the grammar does
+    allowed_token_ids: list[int] | None = None  # no others are drawn
+    bad_words: list[str] = []  # texts that the answer does not hold, as far as they are made of their usual tokens
+    bad_words_token_ids: list[list[int]] = []  # the same as tokens, filled in by the front doors
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -59,6 +63,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 f"must be 0 to {MAX_LOGPROBS}",
             ),
             ("pooling", self._pooling_is_valid(), "must be last or mean, for one sequence with max_tokens = 1"),
+            ("allowed_token_ids", self._allowed_is_valid(), f"must name 1 to {MAX_ALLOWED:,} tokens"),
+            ("bad_words", all(map(str.strip, self.bad_words)), "must not hold an empty string"),
+            ("bad_words", len(self.bad_words) <= MAX_BAD_WORDS, f"must be at most {MAX_BAD_WORDS}"),
+            ("min_tokens", not (self.min_tokens and self.grammar), "must be 0 beside a grammar, which knows its end"),
+            (
+                "min_tokens",
+                not (self.min_tokens and self.allowed_token_ids is not None),
+                "must be 0 beside allowed_token_ids",
+            ),
         ]
         for name, is_valid, rule in checks:
             if not is_valid:
@@ -76,6 +89,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def asks_prompt(self) -> bool:
         """It wants to know something of every token of its prompt: all of them must pass through the model."""
         return self.prompt_logprobs is not None or self.pooling == "mean"
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether some tokens cannot be drawn at some place."""
+        return bool(self.grammar or self.allowed_token_ids is not None or self.bad_words_token_ids)
+
+    def _allowed_is_valid(self) -> bool:
+        return self.allowed_token_ids is None or 1 <= len(self.allowed_token_ids) <= MAX_ALLOWED
 
     def _logit_bias_is_valid(self) -> bool:
         return all(token >= 0 and -100 <= bias <= 100 for token, bias in (self.logit_bias or {}).items())
@@ -96,4 +117,6 @@ MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
 MAX_STOP_IDS = 64
+MAX_ALLOWED = 16_384
+MAX_BAD_WORDS = 256
 MIN_TEMPERATURE = 1e-5  # below it the division overflows bf16's range of useful logits: the draw is greedy anyway

@@ -64,6 +64,7 @@ class Scheduler:
         # For want of room to grow: that changes when somebody gives blocks back.
         self._put_off: Request | None = None
         self.in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that draw a token
+        self.num_compiling = 0  # requests that are added when their grammar is ready
         self.stats = EngineStats(num_blocks=num_blocks)
         self._num_arrivals = 0
 
@@ -72,8 +73,11 @@ class Scheduler:
         self.host_tier = HostTier(self.pool, num_blocks, min_paged_in)
         self.stats.num_host_blocks = num_blocks
 
-    def add(self, message: AddRequest) -> None:
-        """Queue a request. Its prompt is shorter than max_model_len: the front door has seen to that."""
+    def add(self, message: AddRequest, grammar: object = None) -> None:
+        """Queue a request. Its prompt is shorter than max_model_len: the front door has seen to that.
+
+        grammar: its compiled grammar, which lives as long as the request.
+        """
         num_prompt_tokens = len(message.prompt_token_ids)
         assert 0 < num_prompt_tokens < self.max_model_len, num_prompt_tokens
         assert message.request_id not in self.requests, message.request_id
@@ -92,6 +96,7 @@ class Scheduler:
             max_tokens=min(message.params.max_tokens or room, room),
             eos_token_ids=self.eos_token_ids,
             order=(message.priority if self.policy == "priority" else 0, self._num_arrivals),
+            grammar=grammar,
         )
         self.requests[request.request_id] = request
         insort(self.waiting, request, key=_order)
@@ -157,10 +162,12 @@ class Scheduler:
         logprobs: dict[int, TokenLogprob],
         prompt_logprobs: dict[int, list[TokenLogprob | None]],
         embeddings: dict[int, bytes] = {},  # noqa: B006 (read only)
+        ended: dict[int, str] = {},  # noqa: B006
     ) -> list[TokenOutput]:
         """Take in the oldest step in flight: one token for each request that drew, in the batch's order, -1 for none.
 
-        logprobs, prompt_logprobs and embeddings are keyed by the request's place among those.
+        All the rest is keyed by the request's place among those. ended: those whose grammar allows nothing more, with
+        what it failed at; then the token is none of its.
         """
         requests = self.in_flight.popleft()
         assert len(requests) == len(token_ids), (len(requests), len(token_ids))
@@ -171,6 +178,10 @@ class Scheduler:
                 continue  # ended while this step was under way: the token is beyond its end
             if request.num_void:
                 request.num_void -= 1
+                continue
+            if ended.get(i):
+                self._finish(request, "error")
+                outputs.append(TokenOutput(request.request_id, [], finish_reason="error", error=ended[i]))
                 continue
             if token_id < 0:
                 if not self._starts_over(request):
@@ -183,7 +194,8 @@ class Scheduler:
             request.token_ids.append(token_id)
             self._remember_full_blocks(request)
             is_first = len(request.token_ids) == request.num_prompt_tokens + 1
-            if reason := request.finish_reason_after(token_id):
+            reason = "stop" if i in ended else request.finish_reason_after(token_id)
+            if reason is not None:
                 self._finish(request, reason)
             self.stats.generation_tokens += 1
             self.stats.prompt_tokens += request.num_prompt_tokens if is_first else 0  # once, whatever restarts
@@ -192,7 +204,8 @@ class Scheduler:
                     request_id=request.request_id,
                     token_ids=[token_id],
                     finish_reason=reason,
-                    stop_reason=token_id if reason == "stop" and token_id not in request.eos_token_ids else None,
+                    stop_reason=token_id if reason == "stop" and request.is_named_stop(token_id) else None,
+                    ends_in_text=i in ended and not request.is_stop(token_id),
                     logprobs=[logprobs[i]] if i in logprobs else None,
                     prompt_logprobs=prompt_logprobs.get(i),
                     num_cached_tokens=request.num_cached_tokens if is_first else 0,
@@ -390,7 +403,7 @@ class Scheduler:
 
     def _measure(self) -> None:
         stats = self.stats
-        stats.num_running, stats.num_waiting = len(self.running), len(self.waiting)
+        stats.num_running, stats.num_waiting = len(self.running), len(self.waiting) + self.num_compiling
         stats.num_blocks_used = self.pool.num_blocks - self.pool.num_free
         stats.num_slots_allocated = stats.num_blocks_used * self.block_size
         # Only the end of a request's last block can be empty, and that block is its own.

@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -13,15 +15,18 @@ from engine.batch import NewRow, ScheduledBatch, ScheduledRequest
 from engine.checkpoint import open_checkpoint
 from engine.config import BLOCK_SIZE, EngineConfig
 from engine.errors import UserError
+from engine.grammar_compiler import GrammarCompiler
 from engine.host_cache import HostCache
 from engine.hub import resolve_model
 from engine.memory import weight_bytes
 from engine.model_config import ModelConfig
-from engine.model_runner import ModelRunner, StepResult
+from engine.model_runner import ModelRunner
 from engine.models import build_model
 from engine.quantization.at_load import find_format, schemes_of_layers
 from engine.sampling_params import SamplingParams
 from engine.step_clock import StepClock
+from engine.step_result import StepResult
+from engine.tokenizer import Tokenizer
 
 CHUNK_UNIT = 512  # tokens: coarse, so that every start of a server on one machine comes to the same chunk
 LONGEST_PAUSE_S = 0.045  # between two tokens of a stream, where prompts are computed beside many; the half beside few
@@ -37,6 +42,9 @@ class Worker:
         on_progress("finding the model", 0.0)
         path = resolve_model(config.model, config.revision)
         self.model_config = ModelConfig.from_path(path)
+        self.grammars = GrammarCompiler(
+            partial(_load_tokenizer, config, path), self.model_config.vocab_size, self.model_config.eos_token_ids
+        )
         linear_format = find_format(self.model_config, config.quantization, path)
         if linear_format is not None and config.batch_invariant:
             raise UserError("--batch-invariant knows plain weights only: leave it out, or use the unquantized model")
@@ -115,7 +123,13 @@ class Worker:
         self.kv_cache_bytes = self.num_blocks * block_bytes
         self.kv_cache = kv_cache.allocate(attentions, self.num_blocks + 1, self.kv_dtype, self.device)
         self.runner = ModelRunner(
-            self.model, self.device, self.max_num_seqs, self.max_model_len, self.num_blocks, self.clock
+            self.model,
+            self.device,
+            self.max_num_seqs,
+            self.max_model_len,
+            self.num_blocks,
+            self.clock,
+            self.grammars,
         )
 
     def _capture_graphs(self, config: EngineConfig) -> None:
@@ -186,6 +200,10 @@ class Worker:
             taken = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
         kv_cache.release(self.model.attentions)
         return taken
+
+
+def _load_tokenizer(config: EngineConfig, path: Path) -> Tokenizer | None:
+    return None if config.skip_tokenizer_init else Tokenizer.load(config.tokenizer or str(path))
 
 
 def pick_device(name: str) -> torch.device:

@@ -20,7 +20,7 @@ from engine.ops.quantized import (
     rounded_linear,
 )
 from engine.ops.rotary import rotate_and_store
-from engine.ops.sampling import gumbel_noise, logprobs, sample, take_best
+from engine.ops.sampling import gumbel_noise, logprobs, mask_logits, sample, take_best
 
 __all__ = [
     "ROWS_TOGETHER",
@@ -39,6 +39,7 @@ __all__ = [
     "linear",
     "logits",
     "logprobs",
+    "mask_logits",
     "paged_attention",
     "put_grouped",
     "rms_norm",

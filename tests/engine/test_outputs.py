@@ -32,7 +32,7 @@ def make_state(**params) -> RequestState:
         [1, 2, 3],
         SamplingParams(**({"max_tokens": 50} | params)),
         ready=READY,
-        has_tokenizer=True,
+        tokenizer=TOKENIZER,
         seeds=random.Random(0),
     )
     return RequestState("r", "prompt", requests, TOKENIZER)

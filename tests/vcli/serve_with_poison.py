@@ -13,7 +13,7 @@ NUM_TOKENS = 3
 
 def run_engine(arguments: list[str]) -> None:
     from engine import process
-    from engine.model_runner import StepResult
+    from engine.step_result import StepResult
     from engine.worker import Worker
 
     run = Worker.run

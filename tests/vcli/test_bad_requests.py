@@ -12,6 +12,11 @@ import pytest
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
+SCHEMA = "response_format.json_schema"
+
+
+def schema_format(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,19 @@ def server(start_server):
         (COMPLETIONS, {"prompt": "a", "stop": ["a"] * 100}, "stop", "100"),
         (COMPLETIONS, {"prompt": "a", "stop_token_ids": [99999]}, None, "99,999"),
         (COMPLETIONS, {"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "stream"),
-        (COMPLETIONS, {"prompt": "a", "guided_json": {"type": "object"}}, "guided_json", "object"),
+        (COMPLETIONS, {"prompt": "a", "guided_json": {"type": "foo"}}, "guided_json", "Invalid type: foo"),
+        (COMPLETIONS, {"prompt": "a", "guided_json": '{"type": '}, "guided_json", "not valid JSON"),
+        (COMPLETIONS, {"prompt": "a", "guided_regex": "ab("}, "guided_regex", "unclosed group (at character 3)"),
+        (COMPLETIONS, {"prompt": "a", "guided_choice": ["a", ""]}, "guided_choice", "empty"),
+        (COMPLETIONS, {"prompt": "a", "guided_grammar": "start: b"}, "guided_grammar", 'unknown name: "b"'),
+        (COMPLETIONS, {"prompt": "a", "guided_regex": "a", "min_tokens": 1}, "min_tokens", "beside a grammar"),
+        (COMPLETIONS, {"prompt": "a", "guided_regex": "a", "guided_choice": ["a"]}, "guided_regex", "one form"),
+        (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": "a("}}, "structured_outputs.regex", "unclosed"),
+        (COMPLETIONS, {"prompt": "a", "structured_outputs": {"regex": 5}}, "structured_outputs.regex", "must be str"),
+        (COMPLETIONS, {"prompt": "a", "structured_outputs": {"json": 5}}, "structured_outputs.json", "got int"),
+        (COMPLETIONS, {"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids", "1 to"),
+        (COMPLETIONS, {"prompt": "a", "allowed_token_ids": [99999]}, None, "99,999"),
+        (COMPLETIONS, {"prompt": "a", "bad_words": [" "]}, "bad_words", "empty"),
         (COMPLETIONS, {"prompt": "a", "min_tokens": 20, "max_tokens": 10}, "min_tokens", "20"),
         (COMPLETIONS, {"prompt": []}, "prompt", "prompt"),
         (COMPLETIONS, {"prompt": ""}, None, "empty"),
@@ -66,7 +83,15 @@ def server(start_server):
             "image_url",
         ),
         (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function", "is required"),
-        (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, "response_format", "json_object"),
+        (CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}, "response_format", "xml"),
+        (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format", "is missing"),
+        (
+            CHAT,
+            {"messages": HELLO, "response_format": schema_format({"properties": {"a": {"items": {"type": "foo"}}}})},
+            "response_format",
+            "at properties.a.items: Invalid type: foo",
+        ),
+        (CHAT, {"messages": HELLO, "response_format": schema_format({"enum": ["x" * 200_000]})}, SCHEMA, "131,072"),
         (CHAT, {"messages": HELLO, "top_logprobs": 3}, "top_logprobs", "logprobs"),
         (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 99}, "top_logprobs", "99"),
         (CHAT, {"messages": HELLO, "chat_template": "{{ x }}"}, "chat_template", "{{ x }}"),

@@ -19,13 +19,14 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import AsyncEngine
-from engine.errors import EngineDeadError, RequestFailedError
+from engine.errors import EngineDeadError, GrammarFailedError, RequestFailedError
+from engine.grammar import GrammarError
 from engine.messages import Ready
 from engine.quarantine import REFUSED_S, QuarantinedError
 from engine.request_stream import RequestStream
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
-from vcli.server import chat, replay, streaming
+from vcli.server import chat, replay, streaming, structured
 from vcli.server.admission import RETRY_LATER_S, Admission, Place
 from vcli.server.bodies import Bodies, ClientGoneError
 from vcli.server.chat import Prompt
@@ -107,6 +108,14 @@ class Service:
                 param="priority",
             )
 
+    async def check_grammar(self, grammar: str, param: str) -> None:
+        """Raises ApiError for a grammar that is none, of the parameter that it was made of."""
+        try:
+            if grammar:
+                await self.engine.check_grammar(grammar)
+        except GrammarError as error:
+            raise structured.bad_grammar(error, param or None) from None
+
     async def render(self, request: ChatRequest | TokenizeRequest) -> str:
         """A conversation as text, by the model's template. Raises ApiError."""
         tokenizer = self.require_tokenizer()
@@ -173,7 +182,7 @@ class GenerationEndpoint(ABC):
         service.check_priority(request.priority)
         tenant.check_priority(request.priority or 0)
         ready = service.require_ready()
-        params = request.sampling_params(ready.default_sampling)
+        params, form = structured.with_form(request.sampling_params(ready.default_sampling), request)
         prompt_limit = request.prompt_limit(ready.max_model_len)
         num_sequences = request.num_prompts * params.n
         budget = tenant.budget.enter(num_sequences, service.admission.reject)
@@ -189,6 +198,7 @@ class GenerationEndpoint(ABC):
             prompts = [chat.truncated(prompt, prompt_limit) for prompt in await self.prompts(request, ready)]
             place.take_prompts([len(prompt.token_ids) for prompt in prompts])
             params = self.shaped(params, prompts)
+            await service.check_grammar(params.grammar, form)
             reply = await self.reply(asked, request, prompts, params.n)
             streams = self._submit(request, prompts, params, reply.id, tenant)
             tenant.budget.spend(sum(len(prompt.token_ids) for prompt in prompts))
@@ -366,4 +376,4 @@ def engine_dead(error: EngineDeadError) -> ApiError:
 
 
 def request_failed(error: RequestFailedError) -> ApiError:
-    return ApiError(500, str(error), code=error.code)
+    return ApiError(400 if isinstance(error, GrammarFailedError) else 500, str(error), code=error.code)

@@ -89,16 +89,17 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     truncate_prompt_tokens: Int | None = None
     priority: Int | None = None
     cache_salt: str | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
+    # the form of the answer (structured.py)
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # refused unless empty (see `refuse_unsupported`)
-    response_format: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     use_beam_search: Any = None
-    allowed_token_ids: Any = None
-    bad_words: Any = None
 
     def sampling_params(self, defaults: dict[str, float]) -> SamplingParams:
         """What the request says, and the model's own defaults where it says nothing. Raises ApiError."""
@@ -126,8 +127,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     def refuse_unsupported(self) -> None:
         """Raises ApiError for what would otherwise be silently ignored."""
         for name in _UNSUPPORTED_NAMES:
-            value = getattr(self, name, None)
-            if value and not (name == "response_format" and value == {"type": "text"}):
+            if value := getattr(self, name, None):
                 raise unsupported(name, value)
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options is only allowed with stream: true", param="stream_options")
@@ -297,8 +297,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 
 _SHARED_NAMES = sorted(set(SamplingParams.__struct_fields__) & set(GenerationRequest.__struct_fields__))
 _UNSUPPORTED_NAMES = (
-    *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-    *("use_beam_search", "allowed_token_ids", "bad_words"),
+    "use_beam_search",
     *("functions", "chat_template", "audio", "suffix", "prompt_embeds"),
 )
 
@@ -338,6 +337,16 @@ def convert_query(query: bytes, kind: type[Request]) -> Request:
     except msgspec.ValidationError as error:
         message, param = _readable(str(error))
         raise ApiError(400, message, param=param) from None
+
+
+def decode_value(value: Any, kind: type[Request], param: str) -> Request:
+    """A part of a request as its struct. Raises ApiError(400) naming the field and what was wrong with it."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        message, inner = _readable(str(error))
+        where = f"{param}.{inner}" if inner else param
+        raise ApiError(400, message if inner is None else f"{param}.{message}", param=where) from None
 
 
 def unsupported(name: str, value: Any) -> ApiError:

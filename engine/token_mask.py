@@ -1,0 +1,80 @@
+"""Which tokens a request may draw next: those that its grammar, its allowed_token_ids and its bad_words leave.
+
+A mask follows its request token by token, on the host. All that it knows follows from the parameters and the output
+tokens, so that a request that was preempted, or goes on in another engine, gets it again from these.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.grammar_compiler import CompiledGrammar
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+BITS = 32  # tokens a word
+ALL = np.uint32(2**32 - 1)
+
+
+def num_words(vocab_size: int) -> int:
+    """Words of a mask, with a bit for each token: the lowest of the first word is token 0's."""
+    return -(-vocab_size // BITS)
+
+
+class TokenMask:
+    """The tokens that one request may draw next. `error` says why it cannot go on."""
+
+    def __init__(
+        self, params: SamplingParams, grammar: CompiledGrammar | None, output_token_ids: Sequence[int], vocab_size: int
+    ) -> None:
+        self.is_ended = False  # the grammar allows nothing more, or there is an error
+        self.error = ""
+        self._matcher: LLMatcher | None = grammar.matcher() if grammar is not None else None
+        self._static = _static_words(params, vocab_size)
+        self._sequences = [words for words in params.bad_words_token_ids if len(words) > 1]
+        self._last: list[int] = []  # output tokens, as many as the longest bad word has
+        for token_id in output_token_ids:
+            self.take(token_id)
+
+    def take(self, token_id: int) -> None:
+        """Go on behind a token of the request."""
+        if self._sequences:
+            self._last = [*self._last, token_id][-max(map(len, self._sequences)) :]
+        if self._matcher is not None and not self.is_ended:
+            if not self._matcher.consume_token(token_id):
+                self._fail(f"it does not allow token {token_id}")
+            self.is_ended = self._matcher.is_stopped()
+
+    def fill(self, words: np.ndarray) -> None:
+        """Write the mask of the next token.   words [num_words(vocab_size)] uint32, contiguous"""
+        if self._matcher is None:
+            words.fill(ALL)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+            if self._matcher.is_error():
+                self._fail(self._matcher.get_error())
+        if self._static is not None:
+            words &= self._static
+        for *before, last in self._sequences:
+            if self._last[-len(before) :] == before:
+                words[last // BITS] &= ~np.uint32(1 << last % BITS)
+        if not self.error and not words.any():
+            self._fail("no token is left that it, allowed_token_ids and bad_words all allow")
+
+    def _fail(self, reason: str) -> None:
+        self.is_ended = True
+        self.error = self.error or reason
+
+
+def _static_words(params: SamplingParams, vocab_size: int) -> np.ndarray | None:
+    """The part of a mask that is the same for all tokens."""
+    single = [words[0] for words in params.bad_words_token_ids if len(words) == 1]
+    if params.allowed_token_ids is None and not single:
+        return None
+    bits = np.zeros(num_words(vocab_size) * BITS, np.uint8)
+    bits[slice(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids] = 1
+    bits[single] = 0
+    return np.packbits(bits, bitorder="little").view(np.uint32)
