@@ -4,6 +4,7 @@ import pytest
 
 from engine.chat_template import render_chat
 from tests.conftest import CHAT_TEMPLATE
+from vcli.server.chat import template_kwargs
 from vcli.server.dialects import CALL_FORMATS, dialect_of
 from vcli.server.protocol import ApiError, ChatMessage, ChatRequest, Function, Tool
 from vcli.server.tools import conversation, template_tools, tool_use
@@ -112,3 +113,19 @@ def test_no_tools_no_calls():
     assert tool_use(request()) is tool_use(request(tools=[PING], tool_choice="none")) is None
     with pytest.raises(ApiError, match="send tools"):
         tool_use(request(tool_choice="required"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({}, {}),
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        ({"reasoning_effort": "none"}, {"enable_thinking": False}),
+        (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True, "a": 1}},
+            {"enable_thinking": True, "a": 1},
+        ),
+    ],
+)
+def test_the_template_hears_how_much_to_think(fields, variables):
+    assert template_kwargs(request(**fields)) == variables

@@ -13,7 +13,7 @@ import msgspec
 from engine.tokenizer import Tokenizer
 from vcli.server.dialects import Dialect
 from vcli.server.parts import AnswerForm
-from vcli.server.protocol import ApiError, ChatMessage, ChatRequest, Tool
+from vcli.server.protocol import ApiError, ChatMessage, ChatRequest, TokenizeRequest, Tool
 from vcli.server.templates import Templates
 from vcli.server.tools import conversation, template_tools, tool_use
 
@@ -34,6 +34,13 @@ def truncated(prompt: Prompt, limit: int | None) -> Prompt:
     if limit is None or len(prompt.token_ids) <= limit:
         return prompt
     return replace(prompt, token_ids=prompt.token_ids[-limit:], text=None)
+
+
+def template_kwargs(request: ChatRequest | TokenizeRequest) -> dict[str, Any]:
+    """What the request says to the template itself."""
+    effort = request.reasoning_effort
+    said = {} if effort is None else {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
+    return said | (request.chat_template_kwargs or {})
 
 
 def answer_form(dialect: Dialect, prompt: str, request: ChatRequest) -> AnswerForm | None:
@@ -82,7 +89,7 @@ async def render(
     max_model_len: int,
     add_generation_prompt: bool,
     continue_final_message: bool,
-    template_kwargs: dict[str, Any] | None,
+    template_kwargs: dict[str, Any],
 ) -> str:
     """A conversation as the prompt that the model was trained on. Raises ApiError."""
     if template is None:
@@ -93,8 +100,7 @@ async def render(
     described = template_tools(tools)
     plain = conversation([_plain_message(message, i) for i, message in enumerate(messages)], described, dialect)
     _check_length(sum(len(message["content"]) for message in plain), max_model_len, "messages")
-    kwargs = template_kwargs or {}
-    if taken := sorted(_RESERVED & kwargs.keys()):
+    if taken := sorted(_RESERVED & template_kwargs.keys()):
         raise ApiError(400, f"chat_template_kwargs must not set {taken[0]}", param="chat_template_kwargs")
     try:
         text = await templates.render(
@@ -104,7 +110,7 @@ async def render(
             add_generation_prompt=add_generation_prompt,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
-            **kwargs,
+            **template_kwargs,
         )
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from None

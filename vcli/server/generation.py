@@ -132,7 +132,7 @@ class Service:
             if request.add_generation_prompt is None
             else request.add_generation_prompt,
             continue_final_message=continues,
-            template_kwargs=request.chat_template_kwargs,
+            template_kwargs=chat.template_kwargs(request),
         )
 
 

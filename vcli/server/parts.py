@@ -115,23 +115,23 @@ class Parser:
         if self.form.marks is not None:
             yield from self._thoughts(self.form.marks)
         if self._format is not None and self._format.is_bare and (yield from self._sees("{")):
-            yield from self._calls(self._format)
+            yield from self._calls(self._format, cut_off=Text)  # which may be JSON of another kind
         begins = [self._format.begin] if self._format is not None else []
         while True:
-            self._rest = Text
-            yield from self._until(begins, Text)
+            yield from self._until(begins, Text, rest=Markup if self.form.tools and self.form.tools.must_call else Text)
             assert self._format is not None
-            yield from self._calls(self._format)
+            yield from self._calls(self._format, cut_off=Markup)
 
     def _thoughts(self, marks: Marks) -> Pause:
         if not (yield from self._takes(marks.begin)) and not self.form.is_thinking:
             return
         yield from self._separator(Reasoning)
-        yield from self._until([marks.end], Reasoning)
+        yield from self._until([marks.end], Reasoning, rest=Reasoning)
         yield from self._separator(Text)
 
-    def _calls(self, form: CallFormat) -> Pause:
-        """One call or more, from behind their beginning. What is none is text."""
+    def _calls(self, form: CallFormat, cut_off: Callable[[str], Part]) -> Pause:
+        """One call or more, from behind their beginning. What is none is text. cut_off: the beginning of a call."""
+        self._rest = cut_off
         is_call = not form.first.strip() or (yield from self._takes(form.first.strip()))
         while is_call and (yield from (self._named_call(form) if form.name_end else self._object_call(form))):
             self._give(Markup)
@@ -145,7 +145,6 @@ class Parser:
         self._give(Text)
 
     def _named_call(self, form: CallFormat) -> Generator[None, None, bool]:
-        self._rest = Text
         yield from self._space()
         start = self._position
         yield from self._run_of(_NAME)
@@ -159,7 +158,6 @@ class Parser:
 
     def _object_call(self, form: CallFormat) -> Generator[None, None, bool]:
         """A call whose name stands in a JSON object with its arguments, in any order, and perhaps with more."""
-        self._rest = Text
         if not (yield from self._takes("{")):
             return False
         name, arguments, is_begun = "", (0, 0), False
@@ -209,9 +207,12 @@ class Parser:
 
     # Words of it.
 
-    def _until(self, marks: list[str], kind: Callable[[str], Part]) -> Pause:
-        """Give all before the first mark, and look at the mark. White space between them belongs to the mark."""
-        self._rest = kind
+    def _until(self, marks: list[str], kind: Callable[[str], Part], rest: Callable[[str], Part]) -> Pause:
+        """Give all before the first mark, and look at the mark. White space between them belongs to the mark.
+
+        rest: what the beginning of a mark is, if no more comes.
+        """
+        self._rest = rest
         while True:
             found = [(place, mark) for mark in marks if (place := self._text.find(mark)) >= 0]
             if found:

@@ -104,6 +104,13 @@ def schema_of(tool: Tool) -> dict[str, Any]:
     return {"type": "object", "properties": {}} | (tool.function.parameters or {})
 
 
+def strict_schema_of(tool: Tool) -> dict[str, Any]:
+    """What a call's arguments must be like: those that the tool has, and no others unless it says so."""
+    schema = schema_of(tool)
+    is_open = schema.keys() & {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf"}
+    return schema if is_open else schema | {"additionalProperties": False}
+
+
 def conversation(messages: list[dict[str, Any]], tools: list[dict[str, Any]], dialect: Dialect) -> list[dict[str, Any]]:
     """Plain messages as the template reads them. Raises ApiError for calls that are none."""
     for index, message in enumerate(messages):
