@@ -49,6 +49,11 @@ def json_grammar(schema: Schema | str, *, whitespace: str = WHITESPACE) -> str:
     return json.dumps({"grammars": [{"json_schema": _with_options(read_schema(schema), whitespace)}]})
 
 
+def embedded_json(schema: Schema | str) -> str:
+    """A JSON value of a schema as a word of Lark. Raises GrammarError if it is no schema."""
+    return "%json " + json.dumps(_with_options(read_schema(schema), WHITESPACE))
+
+
 def regex_grammar(regex: str) -> str:
     """A text that the whole of a regular expression matches: Rust's syntax, without look-around; \\d is 0 to 9."""
     from llguidance import regex_to_lark
@@ -61,7 +66,7 @@ def choice_grammar(choices: Sequence[str]) -> str:
     """One of several texts. Raises GrammarError if there is none, or an empty one."""
     if not choices or not all(choices):
         raise GrammarError("choice must hold at least one string, and no empty one")
-    return "start: " + " | ".join(_literal(choice) for choice in choices)
+    return "start: " + " | ".join(literal(choice) for choice in choices)
 
 
 def lark_grammar(text: str) -> str:
@@ -96,7 +101,7 @@ def tagged_grammar(tags: Sequence[Tag], *, at_least: int = 0, at_most: int | Non
     for index, trigger in enumerate(triggers):
         text = "SPACE? " if at_least else "TEXT "
         lines.append(f"tag_{index}: head_{index} (" + " | ".join(_tails(tags, trigger)) + ")")
-        lines.append(f"head_{index}" + (": " if at_least else "[lazy]: ") + text + _literal(trigger))
+        lines.append(f"head_{index}" + (": " if at_least else "[lazy]: ") + text + literal(trigger))
     return "\n".join([*lines, r"TEXT: /(.|\n)*/", r"SPACE: /[ \n]{1,4}/"])
 
 
@@ -181,10 +186,10 @@ def _with_options(schema: Schema, whitespace: str) -> Schema:
 def _tails(tags: Sequence[Tag], trigger: str) -> Iterator[str]:
     for tag in tags:
         if (tag.trigger or tag.begin) == trigger:
-            schema = json.dumps(_with_options(read_schema(tag.schema), WHITESPACE))
-            parts = [_literal(tag.begin[len(trigger) :]), "%json " + schema, _literal(tag.end)]
+            parts = [literal(tag.begin[len(trigger) :]), embedded_json(tag.schema), literal(tag.end)]
             yield " ".join(part for part in parts if part)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """A fixed text as a word of Lark; nothing if it is empty."""
     return json.dumps(text, ensure_ascii=False) if text else ""

@@ -28,6 +28,7 @@ from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from vcli.server import chat, replay, streaming, structured
 from vcli.server.admission import RETRY_LATER_S, Admission, Place
+from vcli.server.answer_grammar import shaped_answer
 from vcli.server.bodies import Bodies, ClientGoneError
 from vcli.server.chat import Prompt
 from vcli.server.config import ServerConfig
@@ -197,8 +198,8 @@ class GenerationEndpoint(ABC):
         with budget, entry as place:
             prompts = [chat.truncated(prompt, prompt_limit) for prompt in await self.prompts(request, ready)]
             place.take_prompts([len(prompt.token_ids) for prompt in prompts])
-            params = self.shaped(params, prompts)
             await service.check_grammar(params.grammar, form)
+            params = await self.shaped(params, prompts)
             reply = await self.reply(asked, request, prompts, params.n)
             streams = self._submit(request, prompts, params, reply.id, tenant)
             tenant.budget.spend(sum(len(prompt.token_ids) for prompt in prompts))
@@ -224,8 +225,8 @@ class GenerationEndpoint(ABC):
     async def prompts(self, request: Any, ready: Ready) -> list[Prompt]:
         """The prompts of a call as token ids. Raises ApiError."""
 
-    def shaped(self, params: SamplingParams, prompts: list[Prompt]) -> SamplingParams:
-        """With what the prompts say of their answers."""
+    async def shaped(self, params: SamplingParams, prompts: list[Prompt]) -> SamplingParams:
+        """With what the prompts say of their answers. Raises ApiError."""
         return params
 
     @abstractmethod
@@ -329,12 +330,12 @@ class ChatCompletions(GenerationEndpoint):
         )
         return [replace(prompt, form=chat.answer_form(self.service.dialect, text, request))]
 
-    def shaped(self, params: SamplingParams, prompts: list[Prompt]) -> SamplingParams:
+    async def shaped(self, params: SamplingParams, prompts: list[Prompt]) -> SamplingParams:
         form = prompts[0].form
         if form is None:
             return params
-        shows_tokens = form.has_marks_among(self.service.require_tokenizer().special_tokens)
-        return msgspec.structs.replace(params, skip_special_tokens=params.skip_special_tokens and not shows_tokens)
+        special_tokens = self.service.require_tokenizer().special_tokens
+        return await shaped_answer(params, form, special_tokens, self.service.check_grammar)
 
     async def reply(self, asked: Any, request: ChatRequest, prompts: list[Prompt], n: int) -> Reply:
         return ChatReply(request, **self.common(prompts, n))

@@ -1,0 +1,81 @@
+"""Calls of a model with random weights: only the grammar can make them valid."""
+
+import json
+
+import jsonschema
+import openai
+import pytest
+
+TEMPLATE = "{#- {{ tools }} <tool_call> -#}{{ messages[-1].content }}"
+PLAN = {
+    "name": "plan",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["sum", "product"]},
+            "numbers": {"type": "array", "items": {"type": "integer", "minimum": -9, "maximum": 99}, "maxItems": 3},
+            "note": {"type": "string", "maxLength": 8},
+            "options": {"type": "object", "properties": {"fast": {"type": "boolean"}}, "additionalProperties": False},
+        },
+        "required": ["kind", "numbers"],
+        "additionalProperties": False,
+    },
+}
+PING = {"name": "ping"}
+TOOLS = [{"type": "function", "function": function} for function in (PLAN, PING)]
+ASKED = {
+    "model": "",
+    "messages": [{"role": "user", "content": "What now?"}],
+    "tools": TOOLS,
+    "parallel_tool_calls": False,
+    "temperature": 1,
+    "max_tokens": 400,
+}
+
+
+@pytest.fixture(scope="module")
+def client(start_server, tiny_checkpoint, tmp_path_factory):
+    template = tmp_path_factory.mktemp("template") / "template.jinja"
+    template.write_text(TEMPLATE)
+    flags = ["--kv-cache-memory", "64MiB", "--chat-template", str(template)]
+    return start_server(*flags, model=tiny_checkpoint("llama")).wait_ready().client
+
+
+def check(call) -> None:
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "plan":
+        jsonschema.validate(arguments, PLAN["parameters"])
+    else:
+        assert (call.function.name, arguments) == ("ping", {})
+
+
+def test_whoever_must_call_calls_once_and_right(client):
+    choices = client.chat.completions.create(**ASKED, tool_choice="required", n=16).choices
+    assert [choice.finish_reason for choice in choices] == ["tool_calls"] * 16
+    for choice in choices:
+        assert choice.message.content is None
+        [call] = choice.message.tool_calls
+        check(call)
+    assert {choice.message.tool_calls[0].function.name for choice in choices} == {"plan", "ping"}
+
+
+def test_whoever_must_call_one_tool_calls_that(client):
+    named = {"type": "function", "function": {"name": "plan"}}
+    names, arguments, ends = [""] * 8, [""] * 8, [""] * 8
+    for event in client.chat.completions.create(**ASKED, tool_choice=named, n=8, stream=True):
+        [choice] = event.choices
+        for call in choice.delta.tool_calls or []:
+            names[choice.index] += call.function.name or ""
+            arguments[choice.index] += call.function.arguments
+        ends[choice.index] += choice.finish_reason or ""
+    assert (names, ends) == (["plan"] * 8, ["tool_calls"] * 8)
+    for text in arguments:
+        jsonschema.validate(json.loads(text), PLAN["parameters"])
+
+
+def test_a_schema_that_is_none_is_refused_by_its_place(client):
+    bad = {"type": "function", "function": {"name": "bad", "parameters": {"properties": {"a": {"type": "real"}}}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**ASKED | {"tools": [*TOOLS, bad]})
+    assert caught.value.param == "tools[2].function.parameters"
+    assert "properties.a" in str(caught.value)
