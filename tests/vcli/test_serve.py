@@ -5,10 +5,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Literal
 
+import anthropic
 import httpx
 import psutil
+import pydantic
 import pytest
+from langchain_openai import ChatOpenAI
 
 ROOT = Path(__file__).resolve().parents[2]
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -35,6 +39,58 @@ def test_default_model_knows_the_capital_of_france(default):
     assert "Paris" in whole.choices[0].message.content
     assert "Paris" in streamed
     assert whole.choices[0].finish_reason == "stop"
+
+
+class Weather(pydantic.BaseModel):
+    """The weather of a city"""
+
+    city: str
+    unit: Literal["C", "F"]
+
+
+QUESTION = "What is the weather in Paris?"
+WEATHER = {"name": "get_weather", "description": "The weather of a city", "parameters": Weather.model_json_schema()}
+
+
+def test_the_default_model_calls_a_tool_and_hears_what_it_gave(default):
+    client, messages = default.client, [{"role": "user", "content": QUESTION}]
+    asked = {"model": "", "tools": [{"type": "function", "function": WEATHER}], "temperature": 0, "max_tokens": 60}
+    reply = client.chat.completions.create(
+        **asked, messages=messages, tool_choice="required", parallel_tool_calls=False
+    ).choices[0]
+    [call] = reply.message.tool_calls
+    assert reply.finish_reason == "tool_calls"
+    assert Weather.model_validate_json(call.function.arguments).city == "Paris"
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"sky": "purple", "degrees": 19}'}
+    messages += [reply.message.to_dict(), result]
+    answer = client.chat.completions.create(**asked, messages=messages).choices[0]
+    assert "19" in answer.message.content or "purple" in answer.message.content
+
+
+def test_every_client_calls_tools(default):
+    llm = ChatOpenAI(base_url=f"{default.url}/v1", api_key="none", model="", temperature=0, max_retries=0)
+    assert llm.with_structured_output(Weather, method="function_calling").invoke(QUESTION).city == "Paris"
+    claude = anthropic.Anthropic(base_url=default.url, api_key="none", max_retries=0)
+    tool = {"name": "get_weather", "input_schema": Weather.model_json_schema()}
+    message = claude.messages.create(
+        model="",
+        messages=[{"role": "user", "content": QUESTION}],
+        tools=[tool],
+        tool_choice={"type": "tool", "name": "get_weather"},
+        max_tokens=60,
+        extra_body={"temperature": 0},
+    )
+    assert message.stop_reason == "tool_use"
+    assert Weather.model_validate(message.content[-1].input)
+    response = default.client.responses.create(
+        model="",
+        input=QUESTION,
+        tools=[{"type": "function", **WEATHER}],
+        tool_choice={"type": "function", "name": "get_weather"},
+        temperature=0,
+    )
+    assert [item.type for item in response.output] == ["function_call"]
+    assert Weather.model_validate_json(response.output[0].arguments)
 
 
 def test_both_processes_say_what_they_are(tiny):
