@@ -36,6 +36,7 @@ def server(start_server):
         (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens", "at least 1"),
         (COMPLETIONS, {"prompt": "a", "top_k": 10**30}, "top_k", "<="),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix", "b"),
+        (COMPLETIONS, {"prompt": "a", "use_beam_search": True}, "use_beam_search", "true"),
         (COMPLETIONS, {"prompt": "a", "best_of": 129}, "best_of", "129"),
         (COMPLETIONS, {"prompt": "a", "best_of": 2, "n": 3}, "best_of", "between n (3) and 128, got 2"),
         (COMPLETIONS, {"prompt": "a", "best_of": 2, "stream": True}, "best_of", "stream"),

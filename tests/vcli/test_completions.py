@@ -178,6 +178,19 @@ def test_cut_prompt_is_echoed_as_it_was_cut(client):
     assert text == "jsonjson", "the last token, repeated"
 
 
+@pytest.mark.parametrize(("shown", "text"), [(True, "a<|im_end|>b"), (False, "ab")])
+def test_special_tokens_are_shown_where_asked(client, shown, text):
+    asked = {"skip_special_tokens": not shown, "ignore_eos": True}
+    reply = client.completions.create(model="", prompt="a<|im_end|>b", max_tokens=3, extra_body=asked)
+    assert reply.choices[0].text == text
+
+
+def test_tokens_come_with_their_texts_where_asked(server):
+    reply = server.post("/tokenize", json={"prompt": PROMPT, "return_token_strs": True}).json()
+    assert "".join(reply["token_strs"]) == PROMPT
+    assert len(reply["token_strs"]) == reply["count"]
+
+
 def test_tokens_can_be_named_by_their_ids(client):
     asked = {"model": "", "prompt": [50, 60], "max_tokens": 2, "logprobs": 1}
     reply = client.completions.create(**asked, extra_body={"return_tokens_as_token_ids": True})

@@ -148,7 +148,15 @@ def test_sampling_fields_beyond_openais_reach_the_sampler(tiny):
     penalized = token_ids(temperature=0, repetition_penalty=100.0)
     assert len(set(penalized)) == 12
     assert token_ids(temperature=0, logit_bias={"9": 100}) == [9] * 12
-    assert token_ids(temperature=0, cache_salt="mine", priority=0) == greedy
+
+
+def test_prompt_is_found_in_the_cache_by_those_who_send_its_salt_alone(tiny):
+    def num_cached_tokens(**fields: object) -> int:
+        asked = {"prompt": list(range(5, 69)), "max_tokens": 1} | fields
+        return tiny.post("/v1/completions", json=asked).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert [num_cached_tokens(cache_salt="mine") for _ in range(2)] == [0, 48]
+    assert [num_cached_tokens(cache_salt="yours"), num_cached_tokens()] == [0, 0]
 
 
 def test_client_that_leaves_frees_its_blocks(default):
