@@ -31,6 +31,7 @@ from vcli.server.admission import RETRY_LATER_S, Admission, Place
 from vcli.server.answer_grammar import shaped_answer
 from vcli.server.bodies import Bodies, ClientGoneError
 from vcli.server.chat import Prompt
+from vcli.server.choices import ChatReply, CompletionReply
 from vcli.server.config import ServerConfig
 from vcli.server.dashboard.feed import Feed
 from vcli.server.dialects import Dialect, dialect_of
@@ -44,7 +45,7 @@ from vcli.server.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
-from vcli.server.replies import ChatReply, CompletionReply, Reply
+from vcli.server.replies import Reply
 from vcli.server.request_log import note_generation
 from vcli.server.responses.store import ResponseStore
 from vcli.server.templates import Templates
