@@ -49,6 +49,7 @@ def test_message_comes_whole_with_its_counts(client):
     message = client.messages.create(model="", messages=HELLO, max_tokens=num_tokens)
     assert [block.to_dict() for block in message.content] == [{"type": "text", "text": "hello to you"}]
     assert (message.role, message.stop_reason, message.stop_sequence) == ("assistant", "max_tokens", None)
+    assert message._request_id == message.id
     usage = message.usage
     assert usage.input_tokens + usage.cache_read_input_tokens == usage.output_tokens == num_tokens
 
@@ -71,6 +72,16 @@ def test_events_are_named_by_their_types(server):
     for event in filter(None, events):
         name, data = event.split("\n")
         assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
+
+
+def test_stream_that_was_lost_is_read_on(server):
+    """By the machinery of every stream, see test_replay.py."""
+    body = {"messages": HELLO, "max_tokens": 20, "stream": True}
+    whole = server.post("/v1/messages", json=body, headers={"X-Reconnect-Grace-Ms": "9000"})
+    events = [event for event in whole.text.split("\n\n") if event]
+    seen = events[len(events) // 2].split("\n")[0].removeprefix("id: ")
+    rest = server.post("/v1/messages", json=body, headers={"Last-Event-ID": seen})
+    assert [event for event in rest.text.split("\n\n") if event] == events[len(events) // 2 + 1 :]
 
 
 def test_stop_sequence_ends_the_message_and_is_named(client):

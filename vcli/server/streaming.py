@@ -106,7 +106,7 @@ async def start_events(send: Send, request_id: str) -> None:
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache"),
         (b"x-accel-buffering", b"no"),  # a proxy must not hold events back
-        (b"x-request-id", request_id.encode()),
+        *_id_headers(request_id),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -119,7 +119,12 @@ async def send_json(send: Send, body: bytes, request_id: str) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"x-request-id", request_id.encode()),
+        *_id_headers(request_id),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _id_headers(request_id: str) -> list[tuple[bytes, bytes]]:
+    """By the name that OpenAI's clients read, and Anthropic's."""
+    return [(b"x-request-id", request_id.encode()), (b"request-id", request_id.encode())]
