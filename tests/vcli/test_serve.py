@@ -93,6 +93,23 @@ def test_every_client_calls_tools(default):
     assert Weather.model_validate_json(response.output[0].arguments)
 
 
+class City(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=20)
+    population: int = pydantic.Field(ge=0, le=20_000_000)
+    is_capital: bool
+
+
+def test_anthropics_client_reads_answers_as_its_classes(default):
+    """The grammar holds them to the schema."""
+    client = anthropic.Anthropic(base_url=default.url, api_key="none", max_retries=0, timeout=60)
+    asked = {"model": "", "messages": FRANCE, "max_tokens": 200, "output_format": City}
+    message = client.messages.parse(**asked)
+    assert isinstance(message.parsed_output, City)
+    assert message.stop_reason == "end_turn"
+    with client.messages.stream(**asked) as stream:
+        assert isinstance(stream.get_final_message().parsed_output, City)
+
+
 def test_both_processes_say_what_they_are(tiny):
     api = psutil.Process(tiny.process.pid)
     assert api.cmdline()[0].startswith("vcli: api")
