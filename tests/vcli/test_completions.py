@@ -68,6 +68,13 @@ def test_chat_is_what_the_template_makes_of_it(server):
     assert reply["usage"]["prompt_tokens"] == len(tokens)
 
 
+def test_developer_is_the_system_to_a_template_that_knows_no_developer(server):
+    messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+    tokens = server.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    text = server.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>")
+
+
 def test_last_message_can_be_continued(server):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello the"}]
     tokens = server.post("/tokenize", json={"messages": messages, "continue_final_message": True}).json()["tokens"]

@@ -98,7 +98,10 @@ async def render(
         message = f"the conversation has {len(messages):,} messages and --max-model-len is {max_model_len:,} tokens"
         raise ApiError(400, message, param="messages", code="context_length_exceeded")
     described = template_tools(tools)
-    plain = conversation([_plain_message(message, i) for i, message in enumerate(messages)], described, dialect)
+    plain = [_plain_message(message, index) for index, message in enumerate(messages)]
+    if "developer" not in template:  # OpenAI's newer word, which few templates know
+        plain = [each | {"role": "system"} if each["role"] == "developer" else each for each in plain]
+    plain = conversation(plain, described, dialect)
     _check_length(sum(len(message["content"]) for message in plain), max_model_len, "messages")
     if taken := sorted(_RESERVED & template_kwargs.keys()):
         raise ApiError(400, f"chat_template_kwargs must not set {taken[0]}", param="chat_template_kwargs")
