@@ -271,6 +271,20 @@ def test_thinking_is_the_templates_affair(client, kind):
         ),
         ({"max_tokens": 1, "messages": HELLO, "tools": [{"type": "web_search_20250305", "name": "x"}]}, "web_search"),
         ({"max_tokens": 1, "messages": HELLO, "tools": [{"name": "x"}]}, "tools[0].input_schema is required"),
+        ({"max_tokens": 1, "messages": HELLO, "tools": [{"name": "?", "input_schema": {}}]}, "tools[0].name must be"),
+        (
+            {"max_tokens": 1, "messages": HELLO, "tools": [{"name": "x", "input_schema": {"type": "all"}}]},
+            "tools[0].input_schema",
+        ),
+        (
+            {
+                "max_tokens": 1,
+                "messages": HELLO,
+                "output_config": {"format": {"type": "json_schema", "schema": {"type": "all"}}},
+            },
+            "output_config.format",
+        ),
+        ({"max_tokens": 1, "messages": HELLO, "stop_sequences": [""]}, "stop_sequences must not hold"),
         ({"max_tokens": 1, "messages": HELLO, "thinking": {"type": "loud"}}, "loud"),
         ({"max_tokens": 1, "messages": HELLO, "thread": {"type": "create"}}, "send the whole conversation"),
         ({"max_tokens": 1, "messages": HELLO, "mcp_servers": [{"url": "x"}]}, "mcp_servers"),

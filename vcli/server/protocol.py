@@ -38,10 +38,12 @@ class ApiError(Exception):
         self.headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
 
     def renamed(self, names: Mapping[str, str]) -> "ApiError":
-        """The same in the words of another API. names: of its parameters, by ours."""
-        self.param = names.get(self.param or "", self.param)
-        first, space, rest = str(self).partition(" ")
-        self.args = (names.get(first, first) + space + rest,)
+        """The same in the words of another API. names: what our parameters are called there, by regular expressions."""
+        message = str(self)
+        for ours, theirs in names.items():
+            message = re.sub("^" + ours, theirs, message)
+            self.param = re.sub("^" + ours, theirs, self.param) if self.param else None
+        self.args = (message,)
         return self
 
     def body(self) -> bytes:

@@ -3,18 +3,31 @@
 from typing import Any
 
 import msgspec
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from vcli.server.anthropic.protocol import MessagesRequest
 from vcli.server.anthropic.replies import MessagesReply
 from vcli.server.chat import Prompt
 from vcli.server.generation import ChatCompletions
-from vcli.server.protocol import ChatRequest
+from vcli.server.protocol import ApiError, ChatRequest
 from vcli.server.replies import Reply
+
+RENAMED = {  # parameters of a chat
+    r"stop\b": "stop_sequences",
+    r"response_format\b": "output_config.format",
+    r"(tools\[\d+\])\.function\.parameters\b": r"\1.input_schema",
+    r"(tools\[\d+\])\.function\b": r"\1",
+}
 
 
 class Messages(ChatCompletions):
     decoder = msgspec.json.Decoder(MessagesRequest)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except ApiError as error:
+            raise error.renamed(RENAMED) from None
 
     async def generation_request(self, asked: MessagesRequest, scope: Scope) -> ChatRequest:
         return asked.generation_request()

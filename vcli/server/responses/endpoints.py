@@ -24,7 +24,12 @@ from vcli.server.responses.protocol import Conversation, ItemsQuery, ResponsesRe
 from vcli.server.responses.reply import ResponseReply
 from vcli.server.responses.store import Stored
 
-RENAMED = {"max_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format"}  # of a chat
+RENAMED = {  # parameters of a chat
+    r"max_tokens\b": "max_output_tokens",
+    r"messages\b": "input",
+    r"response_format\b": "text.format",
+    r"(tools\[\d+\])\.function\b": r"\1",
+}
 
 
 def response_routes(service: Service) -> list[Route]:
