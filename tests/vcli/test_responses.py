@@ -299,6 +299,11 @@ def test_a_client_may_come_back_for_a_stream_as_for_any_other(server):
             "reads text only",
         ),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0]", "call_id"),
+        (
+            {"input": [{"type": "function_call", "name": "f", "call_id": "1", "arguments": '{"at": '}]},
+            "input[0].arguments",
+            "a JSON object, got '{\"at\": '",
+        ),
         ({"input": [{"type": "function_call_output", "output": "1"}]}, "input[0]", "call_id"),
         ({"input": "hi", "tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
         ({"input": "hi", "tools": [{"type": "function"}]}, "tools[0].name", "needs a name"),
@@ -418,7 +423,7 @@ def test_what_was_stored_leads_to_the_same_conversation():
     [message] = as_messages(Stored(reply.id, "", b"[]", reply.json()).conversation())
     assert (message.reasoning_content, message.content) == ("two cities", "One moment.")
     calls = message.tool_calls or []
-    assert [call["function"]["arguments"] for call in calls] == ['{"at": "Rome"}', '{"at": "Oslo"}']
+    assert [call["function"]["arguments"] for call in calls] == [{"at": "Rome"}, {"at": "Oslo"}]
     assert [call["id"] for call in calls] == [item["call_id"] for item in reply.body()["output"][2:]]
 
 
@@ -460,8 +465,8 @@ def test_thoughts_text_and_calls_of_one_turn_are_one_message():
     turn = messages[2]
     assert (turn.reasoning_content, turn.content) == ("two cities", "One moment.")
     assert turn.tool_calls == [
-        {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "Rome"}'}},
-        {"id": "2", "type": "function", "function": {"name": "look", "arguments": '{"at": "Oslo"}'}},
+        {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "Rome"}}},
+        {"id": "2", "type": "function", "function": {"name": "look", "arguments": {"at": "Oslo"}}},
     ]
     assert [(message.tool_call_id, message.content) for message in messages[3:5]] == [("1", "sun"), ("2", "rain")]
     assert messages[1].content == "weather ?"

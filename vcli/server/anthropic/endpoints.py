@@ -14,7 +14,7 @@ from vcli.server.replies import Reply
 
 RENAMED = {  # parameters of a chat
     r"stop\b": "stop_sequences",
-    r"response_format\b": "output_config.format",
+    r"response_format(\.json_schema)?\b": "output_config.format",
     r"(tools\[\d+\])\.function\.parameters\b": r"\1.input_schema",
     r"(tools\[\d+\])\.function\b": r"\1",
 }

@@ -27,7 +27,7 @@ from vcli.server.responses.store import Stored
 RENAMED = {  # parameters of a chat
     r"max_tokens\b": "max_output_tokens",
     r"messages\b": "input",
-    r"response_format\b": "text.format",
+    r"response_format(\.json_schema)?\b": "text.format",
     r"(tools\[\d+\])\.function\b": r"\1",
 }
 

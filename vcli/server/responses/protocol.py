@@ -289,11 +289,13 @@ def _role(item: InputItem, param: str) -> str:
 def _chat_tool_call(item: InputItem, param: str) -> dict[str, Any]:
     if not item.name or not item.call_id:
         raise ApiError(400, f"{param}: a function_call needs a name and a call_id", param=param)
-    return {
-        "id": item.call_id,
-        "type": "function",
-        "function": {"name": item.name, "arguments": item.arguments or "{}"},
-    }
+    try:
+        arguments = msgspec.json.decode(item.arguments or "{}", type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError):
+        shown_arguments = repr((item.arguments or "")[:80])
+        message = f"{param}: the arguments of a function_call are the text of a JSON object, got {shown_arguments}"
+        raise ApiError(400, message, param=f"{param}.arguments") from None
+    return {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": arguments}}
 
 
 def _chat_tool(tool: FunctionTool, index: int) -> Tool:
