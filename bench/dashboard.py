@@ -1,0 +1,217 @@
+"""What the dashboard costs: throughput with its page open against without, in turns on one server under load.
+
+    python -m bench.dashboard [MODEL] --pairs 40 --output dashboard.json -- --device cpu     flags of vcli serve last
+
+A viewer reads the server's feed as the page does; the browser is left out, which runs on the viewer's machine. A pair
+is a window with the page open and one without, in either order. Throughput is compared, and, because other work on a
+machine takes from one window more than from another, what the page can take from it: CPU time of the API process beyond
+what it needs for as many tokens, and time of the engine's thread for messages. Both as shares of one CPU's time.
+Exit codes: 0 within the limit, 3 certainly above it, 4 the spread is too large to tell, 1 it could not run.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from bench import output
+from bench.client import LoadClient
+from bench.environment import environment
+from bench.run_async import run_async
+from bench.server import running_server
+from bench.workloads import BenchRequest
+from engine.errors import UserError
+
+EXIT_OVER, EXIT_UNDECIDED = 3, 4
+SETTLE_S = 0.5  # between two windows
+WARM_UP_S = 3.0
+CONFIDENCE = 1.96  # standard errors of a mean, for 95 %
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sent, and how long it is watched."""
+
+    num_pairs: int = 40
+    window_s: float = 4.0
+    concurrency: int = 16
+    input_len: int = 32  # tokens
+    output_len: int = 128
+    num_viewers: int = 1
+    limit: float = 0.005  # of the throughput
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some time of a server's life."""
+
+    tokens_per_s: float
+    api_share: float  # CPU seconds a second of the API process
+    receive_share: float  # seconds a second of the engine's thread for messages that come in
+
+
+class _Run:
+    def __init__(self, url: str, server: psutil.Process, plan: Plan) -> None:
+        self.url, self.server, self.plan = url, server, plan
+        self.random = random.Random(0)
+        self.num_bytes = 0  # that viewers have read
+
+    async def run(self) -> dict[str, Any]:
+        timeout = aiohttp.ClientTimeout(total=None)
+        async with aiohttp.ClientSession(timeout=timeout) as self.session, self._load():
+            await asyncio.sleep(WARM_UP_S)
+            pairs = [await self._pair(number) for number in range(self.plan.num_pairs)]
+        return report(pairs, self.plan) | {"feed_bytes": self.num_bytes}
+
+    async def _pair(self, number: int) -> tuple[Window, Window]:
+        """With the page open, and without; every second time the other way round."""
+        windows = {}
+        for is_open in (number % 2 == 0, number % 2 == 1):
+            async with self._viewers() if is_open else contextlib.nullcontext():
+                await asyncio.sleep(SETTLE_S)
+                windows[is_open] = await self._window()
+        return windows[True], windows[False]
+
+    async def _window(self) -> Window:
+        before, start = await self._counts(), time.perf_counter()
+        await asyncio.sleep(self.plan.window_s)
+        after, took_s = await self._counts(), time.perf_counter() - start
+        return Window(*((b - a) / took_s for a, b in zip(before, after, strict=True)))
+
+    @contextlib.asynccontextmanager
+    async def _viewers(self) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(self._view()) for _ in range(self.plan.num_viewers)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _view(self) -> None:
+        async with self.session.get(f"{self.url}/dashboard/events", raise_for_status=True) as reply:
+            async for data in reply.content.iter_any():
+                self.num_bytes += len(data)
+
+    @contextlib.asynccontextmanager
+    async def _load(self) -> AsyncIterator[None]:
+        async with LoadClient(self.url, "", extensions={"return_token_ids": True}) as client:
+            users = [asyncio.create_task(self._use(client)) for _ in range(self.plan.concurrency)]
+            try:
+                yield
+                if failed := next((user for user in users if user.done()), None):
+                    await failed
+            finally:
+                for user in users:
+                    user.cancel()
+
+    async def _use(self, client: LoadClient) -> None:
+        """One request after the other. Their lengths differ, so that they do not end all at once."""
+        while True:
+            prompt = [self.random.randint(3, 200) for _ in range(self.plan.input_len)]
+            length = round(self.plan.output_len * self.random.uniform(0.5, 1.5))
+            record = await client.send(BenchRequest(length, prompt))
+            if record.error:
+                raise UserError(f"a request failed: {record.error}")
+
+    async def _counts(self) -> tuple[float, float, float]:
+        """Tokens generated, CPU seconds of the API process, seconds of the engine's thread for messages."""
+        async with self.session.get(f"{self.url}/metrics", raise_for_status=True) as reply:
+            lines = (await reply.text()).splitlines()
+        cpu_times = self.server.cpu_times()
+        stage = next(line for line in lines if line.startswith("vcli:engine_stage") and 'stage="receive"' in line)
+        tokens = next(line for line in lines if line.startswith("vcli:generation_tokens_total"))
+        return _value(tokens), cpu_times.user + cpu_times.system, _value(stage)
+
+
+def report(pairs: list[tuple[Window, Window]], plan: Plan) -> dict[str, Any]:
+    """What came of it: means over the pairs, with the page first, and their 95 % intervals."""
+    api = _mean([on.api_share - off.api_share * on.tokens_per_s / off.tokens_per_s for on, off in pairs])
+    engine = _mean([on.receive_share - off.receive_share for on, off in pairs])
+    low, high = api["low"] + engine["low"], api["high"] + engine["high"]
+    return {
+        "tokens_per_s": statistics.mean(window.tokens_per_s for pair in pairs for window in pair),
+        "ratio_of_tokens_per_s": _mean([on.tokens_per_s / off.tokens_per_s for on, off in pairs]),
+        "cost_in_api_process": api,
+        "cost_in_engine": engine,
+        "verdict": "within" if high <= plan.limit else "over" if low > plan.limit else "undecided",
+        "pairs": [[asdict(window) for window in pair] for pair in pairs],
+    }
+
+
+def _mean(values: list[float]) -> dict[str, float]:
+    mean = statistics.mean(values)
+    error = CONFIDENCE * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return {"mean": mean, "low": mean - error, "high": mean + error}
+
+
+def _value(line: str) -> float:
+    return float(line.rsplit(" ", 1)[1])
+
+
+def _servers() -> Iterator[psutil.Process]:
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] == ["vcli: api"]:
+                yield process
+
+
+def _sentences(result: dict[str, Any], plan: Plan) -> list[str]:
+    ratio, api, engine = (result[name] for name in ("ratio_of_tokens_per_s", "cost_in_api_process", "cost_in_engine"))
+    return [
+        f"{len(result['pairs'])} pairs of {plan.window_s:g} s at {result['tokens_per_s']:,.0f} tokens a second, "
+        f"{plan.num_viewers} with the page open",
+        f"throughput with the page / without: {ratio['mean']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f})",
+        f"the page takes of a CPU, API process: {api['mean']:.3%} ({api['low']:.3%} to {api['high']:.3%})",
+        f"and of the engine's thread: {engine['mean']:.3%} ({engine['low']:.3%} to {engine['high']:.3%})",
+        f"limit for both: {plan.limit:.1%}; verdict: {result['verdict']}",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.dashboard", epilog="after --: flags of vcli serve", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("model", nargs="?", default="", help="as vcli serve takes it; default: its own default model")
+    parser.add_argument("--pairs", type=int, default=Plan.num_pairs)
+    parser.add_argument("--window", type=float, default=Plan.window_s, help="seconds of each half of a pair")
+    parser.add_argument("--concurrency", type=int, default=Plan.concurrency)
+    parser.add_argument("--viewers", type=int, default=Plan.num_viewers)
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    arguments = [*sys.argv[1:], "--"]
+    end = arguments.index("--")
+    asked, serve_flags = parser.parse_args(arguments[:end]), arguments[end + 1 : -1]
+    plan = Plan(
+        num_pairs=asked.pairs,
+        window_s=asked.window,
+        concurrency=asked.concurrency,
+        num_viewers=asked.viewers,
+    )
+    try:
+        if asked.output:
+            output.check(asked.output, [".json"])
+        with running_server([*filter(None, [asked.model]), *serve_flags]) as url:
+            [server] = _servers()
+            result = run_async(_Run(url, server, plan).run())
+        print("\n".join(_sentences(result, plan)))
+        document = {"kind": "dashboard", "environment": environment(), "plan": asdict(plan), "result": result}
+        if asked.output:
+            output.write(asked.output, {".json": lambda: json.dumps(document, indent=1) + "\n"})
+    except (UserError, aiohttp.ClientError) as error:
+        sys.exit(f"bench.dashboard: {error}")
+    return {"within": 0, "over": EXIT_OVER, "undecided": EXIT_UNDECIDED}[result["verdict"]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
