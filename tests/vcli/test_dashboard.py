@@ -94,6 +94,9 @@ def test_numbers_move_under_load(server, open_page):
             for name in ("p50", "p95", "p99"):
                 expect(value(page, card, name)).to_contain_text("s")
         expect(value(page, "throughput", "generated")).not_to_have_text("0")
+        expect(page.locator("#kv canvas")).to_have_attribute("aria-label", "0 of 1,024 KV blocks are in use")
+        expect(page.locator("#memory")).to_contain_text("weights6 GiB")
+        expect(page.locator("#memory")).to_contain_text("fragmentation25 %")
         curve = page.locator("#throughput .curve")
         before = curve.get_attribute("d")
         expect(curve).not_to_have_attribute("d", before)

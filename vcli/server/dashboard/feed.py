@@ -60,6 +60,10 @@ class Feed:
         self._tell()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            await streaming.start_events(send, "dashboard")
+            await streaming.send_events(send, b"", is_last=True)
+            return
         if self.num_viewers >= MAX_VIEWERS:
             message = f"{MAX_VIEWERS} dashboards are open already: close one, or read /metrics"
             error = ApiError(429, message, code="too_many_viewers", retry_after_s=RETRY_S)

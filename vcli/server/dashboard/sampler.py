@@ -6,6 +6,7 @@ of its first token.
 """
 
 import time
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from engine.async_engine import AsyncEngine
 from engine.messages import EngineStats, Inspection
 from engine.outputs import RequestTimings
 from vcli.server.admission import Admission
-from vcli.server.dashboard.recent import RecentValues
+from vcli.server.dashboard.recent import WINDOW, RecentValues
 from vcli.server.dashboard.slowest import Slowest, Waterfall
 from vcli.server.metrics import Metrics
 from vcli.version import version
@@ -31,7 +32,7 @@ class Sample(msgspec.Struct):
     num_running: int
     num_waiting: int
     kv_usage: float  # 0 to 1
-    prefix_hits: float | None  # share of the tokens that were looked up in this second
+    prefix_hits: float | None  # share of the tokens that were looked up in the last 30 s
     queue_s: float  # that a request which comes now will wait, as far as can be foretold
 
 
@@ -59,25 +60,29 @@ class Sampler:
         self._gaps = metrics.recent_gaps
         self._ttfts = RecentValues()
         self._slowest = Slowest()
-        self._counted: set[str] = set()  # requests under way whose first token was in an earlier sample
-        self._before = engine.stats
-        self._before_time = time.monotonic()
+        self._counted: dict[
+            int, RequestTimings
+        ] = {}  # under way, their first token in an earlier sample; by their id()
+        self._past: deque[EngineStats] = deque([engine.stats], maxlen=WINDOW)
+        self._last_time = time.monotonic()
         self._started = time.time()
         self._model_name = metrics.model_name
         engine.on_finish.append(self._on_finish)
 
     def sample(self) -> Sample:
         """The second since the last call of this."""
-        stats, before, now = self._engine.stats, self._before, time.monotonic()
-        seconds = max(now - self._before_time, 1e-3)
-        self._before, self._before_time = stats, now
+        stats, before, now = self._engine.stats, self._past[-1], time.monotonic()
+        seconds = max(now - self._last_time, 1e-3)
+        looked_up = stats.prefix_cache_queries - self._past[0].prefix_cache_queries
+        found = stats.prefix_cache_hits - self._past[0].prefix_cache_hits
+        self._last_time = now
+        self._past.append(stats)
         started = [timings for timings in self._under_way() if timings.first_token_time]
         for timings in started:
             self._count(timings)
-        self._counted = {timings.request_id for timings in started}
+        self._counted = {id(timings): timings for timings in started}
         self._ttfts.tick()
         self._gaps.tick()
-        looked_up = stats.prefix_cache_queries - before.prefix_cache_queries
         return Sample(
             time=round(time.time(), 3),
             ttft_s=_rounded(self._ttfts.quantiles()),
@@ -87,7 +92,7 @@ class Sampler:
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             kv_usage=_share(stats.num_blocks_used, stats.num_blocks),
-            prefix_hits=_share(stats.prefix_cache_hits - before.prefix_cache_hits, looked_up) if looked_up else None,
+            prefix_hits=_share(found, looked_up) if looked_up > 0 else None,
             queue_s=round(self._admission.queue_s(), 3),
         )
 
@@ -110,7 +115,6 @@ class Sampler:
                 "waste": 1 - _share(stats.num_slots_used, stats.num_slots_allocated)
                 if stats.num_slots_allocated
                 else 0,
-                "prefix_hits": _share(stats.prefix_cache_hits, stats.prefix_cache_queries),
                 "host_blocks": stats.num_host_blocks,
                 "host_blocks_used": stats.num_host_blocks_used,
             },
@@ -148,7 +152,7 @@ class Sampler:
         self._slowest.note(timings)
 
     def _count(self, timings: RequestTimings) -> None:
-        if timings.request_id not in self._counted:
+        if id(timings) not in self._counted:
             self._ttfts.add(timings.first_token_time - timings.arrival_time)
 
 

@@ -43,7 +43,8 @@ export class Chat {
     this.running = new AbortController();
     this.button.textContent = "Stop";
     const messages = [...this.messages, { role: "user", content: text }];
-    const answer = { text: "", tokens: 0, begun: 0, sent: performance.now(), element: null };
+    const pending = this.add("soft", "waits for the first token …");
+    const answer = { text: "", tokens: 0, begun: 0, sent: performance.now(), element: null, pending };
     try {
       await this.stream(messages, answer, this.running.signal);
     } catch (error) {
@@ -52,6 +53,7 @@ export class Chat {
         this.onRefused(error);
       }
     }
+    pending.remove();
     if (answer.text) {
       this.messages = [...messages, { role: "assistant", content: answer.text }];
       this.add("soft", this.pace(answer));
@@ -80,6 +82,7 @@ export class Chat {
     const thought = delta.reasoning_content ?? delta.reasoning;
     if (!thought && !delta.content) return;
     answer.begun ||= performance.now();
+    answer.pending.remove();
     const kind = thought ? "thought" : "answer";
     if (answer.element?.className !== kind) answer.element = this.add(kind, "");
     answer.element.append(thought || delta.content);

@@ -19,10 +19,7 @@ export class BlockMap {
   update(kv, blocks, facts) {
     this.blocks = Uint8Array.from(atob(blocks), (letter) => letter.charCodeAt(0));
     const value = (name) => this.section.querySelector(`[data-value=${name}]`);
-    const usage = kv.num_blocks ? kv.num_blocks_used / kv.num_blocks : 0;
-    show(value("usage"), percent(usage));
     show(value("waste"), percent(kv.waste));
-    show(value("hits"), percent(kv.prefix_hits));
     show(value("room"), facts.num_blocks ? number(facts.num_blocks * facts.block_size) : "–");
     const label = `${number(kv.num_blocks_used)} of ${number(kv.num_blocks)} KV blocks are in use`;
     this.canvas.setAttribute("aria-label", label);
@@ -54,7 +51,7 @@ export class BlockMap {
 }
 
 // A device's memory is made of its kinds; what processes have in a CPU's is not.
-export function showMemory(section, memory, fragmentation) {
+export function showMemory(section, { memory, fragmentation, kv }) {
   const kinds = Object.entries(memory);
   const isWhole = "free" in memory;
   const total = kinds.reduce((sum, [, size]) => sum + size, 0);
@@ -72,6 +69,9 @@ export function showMemory(section, memory, fragmentation) {
   );
   const facts = kinds.map(([kind, size], i) => [NAMES[kind] ?? kind, words(bytes(size)), isWhole ? color(kind, i) : ""]);
   if (fragmentation !== null) facts.push(["fragmentation", percent(fragmentation).join(" "), ""]);
+  if (kv.host_blocks) {
+    facts.push(["KV blocks on the host", `${number(kv.host_blocks_used)} of ${number(kv.host_blocks)}`, ""]);
+  }
   listFacts(section.querySelector(".parts"), facts);
 }
 

@@ -3,7 +3,7 @@
 import { Chart } from "./chart.js";
 import { Chat } from "./chat.js";
 import { ask, events, Refused, storeKey } from "./events.js";
-import { number, seconds, show, words } from "./format.js";
+import { number, percent, seconds, show, words } from "./format.js";
 import { BlockMap, showMemory, showTotals } from "./memory.js";
 import { Waterfalls } from "./waterfalls.js";
 
@@ -80,6 +80,19 @@ const cards = [
   ),
   latencyCard("ttft", "ttft_s"),
   latencyCard("itl", "itl_s"),
+  new Card(
+    "kv",
+    [
+      { name: "s0", value: (sample) => sample.kv_usage },
+      { name: "s2", value: (sample) => sample.prefix_hits },
+    ],
+    (value) => percent(value).join(" "),
+    (sample) => ({
+      usage: percent(sample.kv_usage),
+      hits: sample.prefix_hits === null ? "–" : percent(sample.prefix_hits),
+    }),
+    true,
+  ),
 ];
 const blockMap = new BlockMap($("kv"));
 const waterfalls = new Waterfalls($("slowest"));
@@ -102,7 +115,7 @@ const handlers = {
     setStatus(state.status, state.stage);
     $("facts").textContent = describe(facts);
     blockMap.update(state.kv, state.blocks, facts);
-    showMemory($("memory"), state.memory, state.fragmentation);
+    showMemory($("memory"), state);
     showTotals($("memory"), state.totals);
     waterfalls.update(state.slowest);
   },
