@@ -101,6 +101,7 @@ def test_the_page_may_load_nothing_from_elsewhere(server):
     assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
     assert "unsafe" not in policy
     assert "://" not in reply.text
+    assert httpx.head(f"{server.url}/dashboard/events", timeout=10).status_code == 200, "and ends"
     for path in ("style.css", "page.js", "icon.svg"):
         assert server.get(f"/dashboard/{path}").status_code == 200
     assert {server.get(f"/dashboard/{path}").status_code for path in ("", "feed.py", "../page.js")} == {404}
