@@ -4,8 +4,9 @@
 
 A viewer reads the server's feed as the page does; the browser is left out, which runs on the viewer's machine. A pair
 is a window with the page open and one without, in either order. Throughput is compared, and, because other work on a
-machine takes from one window more than from another, what the page can take from it: CPU time of the API process beyond
-what it needs for as many tokens, and time of the engine's thread for messages. Both as shares of one CPU's time.
+machine takes from one window more than from another, tokens for each CPU second that the server had, and what the page
+can take from it: CPU time of the API process beyond what it needs for as many tokens, and time of the engine's thread
+for messages, both as shares of one CPU's time. The limit is for these two together.
 Exit codes: 0 within the limit, 3 certainly above it, 4 the spread is too large to tell, 1 it could not run.
 """
 
@@ -47,8 +48,8 @@ class Plan:
     num_pairs: int = 40
     window_s: float = 4.0
     concurrency: int = 16
-    input_len: int = 32  # tokens
-    output_len: int = 128
+    input_len: int = 16  # tokens
+    output_len: int = 256
     num_viewers: int = 1
     limit: float = 0.005  # of the throughput
 
@@ -58,6 +59,7 @@ class Window:
     """Some time of a server's life."""
 
     tokens_per_s: float
+    cpu_share: float  # CPU seconds a second of all its processes
     api_share: float  # CPU seconds a second of the API process
     receive_share: float  # seconds a second of the engine's thread for messages that come in
 
@@ -125,14 +127,14 @@ class _Run:
             if record.error:
                 raise UserError(f"a request failed: {record.error}")
 
-    async def _counts(self) -> tuple[float, float, float]:
-        """Tokens generated, CPU seconds of the API process, seconds of the engine's thread for messages."""
+    async def _counts(self) -> tuple[float, float, float, float]:
+        """Tokens; CPU seconds of all processes, and of the API process; the engine's seconds for messages."""
         async with self.session.get(f"{self.url}/metrics", raise_for_status=True) as reply:
             lines = (await reply.text()).splitlines()
-        cpu_times = self.server.cpu_times()
+        api_s, *others_s = map(_cpu_s, [self.server, *self.server.children()])
         stage = next(line for line in lines if line.startswith("vcli:engine_stage") and 'stage="receive"' in line)
         tokens = next(line for line in lines if line.startswith("vcli:generation_tokens_total"))
-        return _value(tokens), cpu_times.user + cpu_times.system, _value(stage)
+        return _value(tokens), api_s + sum(others_s), api_s, _value(stage)
 
 
 def report(pairs: list[tuple[Window, Window]], plan: Plan) -> dict[str, Any]:
@@ -143,6 +145,9 @@ def report(pairs: list[tuple[Window, Window]], plan: Plan) -> dict[str, Any]:
     return {
         "tokens_per_s": statistics.mean(window.tokens_per_s for pair in pairs for window in pair),
         "ratio_of_tokens_per_s": _mean([on.tokens_per_s / off.tokens_per_s for on, off in pairs]),
+        "ratio_of_tokens_per_cpu_s": _mean(
+            [on.tokens_per_s / on.cpu_share * off.cpu_share / off.tokens_per_s for on, off in pairs]
+        ),
         "cost_in_api_process": api,
         "cost_in_engine": engine,
         "verdict": "within" if high <= plan.limit else "over" if low > plan.limit else "undecided",
@@ -154,6 +159,11 @@ def _mean(values: list[float]) -> dict[str, float]:
     mean = statistics.mean(values)
     error = CONFIDENCE * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return {"mean": mean, "low": mean - error, "high": mean + error}
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _value(line: str) -> float:
@@ -168,13 +178,19 @@ def _servers() -> Iterator[psutil.Process]:
 
 
 def _sentences(result: dict[str, Any], plan: Plan) -> list[str]:
-    ratio, api, engine = (result[name] for name in ("ratio_of_tokens_per_s", "cost_in_api_process", "cost_in_engine"))
+    def ratio(name: str) -> str:
+        return "{mean:.4f} ({low:.4f} to {high:.4f})".format(**result[name])
+
+    def share(name: str) -> str:
+        return "{mean:.3%} ({low:.3%} to {high:.3%})".format(**result[name])
+
     return [
         f"{len(result['pairs'])} pairs of {plan.window_s:g} s at {result['tokens_per_s']:,.0f} tokens a second, "
         f"{plan.num_viewers} with the page open",
-        f"throughput with the page / without: {ratio['mean']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f})",
-        f"the page takes of a CPU, API process: {api['mean']:.3%} ({api['low']:.3%} to {api['high']:.3%})",
-        f"and of the engine's thread: {engine['mean']:.3%} ({engine['low']:.3%} to {engine['high']:.3%})",
+        f"tokens a second, with the page / without: {ratio('ratio_of_tokens_per_s')}",
+        f"tokens a CPU second, with the page / without: {ratio('ratio_of_tokens_per_cpu_s')}",
+        f"the page takes of a CPU, in the API process: {share('cost_in_api_process')}",
+        f"and of the engine's thread: {share('cost_in_engine')}",
         f"limit for both: {plan.limit:.1%}; verdict: {result['verdict']}",
     ]
 
@@ -198,6 +214,7 @@ def main() -> int:
         concurrency=asked.concurrency,
         num_viewers=asked.viewers,
     )
+    env = environment()
     try:
         if asked.output:
             output.check(asked.output, [".json"])
@@ -205,7 +222,7 @@ def main() -> int:
             [server] = _servers()
             result = run_async(_Run(url, server, plan).run())
         print("\n".join(_sentences(result, plan)))
-        document = {"kind": "dashboard", "environment": environment(), "plan": asdict(plan), "result": result}
+        document = {"kind": "dashboard", "environment": env, "plan": asdict(plan), "result": result}
         if asked.output:
             output.write(asked.output, {".json": lambda: json.dumps(document, indent=1) + "\n"})
     except (UserError, aiohttp.ClientError) as error:

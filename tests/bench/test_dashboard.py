@@ -14,7 +14,7 @@ def pairs(cost: float, noise: float, num_pairs: int = 200) -> list[tuple[Window,
     def window(is_open: bool) -> Window:
         tokens_per_s = draw.uniform(200, 400)
         api = 2e-4 * tokens_per_s + (cost / 2 if is_open else 0.0) + draw.gauss(0, noise)
-        return Window(tokens_per_s, api, 0.001 + (cost / 2 if is_open else 0.0))
+        return Window(tokens_per_s, 1.0 + api, api, 0.001 + (cost / 2 if is_open else 0.0))
 
     return [(window(True), window(False)) for _ in range(num_pairs)]
 

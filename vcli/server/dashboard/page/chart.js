@@ -49,7 +49,7 @@ export class Chart {
 
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.svg.replaceChildren();
-    for (let value = 0; value <= top * 1.001; value += step) {
+    for (let value = 0; value <= (most ? top * 1.001 : 0); value += step) {
       const level = Math.round(y(value)) + 0.5;
       this.svg.append(node("line", { class: "grid", x1: 0, x2: width, y1: level, y2: level }));
       if (value > 0) this.svg.append(node("text", { x: 0, y: level + 12 }, this.label(value)));

@@ -96,7 +96,7 @@ const cards = [
 ];
 const blockMap = new BlockMap($("kv"));
 const waterfalls = new Waterfalls($("slowest"));
-new Chat($("chat"), needKey);
+new Chat($("chat"), (error) => error.status === 401 && needKey(error));
 
 const handlers = {
   history(history) {
@@ -112,7 +112,8 @@ const handlers = {
     facts = state.facts;
     $("model").textContent = state.model;
     document.title = `${state.model} · vcli`;
-    setStatus(state.status, state.stage);
+    const stages = { loading: state.stage, dead: `the engine is dead: ${state.stage}` };
+    setStatus(state.status, stages[state.status] ?? [state.status, state.stage].filter(Boolean).join(": "));
     $("facts").textContent = describe(facts);
     blockMap.update(state.kv, state.blocks, facts);
     showMemory($("memory"), state);
@@ -131,16 +132,24 @@ function describe({ version, device, dtype, max_num_seqs, max_model_len, started
 
 function setStatus(status, words) {
   $("status").className = `pill ${status}`;
-  $("status").textContent = words ? `${status}: ${words}` : status;
+  $("status").textContent = words;
+}
+
+// Without a key there is nothing to be seen, with one that is no admin's only the chat.
+function setAccess(access) {
+  document.body.dataset.access = access;
+  $("key").hidden = access === "all";
 }
 
 function needKey(error) {
-  if (!(error instanceof Refused) || ![401, 403].includes(error.status)) return;
+  if (!(error instanceof Refused) || ![401, 403].includes(error.status)) return false;
   const isUnknown = error.status === 401;
+  setAccess(isUnknown ? "none" : "chat");
   $("key-words").textContent = isUnknown
     ? "This server asks for an API key. It is kept in this tab alone."
-    : `${error.message}. The chat works with any key.`;
-  $("key").hidden = false;
+    : "This key may use the model. What the server does is shown to admins.";
+  setStatus("lost", isUnknown ? "a key is needed" : "not an admin's key");
+  return true;
 }
 
 async function follow() {
@@ -149,7 +158,7 @@ async function follow() {
   const { signal } = following;
   try {
     const response = await ask("dashboard/events", { signal });
-    $("key").hidden = true;
+    setAccess("all");
     for await (const event of events(response)) {
       failures = 0;
       handlers[event.name]?.(JSON.parse(event.data));
@@ -157,11 +166,7 @@ async function follow() {
     setStatus("lost", "the server has ended");
   } catch (error) {
     if (signal.aborted) return;
-    if (error instanceof Refused && [401, 403].includes(error.status)) {
-      setStatus("lost", error.status === 401 ? "no key" : "not for this key");
-      needKey(error);
-      return; // until there is a key
-    }
+    if (needKey(error)) return; // until there is one
     setStatus("lost", error instanceof Refused ? error.message : "no connection");
   }
   setTimeout(() => signal.aborted || follow(), RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)]);
