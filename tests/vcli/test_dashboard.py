@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.vcli.conftest import Server, StartServer
+from tests.vcli.conftest import Server, StartServer, free_port
 
 playwright = pytest.importorskip("playwright.sync_api", reason="drives the page")
 expect = playwright.expect
@@ -175,22 +175,30 @@ def test_an_engine_that_ends_is_seen(server, open_page):
 def test_the_page_asks_for_a_key_and_tells_an_admins_figures_to_admins(start_server, open_page, tmp_path: Path):
     keys = tmp_path / "keys.toml"
     keys.write_text(KEYS)
-    server = start_server("--api-key-file", str(keys)).wait_ready()
+    admin_port = free_port()
+    server = start_server("--api-key-file", str(keys), "--admin-address", str(admin_port)).wait_ready()
     page = open_page(server)
 
-    def give(key: str) -> None:
+    def give(page: "playwright.Page", key: str) -> None:
         page.fill("#key-input", key)
         page.keyboard.press("Enter")
 
     expect(page.locator("#key")).to_contain_text("asks for an API key")
     expect(page.locator("main")).to_be_hidden()
-    give("acme-key-1")
+    give(page, "acme-key-1")
     expect(page.locator("#key")).to_contain_text("shown to admins")
     expect(page.locator("#throughput")).to_be_hidden()
     page.fill("#chat textarea", "hello")
     page.keyboard.press("Enter")
     expect(page.locator("#chat .answer")).to_contain_text("hello")
-    give("the-admins-key")
+    give(page, "the-admins-key")
     expect(page.locator("#status")).to_have_text("ready")
     expect(page.locator("#key")).to_be_hidden()
+
+    admins = open_page(Server(server.process, f"http://127.0.0.1:{admin_port}", server.log_file))
+    give(admins, "the-admins-key")
+    expect(admins.locator("#status")).to_have_text("ready")
+    admins.reload()
+    expect(admins.locator("#throughput")).to_be_visible()
+    expect(admins.locator("#chat")).to_be_hidden()
     assert server.end() == 0, "an open page holds nothing up"

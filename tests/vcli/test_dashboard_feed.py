@@ -119,6 +119,8 @@ def test_the_servers_own_page_may_use_it_and_others_may_not(server):
         {"origin": "null"},
     ]
     assert {server.post("/v1/completions", headers=each, **ask).status_code for each in others} == {403}
+    by_name = {"origin": f"http://gpu-box:{port}", "host": f"gpu-box:{port}"}
+    assert server.get("/dashboard/page.js", headers=by_name).status_code == 200, "browsers say an origin for scripts"
 
 
 def test_there_is_an_end_to_viewers(server, monkeypatch):

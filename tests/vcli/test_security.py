@@ -100,7 +100,8 @@ def test_each_key_of_the_file_opens_every_route_of_clients(server, key):
 
 
 def test_what_tells_of_other_tenants_is_for_admins(server):
-    assert server.get("/metrics", **with_key("acme-key-1")).status_code == 403
+    for path in ("/metrics", "/dashboard/events"):
+        assert server.get(path, **with_key("acme-key-1")).status_code == 403
     assert server.get("/metrics", **with_key("the-admins-key")).status_code == 200
 
 

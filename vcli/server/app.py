@@ -22,7 +22,7 @@ from vcli.server import chat
 from vcli.server.anthropic.endpoints import Messages
 from vcli.server.anthropic.protocol import CountTokensRequest
 from vcli.server.bodies import ClientGoneError
-from vcli.server.dashboard.files import page_routes
+from vcli.server.dashboard.files import dashboard_routes
 from vcli.server.embeddings import Embeddings
 from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response, speaks_anthropic
 from vcli.server.generation import ChatCompletions, Completions, Service, engine_dead
@@ -48,8 +48,7 @@ def make_app(service: Service) -> Starlette:
         *response_routes(service),
         Route("/tokenize", endpoints.tokenize, methods=["POST"]),
         Route("/detokenize", endpoints.detokenize, methods=["POST"]),
-        Route("/dashboard/events", service.feed, methods=["GET"]),
-        *page_routes(),
+        *dashboard_routes(service.feed),
         *_common_routes(endpoints),
     ]
     origins = service.config.allowed_origins
@@ -69,6 +68,7 @@ def make_admin_app(service: Service) -> Starlette:
     routes = [
         Route("/admin/reload", endpoints.reload, methods=["POST"]),
         Route("/admin/restart-engine", endpoints.restart_engine, methods=["POST"]),
+        *dashboard_routes(service.feed),
         *_common_routes(endpoints),
     ]
     guards = [Middleware(OriginCheck), Middleware(KeyCheck, service.keys, admin=True)]

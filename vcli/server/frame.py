@@ -24,7 +24,7 @@ from vcli.server.keys import ANYONE, Keys, Tenant
 from vcli.server.protocol import ApiError
 
 PUBLIC_PATHS = ("/health", "/ready", *dashboard.PATHS)  # need no API key: probes have none, the page asks for one
-ADMIN_PATHS = ("/metrics", "/dashboard/events")  # tell how busy the server is
+ADMIN_PATHS = ("/metrics", dashboard.FEED_PATH)  # tell how busy the server is
 
 
 def framed(routes: Sequence[Route], middleware: Sequence[Middleware]) -> Starlette:
@@ -67,7 +67,8 @@ class OriginCheck:
 
     A browser asks on behalf of a page what its reader may ask, who may sit on this machine: that it keeps the answer
     from the page (CORS) is too late for the work done. It says the page's origin with whatever changes something.
-    With `keys` the server has a page of its own, which is let in.
+    The files of the server's own page are anybody's: browsers say its origin for scripts, too. What it asks is let in
+    where `keys` are given.
     """
 
     def __init__(self, app: ASGIApp, allowed_origins: Sequence[str] = (), keys: Keys | None = None) -> None:
@@ -76,7 +77,8 @@ class OriginCheck:
         self.keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and "*" not in self.allowed_origins:
+        is_guarded = scope["type"] == "http" and scope["path"] not in dashboard.PATHS
+        if is_guarded and "*" not in self.allowed_origins:
             origin = (header(scope, "Origin") or b"").decode("latin-1")
             if origin and origin not in self.allowed_origins and not self._is_own(origin, scope):
                 message = f"pages of {origin[:100]!r} may not use this server: --allowed-origins would say which may"

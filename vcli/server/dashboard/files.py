@@ -8,6 +8,7 @@ from pathlib import Path
 
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 _FOLDER = Path(__file__).with_name("page")
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -22,11 +23,13 @@ _HEADERS = {
 }
 _FILES = {"/" if file.suffix == ".html" else f"/dashboard/{file.name}": file for file in sorted(_FOLDER.iterdir())}
 PATHS = tuple(_FILES)
+FEED_PATH = "/dashboard/events"
 
 
-def page_routes() -> list[Route]:
-    """A route for each file."""
-    return [Route(path, _response(file), methods=["GET"]) for path, file in _FILES.items()]
+def dashboard_routes(feed: ASGIApp) -> list[Route]:
+    """The feed, and a route for each file of the page."""
+    pages = [Route(path, _response(file), methods=["GET"]) for path, file in _FILES.items()]
+    return [Route(FEED_PATH, feed, methods=["GET"]), *pages]
 
 
 def _response(file: Path) -> Response:

@@ -60,9 +60,8 @@ class Sampler:
         self._gaps = metrics.recent_gaps
         self._ttfts = RecentValues()
         self._slowest = Slowest()
-        self._counted: dict[
-            int, RequestTimings
-        ] = {}  # under way, their first token in an earlier sample; by their id()
+        # Those under way whose first token was in an earlier sample, by their id(): they have no hash.
+        self._counted: dict[int, RequestTimings] = {}
         self._past: deque[EngineStats] = deque([engine.stats], maxlen=WINDOW)
         self._last_time = time.monotonic()
         self._started = time.time()

@@ -10,7 +10,8 @@ export class Chart {
   // onHover: called with the sample under the pointer, or with null when it has left.
   constructor(place, series, label, onHover, isFilled = false) {
     Object.assign(this, { place, series, label, onHover, isFilled, samples: [], hovered: null });
-    this.svg = place.appendChild(node("svg", { role: "img", "aria-label": "the last five minutes" }));
+    const title = place.parentElement.querySelector("h2").textContent;
+    this.svg = place.appendChild(node("svg", { role: "img", "aria-label": `${title}, the last five minutes` }));
     new ResizeObserver(() => this.draw()).observe(place);
     place.addEventListener("pointermove", (event) => this.hover(event.offsetX));
     place.addEventListener("pointerdown", (event) => this.hover(event.offsetX));

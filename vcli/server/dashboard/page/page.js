@@ -97,6 +97,8 @@ const cards = [
 const blockMap = new BlockMap($("kv"));
 const waterfalls = new Waterfalls($("slowest"));
 new Chat($("chat"), (error) => error.status === 401 && needKey(error));
+// The admin's listener has this page and no model.
+ask("v1/models").catch((error) => ($("chat").hidden = error.status === 404));
 
 const handlers = {
   history(history) {
