@@ -16,7 +16,16 @@ playwright = pytest.importorskip("playwright.sync_api", reason="drives the page"
 expect = playwright.expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = ["disable-quic", "disable-background-networking", "disable-component-update", "disable-sync"]
+NAME = "gpu-box"  # of this machine
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    f"--host-resolver-rules=MAP {NAME} 127.0.0.1",
+)
 KEYS = '[acme]\nkeys = ["acme-key-1"]\n[ops]\nkeys = ["the-admins-key"]\nis_admin = true\n'
 NUM_PLACES = 4
 WATCH_ANSWERS = """() => {
@@ -33,8 +42,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium o
 def browser() -> Iterator["playwright.Browser"]:
     with playwright.sync_playwright() as driver:
         expect.set_options(timeout=20_000)  # ms: busy machines
-        flags = [f"--{flag}" for flag in ("no-sandbox", "disable-gpu", *QUIET)]
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
         browser.close()
 
@@ -170,6 +178,15 @@ def test_an_engine_that_ends_is_seen(server, open_page):
     server.engine.send_signal(signal.SIGKILL)
     expect(restarts).to_have_text("1")
     expect(page.locator("#status")).to_have_text("ready")
+
+
+def test_by_a_name_the_page_shows_and_does_not_ask(server, open_page):
+    """Whose name it is nobody knows (DNS rebinding), unless --allowed-origins says so."""
+    page = open_page(Server(server.process, server.url.replace("127.0.0.1", NAME), server.log_file))
+    expect(page.locator("#status")).to_have_text("ready")
+    page.fill("#chat textarea", "hello")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chat .failed")).to_contain_text("--allowed-origins")
 
 
 def test_the_page_asks_for_a_key_and_tells_an_admins_figures_to_admins(start_server, open_page, tmp_path: Path):
