@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import socket
 
     from vcli.server.keys import Keys
+    from vcli.server.tracing import Traces
 
 LOOPBACK = "127.0.0.1"
 BACKLOG = 2048  # connections that the system holds for us: many clients may come at the same moment
@@ -55,6 +56,7 @@ def _serve(engine: EngineConfig, server: ServerConfig) -> None:
     root = str(resolve_model(engine.model)) if is_local else engine.model
     chat_template, keys = _read_template(server), Keys.load(server.api_key, server.api_key_file)
     certificate = Certificate(server.ssl_certfile, server.ssl_keyfile) if server.ssl_certfile else None
+    traces = _traces(server.otlp_endpoint) if server.otlp_endpoint else None
     listener = listen(server.host, server.port)
     admin_listener = listen_for_admin(server.admin_address, keys) if server.admin_address else None
     timeline.begin("api", "starting the engine process")
@@ -70,6 +72,7 @@ def _serve(engine: EngineConfig, server: ServerConfig) -> None:
         chat_template=chat_template,
         keys=keys,
         certificate=certificate,
+        traces=traces,
         listener=listener,
         admin_listener=admin_listener,
         link=link,
@@ -120,6 +123,12 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _traces(endpoint: str) -> "Traces":
+    from vcli.server.tracing import Traces
+
+    return Traces(endpoint)
 
 
 def _read_template(server: ServerConfig) -> str | None:

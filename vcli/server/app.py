@@ -31,6 +31,7 @@ from vcli.server.metrics import CONTENT_TYPE
 from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest
 from vcli.server.request_log import RequestLog
 from vcli.server.responses.endpoints import response_routes
+from vcli.server.tracing import Tracing
 from vcli.version import version
 
 
@@ -59,7 +60,7 @@ def make_app(service: Service) -> Starlette:
             CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"], expose_headers=readable
         )
         guards.insert(0, cors)
-    return framed(routes, _logged(service) + guards)
+    return framed(routes, _watched(service) + guards)
 
 
 def make_admin_app(service: Service) -> Starlette:
@@ -74,11 +75,12 @@ def make_admin_app(service: Service) -> Starlette:
     guards = [Middleware(OriginCheck), Middleware(KeyCheck, service.keys, admin=True)]
     if not service.keys.has_admin:
         guards.insert(0, Middleware(HostCheck))
-    return framed(routes, _logged(service) + guards)
+    return framed(routes, _watched(service) + guards)
 
 
-def _logged(service: Service) -> list[Middleware]:
-    return [] if service.config.log_requests == "off" else [Middleware(RequestLog)]
+def _watched(service: Service) -> list[Middleware]:
+    log = [] if service.config.log_requests == "off" else [Middleware(RequestLog)]
+    return log if service.traces is None else [*log, Middleware(Tracing, service.traces.tracer)]
 
 
 def _common_routes(endpoints: "Endpoints") -> list[Route]:

@@ -46,6 +46,9 @@ class ServerConfig:
     ] = field(default=60.0, metadata=HIDDEN)
     shutdown_timeout_s: Annotated[float, "after SIGTERM, how long open requests may take to finish"] = 30.0
     explain_startup: Annotated[bool, "when ready, print how long each part of the start took"] = False
+    otlp_endpoint: Annotated[
+        str, "OpenTelemetry collector that gets a trace of each request, such as http://localhost:4318"
+    ] = ""
     log_format: Annotated[
         Literal["text", "json"], "lines of the log; json: one object for each, of the server's and the engine's process"
     ] = "text"
@@ -61,6 +64,8 @@ class ServerConfig:
         for origin in self.allowed_origins:
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
                 raise ValueError(f"allowed_origins must be * or origins such as https://chat.example, got {origin!r}")
+        if (endpoint := self.otlp_endpoint) and not re.fullmatch(r"https?://[^/\s]+\S*", endpoint):
+            raise ValueError(f"otlp_endpoint must be an address such as http://localhost:4318, got {endpoint!r}")
         if self.max_queue < 0:
             raise ValueError(f"max_queue must not be negative, got {self.max_queue}")
         if self.max_queue_tokens < 0:

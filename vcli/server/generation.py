@@ -50,6 +50,7 @@ from vcli.server.request_log import note_generation
 from vcli.server.responses.store import ResponseStore
 from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
+from vcli.server.tracing import Traces, trace_generation
 
 MAX_DEADLINE_MS = 10**9 - 1  # eleven days
 
@@ -63,6 +64,7 @@ class Service:
     config: ServerConfig
     keys: Keys
     certificate: Certificate | None
+    traces: Traces | None
     engine: AsyncEngine
     model_name: str
     model_root: str  # the folder, file or name that the model was loaded from
@@ -216,6 +218,7 @@ class GenerationEndpoint(ABC):
                 tenant.budget.spend(sum(stream.state.timings.num_output_tokens for stream in streams))
                 with_text = service.config.log_requests == "text"
                 note_generation(scope, reply.id, prompts, streams, with_text=with_text)
+                trace_generation(scope, service.model_name, reply.id, params, streams)
 
     async def generation_request(self, asked: Any, scope: Scope) -> GenerationRequest:
         """What a body asks, as one of OpenAI's older APIs would have it. Raises ApiError."""

@@ -38,6 +38,7 @@ from vcli.server.keys import Keys
 from vcli.server.metrics import Metrics
 from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
+from vcli.server.tracing import Traces
 from vcli.version import version
 
 WATCH_INTERVAL_S = 0.1
@@ -56,6 +57,7 @@ class Plan:
     chat_template: str | None
     keys: Keys
     certificate: Certificate | None
+    traces: Traces | None
     listener: socket.socket
     admin_listener: socket.socket | None
     link: EngineLink  # to the engine's process, which starts beside this one
@@ -92,6 +94,7 @@ class Lifetime:
             config=plan.server,
             keys=plan.keys,
             certificate=plan.certificate,
+            traces=plan.traces,
             engine=self.engine,
             model_name=plan.model_name,
             model_root=plan.model_root,
@@ -131,6 +134,8 @@ class Lifetime:
             await self.engine.shutdown()
             await asyncio.gather(*serving)
             await self.service.templates.close()
+            if self.plan.traces is not None:
+                await asyncio.to_thread(self.plan.traces.close)
         if died is not None:
             raise UserError(died)
         return 128 + self.signals[1] if len(self.signals) > 1 else 0
