@@ -1,7 +1,6 @@
 """With --log-format json the log is one object a line, whoever writes, and whatever goes wrong."""
 
 import json
-import signal
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -23,32 +22,22 @@ def entries(log: str) -> list[dict]:
     return lines
 
 
-def test_every_line_of_a_server_is_an_object(start_server: StartServer):
-    server = start_server(*JSON, "--log-requests", "lines").wait_ready()
+def test_every_line_of_a_server_is_an_object_and_the_last_one_is_the_cause_of_its_end(start_server: StartServer):
+    server = start_server(*JSON, "--log-requests", "lines", "--max-restarts", "0").wait_ready()
     body = {"prompt": "a b", "max_tokens": 4, "ignore_eos": True}
     request_id = server.post("/v1/completions", json=body).headers["x-request-id"]
     assert server.post("/v1/completions", json=body | {"cache_salt": "mutter"}).status_code == 500
-    assert server.end(signal.SIGTERM) == 0
+    assert server.process.wait(20) == 1
     lines = entries(server.log)
-    messages = [line["message"] for line in lines]
-    assert any(message.startswith("ready in ") for message in messages)
+    assert any(line["message"].startswith("ready in ") for line in lines)
     [line] = [line for line in lines if line.get("request", {}).get("id") == request_id]
     assert (line["logger"], line["message"], line["level"]) == ("vcli.requests", "request", "info")
     assert line["request"]["path"] == "/v1/completions"
     assert line["request"]["output_tokens"] == 4
     said = [(each["level"], each["message"]) for each in lines if each["process"] == "engine"]
-    assert said[:2] == [("warning", "terminate called"), ("warning", "after \N{REPLACEMENT CHARACTER} throwing")]
-    [restart, *_] = [line for line in lines if "the engine starts again" in line["message"]]
-    assert (restart["level"], restart["process"]) == ("warning", "api")
-    assert messages.index("terminate called") < messages.index(restart["message"]), "the cause comes first"
-
-
-def test_the_cause_of_an_end_is_the_last_line(start_server: StartServer):
-    server = start_server(*JSON, "--max-restarts", "0").wait_ready()
-    server.post("/v1/completions", json={"prompt": "a b", "cache_salt": "fail"})
-    assert server.process.wait(20) == 1
-    last = entries(server.log)[-1]
-    assert (last["level"], last["message"]) == ("critical", "out of luck: buy more")
+    assert said == [("warning", "terminate called"), ("warning", "after \N{REPLACEMENT CHARACTER} throwing")]
+    assert (lines[-1]["level"], lines[-1]["process"]) == ("critical", "api")
+    assert lines[-1]["message"].startswith("the engine process ended with exit code 7")
 
 
 DIVISION = "ZeroDivisionError: division by zero"

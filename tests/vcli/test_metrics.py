@@ -6,7 +6,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.vcli.conftest import Server
+from tests.vcli.conftest import Server, StartServer
 
 PROMISED = {
     "gauge": {
@@ -40,7 +40,7 @@ PROMISED = {
         "iteration_tokens_total",
     },
 }
-STEP_S, NUM_PLACES = 0.01, 2
+STEP_S, NUM_PLACES = 0.005, 2
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +115,18 @@ def test_what_an_autoscaler_looks_at_follows_the_load(server):
     assert busy["num_requests_running"] == {(): NUM_PLACES}
     assert 0.3 * whole_s < foretold_s < 1.5 * whole_s
     server.wait_until(lambda: scrape(server)["utilization_perc"] == {(): 0})
+
+
+def test_who_waits_for_an_engine_that_loads_again_is_counted_as_waiting(start_server: StartServer):
+    server = start_server(FAKE_STEP_S="0.05", FAKE_LOAD_S="0.5").wait_ready()
+    body = {"prompt": [5, 6], "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 3}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=30) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.engine.kill()
+        server.wait_until(lambda: server.get("/ready").status_code == 503)
+        samples = scrape(server)
+        assert samples["engine_restarts"] == {(): 1}
+        assert (samples["num_requests_waiting"], samples["num_requests_running"]) == ({(): 3}, {(): 0})
+        server.wait_until(lambda: server.metric("vcli:num_requests_running") == 3)
+        assert server.metric("vcli:num_requests_waiting") == 0

@@ -118,7 +118,8 @@ class _StateCollector(Collector):
         waste = 1 - stats.num_slots_used / stats.num_slots_allocated if stats.num_slots_allocated else 0.0
         usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
         yield self._gauge("num_requests_running", "Sequences in the running batch.", stats.num_running)
-        yield self._gauge("num_requests_waiting", "Sequences that wait for a place in it.", stats.num_waiting)
+        num_waiting = self._engine.num_unfinished if self._engine.is_restarting else stats.num_waiting
+        yield self._gauge("num_requests_waiting", "Sequences that wait for a place in it.", num_waiting)
         queue_s, utilization = self._admission.queue_s(), self._admission.utilization()
         yield self._gauge("predicted_queue_seconds", "How long a request that came now would wait.", queue_s)
         yield self._gauge("utilization_perc", "Open sequences by those that can run at once; 1 is full.", utilization)

@@ -32,7 +32,7 @@ PATHS = "/v1/"  # what stands elsewhere is for probes, scrapers and people
 OPERATIONS = {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}  # all others: chat
 SEND_INTERVAL_S = 0.5
 MAX_SPANS = 10_000  # that wait for the collector, about 20 MB
-LAST_WORDS_S = 2.0  # for what is left to reach the collector at the end
+LAST_WORDS_S = 1.0  # for what is left to reach the collector at the end
 
 
 log = logging.getLogger("vcli")
@@ -91,6 +91,7 @@ class _Outbox:
     def shutdown(self) -> None:
         self._ends.set()
         self._thread.join(LAST_WORDS_S)
+        self._exporter.shutdown()  # which ends an attempt that is under way
 
     def force_flush(self, timeout_millis: int = 0) -> bool:
         return not self._spans
@@ -99,7 +100,6 @@ class _Outbox:
         while not self._ends.wait(SEND_INTERVAL_S):
             self._send()
         self._send()
-        self._exporter.shutdown()
 
     def _send(self) -> None:
         if spans := [self._spans.popleft() for _ in range(len(self._spans))]:
