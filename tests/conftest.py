@@ -44,6 +44,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # family: transformers' nam
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--schemathesis-examples", type=int, default=4, help="bodies for each route of the server's API")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     """tiny_checkpoint(family, **config fields): a folder with random weights, tokenizer and chat template.

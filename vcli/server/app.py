@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.errors import EngineDeadError, UserError
-from vcli.server import chat
+from vcli.server import chat, docs
 from vcli.server.anthropic.endpoints import Messages
 from vcli.server.anthropic.protocol import CountTokensRequest
 from vcli.server.bodies import ClientGoneError
@@ -28,9 +28,10 @@ from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_res
 from vcli.server.generation import ChatCompletions, Completions, Service, engine_dead
 from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
+from vcli.server.openapi import Operation, openapi_route
 from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest
 from vcli.server.request_log import RequestLog
-from vcli.server.responses.endpoints import response_routes
+from vcli.server.responses.endpoints import response_operations
 from vcli.server.tracing import Tracing
 from vcli.version import version
 
@@ -38,19 +39,11 @@ from vcli.version import version
 def make_app(service: Service) -> Starlette:
     """What clients see."""
     endpoints = Endpoints(service)
+    operations = client_operations(service, endpoints)
     routes = [
-        Route("/v1/models", endpoints.models),
-        Route("/v1/models/{name:path}", endpoints.model),
-        Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
-        Route("/v1/completions", Completions(service), methods=["POST"]),
-        Route("/v1/embeddings", Embeddings(service), methods=["POST"]),
-        Route("/v1/messages", Messages(service), methods=["POST"]),
-        Route("/v1/messages/count_tokens", endpoints.count_tokens, methods=["POST"]),
-        *response_routes(service),
-        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
-        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        *operations,
+        openapi_route(operations, has_keys=bool(service.keys)),
         *dashboard_routes(service.feed),
-        *_common_routes(endpoints),
     ]
     origins = service.config.allowed_origins
     guards = [Middleware(OriginCheck, origins, service.keys), Middleware(KeyCheck, service.keys)]
@@ -63,6 +56,23 @@ def make_app(service: Service) -> Starlette:
     return framed(routes, _watched(service) + guards)
 
 
+def client_operations(service: Service, endpoints: "Endpoints") -> list[Operation]:
+    """The API: its routes, with what docs.py says of them."""
+    return [
+        Operation("GET", "/v1/models", endpoints.models, docs.MODELS),
+        Operation("GET", "/v1/models/{name:path}", endpoints.model, docs.MODEL),
+        Operation("POST", "/v1/chat/completions", ChatCompletions(service), docs.CHAT_COMPLETIONS),
+        Operation("POST", "/v1/completions", Completions(service), docs.COMPLETIONS),
+        Operation("POST", "/v1/embeddings", Embeddings(service), docs.EMBEDDINGS),
+        Operation("POST", "/v1/messages", Messages(service), docs.MESSAGES),
+        Operation("POST", "/v1/messages/count_tokens", endpoints.count_tokens, docs.COUNT_TOKENS),
+        *response_operations(service),
+        Operation("POST", "/tokenize", endpoints.tokenize, docs.TOKENIZE),
+        Operation("POST", "/detokenize", endpoints.detokenize, docs.DETOKENIZE),
+        *_common_operations(endpoints),
+    ]
+
+
 def make_admin_app(service: Service) -> Starlette:
     """What operators see, on a listener of its own. A route here changes the server for everybody."""
     endpoints = Endpoints(service)
@@ -70,7 +80,7 @@ def make_admin_app(service: Service) -> Starlette:
         Route("/admin/reload", endpoints.reload, methods=["POST"]),
         Route("/admin/restart-engine", endpoints.restart_engine, methods=["POST"]),
         *dashboard_routes(service.feed),
-        *_common_routes(endpoints),
+        *_common_operations(endpoints),
     ]
     guards = [Middleware(OriginCheck), Middleware(KeyCheck, service.keys, admin=True)]
     if not service.keys.has_admin:
@@ -83,12 +93,12 @@ def _watched(service: Service) -> list[Middleware]:
     return log if service.traces is None else [*log, Middleware(Tracing, service.traces.tracer)]
 
 
-def _common_routes(endpoints: "Endpoints") -> list[Route]:
+def _common_operations(endpoints: "Endpoints") -> list[Operation]:
     return [
-        Route("/health", endpoints.health),
-        Route("/ready", endpoints.ready),
-        Route("/version", endpoints.version),
-        Route("/metrics", endpoints.metrics),
+        Operation("GET", "/health", endpoints.health, docs.HEALTH),
+        Operation("GET", "/ready", endpoints.ready, docs.READY),
+        Operation("GET", "/version", endpoints.version, docs.VERSION),
+        Operation("GET", "/metrics", endpoints.metrics, docs.METRICS),
     ]
 
 

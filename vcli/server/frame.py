@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vcli.server.anthropic import errors as anthropic_errors
@@ -23,7 +23,8 @@ from vcli.server.headers import header
 from vcli.server.keys import ANYONE, Keys, Tenant
 from vcli.server.protocol import ApiError
 
-PUBLIC_PATHS = ("/health", "/ready", *dashboard.PATHS)  # need no API key: probes have none, the page asks for one
+# Need no API key: probes and what makes clients of a description have none, the page asks for one.
+PUBLIC_PATHS = ("/health", "/ready", "/openapi.json", *dashboard.PATHS)
 ADMIN_PATHS = ("/metrics", dashboard.FEED_PATH)  # tell how busy the server is
 
 
@@ -150,6 +151,11 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     messages = {404: f"{what}: there is nothing here", 405: f"{what}: this path takes another method"}
     response = error_response(ApiError(error.status_code, messages.get(error.status_code, error.detail)), request.scope)
     response.headers.update(error.headers or {})
+    if error.status_code == 405:  # the router names the methods of one route alone
+        routes = request.app.routes
+        path = next(each.path for each in routes if each.matches(request.scope)[0] != Match.NONE)
+        methods = {method for each in routes if each.path == path for method in each.methods or ()}
+        response.headers["allow"] = ", ".join(sorted(methods))
     return response
 
 

@@ -100,7 +100,7 @@ class CountTokensRequest(msgspec.Struct, kw_only=True):
 
     messages: list[InputMessage]
     model: str | None = None
-    system: str | list[TextBlock] | None = None
+    system: str | list[TextBlock | UnreadBlock] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None

@@ -11,13 +11,13 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from vcli.server import streaming
+from vcli.server import docs, streaming
 from vcli.server.chat import Prompt
 from vcli.server.frame import json_response
 from vcli.server.generation import ChatCompletions, Service
+from vcli.server.openapi import Operation
 from vcli.server.protocol import ApiError, convert_query
 from vcli.server.replies import Reply
 from vcli.server.responses.protocol import Conversation, ItemsQuery, ResponsesRequest, RetrieveQuery, shown
@@ -32,15 +32,15 @@ RENAMED = {  # parameters of a chat
 }
 
 
-def response_routes(service: Service) -> list[Route]:
-    stored = StoredResponses(service)
+def response_operations(service: Service) -> list[Operation]:
+    stored, one = StoredResponses(service), "/v1/responses/{response_id}"
     return [
-        Route("/v1/responses", Responses(service), methods=["POST"]),
-        Route("/v1/responses/input_tokens", InputTokens(service), methods=["POST"]),
-        Route("/v1/responses/{response_id}", Retrieval(service), methods=["GET"]),
-        Route("/v1/responses/{response_id}", stored.delete, methods=["DELETE"]),
-        Route("/v1/responses/{response_id}/cancel", stored.cancel, methods=["POST"]),
-        Route("/v1/responses/{response_id}/input_items", stored.input_items),
+        Operation("POST", "/v1/responses", Responses(service), docs.RESPONSES),
+        Operation("POST", "/v1/responses/input_tokens", InputTokens(service), docs.INPUT_TOKENS),
+        Operation("GET", one, Retrieval(service), docs.RESPONSE),
+        Operation("DELETE", one, stored.delete, docs.DELETE_RESPONSE),
+        Operation("POST", f"{one}/cancel", stored.cancel, docs.CANCEL_RESPONSE),
+        Operation("GET", f"{one}/input_items", stored.input_items, docs.INPUT_ITEMS),
     ]
 
 
@@ -114,9 +114,14 @@ class InputTokens(Responses):
     ) -> None:
         request = await self.generation_request(asked, scope)
         self.service.check_model(request.model)
-        request.refuse_unsupported()
+        ready = self.service.require_ready()
+        try:
+            request.refuse_unsupported()
+            request.sampling_params(ready.default_sampling)  # what could not be served is told here, too
+        except ApiError as error:
+            raise error.renamed(RENAMED) from None
         with scope["tenant"].budget.enter(1, self.service.admission.reject):
-            [prompt] = await self.prompts(request, self.service.require_ready())
+            [prompt] = await self.prompts(request, ready)
         count = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
         await json_response(count)(scope, receive, send)
 
