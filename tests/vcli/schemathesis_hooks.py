@@ -1,5 +1,6 @@
 """How schemathesis is to judge this server, beyond its own checks: loaded by it where SCHEMATHESIS_HOOKS names this."""
 
+import itertools
 import re
 from typing import Any
 
@@ -17,13 +18,19 @@ BEYOND_A_SCHEMA = re.compile(
 )
 
 
+STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses")
+number = itertools.count()
+
+
 @schemathesis.hook
 def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
-    """Valid bodies ask for the model that there is and for short answers, so that most of them are served."""
+    """Valid bodies ask for the model that there is and for short answers, every second one for a stream."""
     if _is_valid(case) and isinstance(case.body, dict):
         case.body.pop("model", None)
         name = "max_output_tokens" if case.operation.path == "/v1/responses" else "max_tokens"
         case.body[name] = min(case.body.get(name) or 3, 3)  # where there is no such field, it is ignored
+        if case.operation.path in STREAMED and next(number) % 2:
+            case.body["stream"] = True
 
 
 @schemathesis.check

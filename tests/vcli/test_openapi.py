@@ -43,7 +43,14 @@ def test_the_description_needs_no_key_and_names_its_kinds(server):
 def test_no_request_makes_the_server_break_its_word(server, pytestconfig: pytest.Config, tmp_path):
     """No 5xx and no undocumented status or shape, of events too; what is wrong is refused, and what is right served."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
-    command += ["--header", f"Authorization: Bearer {KEY}", "--seed", "1", "--phases", "examples,coverage,fuzzing"]
+    command += [
+        "--header",
+        f"Authorization: Bearer {KEY}",
+        "--seed",
+        "1",
+        "--phases",
+        "examples,coverage,fuzzing,stateful",
+    ]
     command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure"]  # our own one is stricter
     command += ["--max-examples", str(pytestconfig.getoption("--schemathesis-examples"))]
     hooks = {"SCHEMATHESIS_HOOKS": "tests.vcli.schemathesis_hooks", "PYTHONPATH": str(ROOT)}

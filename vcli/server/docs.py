@@ -14,7 +14,7 @@ GENERATES = (*TOKENIZES, 422)
 
 HELLO = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
 
-MODELS = Doc("The model that is served.", gives=(shapes.ModelList, anthropic.ModelList))
+MODELS = Doc("The model that is served.", gives=(shapes.ModelList, anthropic.ModelList), names={"name": "/data/0/id"})
 MODEL = Doc("The model, if it has this name.", gives=(shapes.ModelEntry, anthropic.ModelEntry), errors=[404])
 
 CHAT_COMPLETIONS = Doc(
@@ -70,6 +70,7 @@ RESPONSES = Doc(
     limits={"input": NOT_EMPTY},
     gives=responses.Response,
     event=responses.EVENTS,
+    names={"response_id": "/id"},
     errors=GENERATES,
     example={"input": "Hello!", "max_output_tokens": 16},
 )

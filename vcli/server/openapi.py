@@ -17,6 +17,8 @@ from vcli.server.protocol import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from vcli.server.shapes import ErrorReply
 from vcli.version import version
 
+_TO_UNDERSCORE = str.maketrans(dict.fromkeys("/{}.-", "_"))
+
 Shapes = type | tuple[type, ...]  # several: any of them
 TEXT = "text/plain"
 
@@ -88,6 +90,7 @@ class Doc:
     also: Mapping[int, type] | None = None  # replies of other statuses that are no errors in the usual shape
     errors: Sequence[int] = ()
     error: Shapes = ErrorReply
+    names: Mapping[str, str] | None = None  # what its reply names for paths of other routes: parameter, JSON pointer
     is_public: bool = False  # needs no API key
     example: Mapping[str, Any] | None = None  # a body that is served
 
@@ -100,6 +103,7 @@ class Operation(Route):
     ) -> None:
         super().__init__(path, endpoint, methods=[method])
         self.method, self.doc = method, doc
+        self.operation_id = f"{method.lower()}{self.path_format}".translate(_TO_UNDERSCORE).strip("_")
 
 
 def describe(operations: Sequence[Operation], *, has_keys: bool) -> dict[str, Any]:
@@ -114,7 +118,10 @@ def describe(operations: Sequence[Operation], *, has_keys: bool) -> dict[str, An
             properties |= {name: _merged(schema, limits.get(name, {})) for name, schema in properties.items()}
     paths: dict[str, dict[str, Any]] = {}
     for each in operations:
-        paths.setdefault(each.path_format, {})[each.method.lower()] = _operation(each, schema_of, components, has_keys)
+        operation = _operation(each, schema_of, components, has_keys)
+        if links := _links(each.doc, operations):
+            operation["responses"]["200"]["links"] = links
+        paths.setdefault(each.path_format, {})[each.method.lower()] = operation
     description: dict[str, Any] = {
         "openapi": "3.2.0",
         "info": {"title": "vcli", "version": version()},
@@ -167,7 +174,7 @@ def _operation(
         content["text/event-stream"] = {"itemSchema": _event(shape((*_each(doc.event), *_each(doc.error))), doc)}
     responses[200] = _reply("As asked.", content)
     operation: dict[str, Any] = {
-        "operationId": f"{route.method.lower()}{route.path_format}".translate(_TO_UNDERSCORE).strip("_"),
+        "operationId": route.operation_id,
         "summary": doc.summary,
         "parameters": [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
@@ -183,6 +190,16 @@ def _operation(
     if has_keys and doc.is_public:
         operation["security"] = []
     return operation
+
+
+def _links(doc: Doc, operations: Sequence[Operation]) -> dict[str, Any]:
+    """Where the names in a reply lead."""
+    return {
+        each.operation_id: {"operationId": each.operation_id, "parameters": {name: f"$response.body#{pointer}"}}
+        for name, pointer in (doc.names or {}).items()
+        for each in operations
+        if name in each.param_convertors
+    }
 
 
 def _merged(schema: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
@@ -221,6 +238,3 @@ def _query_parameters(schema: dict[str, Any]) -> list[dict[str, Any]]:
 def _resolve(schema: dict[str, Any], components: Mapping[str, Any]) -> dict[str, Any]:
     resolved: dict[str, Any] = components[schema["$ref"].rsplit("/", 1)[1]]
     return resolved
-
-
-_TO_UNDERSCORE = str.maketrans(dict.fromkeys("/{}.-", "_"))

@@ -135,6 +135,7 @@ class ChatChunk(Shape):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None  # in the first one
 
 
 class CompletionLogprobs(Shape):
@@ -171,6 +172,7 @@ class CompletionChunkChoice(Shape):
     stop_reason: int | str | None = None
     logprobs: CompletionLogprobs | None = None
     token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None  # in the first one
 
 
 class CompletionChunk(Shape):
