@@ -20,6 +20,7 @@ from engine.grammar_compiler import GrammarCompiler
 from engine.models import Model
 from engine.ops import sampling_line
 from engine.sampler import Logprobs, SamplingRow
+from engine.sampling_params import SamplingParams
 from engine.step_clock import StepClock
 from engine.step_result import StepResult
 from engine.token_mask import TokenMask, num_words
@@ -105,7 +106,7 @@ class ModelRunner:
             self._set_row(new)
         requests = batch.requests
         are_decodes = _num_decodes(batch) == len(requests) and all(request.samples for request in requests)
-        if are_decodes and not self._asks_prompts(batch) and not self._pools(requests):
+        if are_decodes and not any(params.asks_prompt or params.pooling for params in self._params_of_prompts(batch)):
             logits, best = self._run_decodes(requests)
             return self._draw(requests, logits, best, {}, {})
         sampled = [request for request in requests if request.samples]
@@ -128,7 +129,7 @@ class ModelRunner:
         requests, num_tokens = batch.requests, batch.num_tokens
         longest_decode = max((request.start + 1 for request in requests if request.num_tokens == 1), default=0)
         size = self.mixed_graphs.fit(num_tokens) if self.mixed_graphs else None
-        if self._asks_prompts(batch):
+        if any(params.asks_prompt for params in self._params_of_prompts(batch)):
             hidden = self._forward_mixed(*self._exact_inputs(batch, None))
             complete = self._compute_prompt_logprobs(batch, hidden)
             self._add_hidden(batch, hidden)
@@ -140,13 +141,10 @@ class ModelRunner:
         self.clock.enter("forward")
         return self.mixed_graphs.run(inputs, size)[:num_sampled], {}
 
-    def _asks_prompts(self, batch: ScheduledBatch) -> bool:
-        """Whether some request wants to know something of all prompt tokens that this step computes."""
-        rows = [(request, self.rows[request.row].sampling) for request in batch.requests]
-        return any(s.params.asks_prompt and r.start < s.num_prompt_tokens for r, s in rows)
-
-    def _pools(self, requests: list[ScheduledRequest]) -> bool:
-        return any(self.rows[request.row].sampling.params.pooling is not None for request in requests)
+    def _params_of_prompts(self, batch: ScheduledBatch) -> list[SamplingParams]:
+        """Of the requests of whose prompts this step computes something."""
+        rows = [(request.start, self.rows[request.row].sampling) for request in batch.requests]
+        return [sampling.params for start, sampling in rows if start < sampling.num_prompt_tokens]
 
     def _add_hidden(self, batch: ScheduledBatch, hidden: Tensor) -> None:
         """Extend the sums of the rows that want a mean.   hidden [T, hidden_size]"""

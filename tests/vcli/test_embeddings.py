@@ -93,6 +93,13 @@ def test_an_input_is_text_or_token_ids(fake, given, prompts):
     assert reply["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens, "prompt_tokens_details": details}
 
 
+def test_a_prompt_that_is_too_long_is_cut_where_asked(fake):
+    body = {"input": list(range(3, 103)), "normalize": False, "truncate_prompt_tokens": 10}
+    reply = fake.post("/v1/embeddings", json=body).json()
+    assert reply["data"][0]["embedding"] == list(range(93, 101)), "the last ten are left"
+    assert reply["usage"]["prompt_tokens"] == 10
+
+
 def test_fewer_dimensions_are_the_first_ones_at_length_one(fake):
     reply = fake.client.embeddings.create(model="", input=[3, 4, 5], dimensions=2)
     np.testing.assert_allclose(reply.data[0].embedding, [0.6, 0.8], atol=1e-6)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import pytest
 from starlette.routing import Route
 
@@ -38,6 +39,30 @@ def test_the_description_needs_no_key_and_names_its_kinds(server):
     responses = description["paths"]["/v1/completions"]["post"]["responses"]
     assert set(responses) == {"200", "400", "401", "403", "404", "408", "413", "422", "429", "500", "503"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+
+
+def test_refusals_that_no_body_brings_about_have_the_shape_that_is_told(start_server, tmp_path):
+    (tmp_path / "keys.toml").write_text('[small]\nkeys = ["small-key"]\nrequests_per_minute = 1\n')
+    server = start_server("--api-key-file", str(tmp_path / "keys.toml"), FAKE_LOAD_S="1").wait_http()
+    key, path, body = {"Authorization": "Bearer small-key"}, "/v1/completions", {"prompt": "a"}
+    replies = [(path, server.post(path, json=body, headers=key), 503)]
+    server.wait_ready()
+    replies += [
+        (path, server.post(path, json=body), 401),
+        (path, server.post(path, json=body, headers=key | {"Origin": "https://evil.example"}), 403),
+        (path, server.post(path, json=body | {"model": "another"}, headers=key), 404),
+        (path, server.post(path, content=b" " * (5 << 20), headers=key), 413),
+        (path, server.post(path, json=body, headers=key), 200),
+        (path, server.post(path, json=body, headers=key), 429),
+        ("/v1/messages", server.post("/v1/messages", json={}), 401),
+        ("/metrics", server.get("/metrics", headers=key), 403),
+    ]
+    description = server.get("/openapi.json").json()
+    for asked, reply, status in replies:
+        [operation] = description["paths"][asked].values()
+        schema = operation["responses"][str(reply.status_code)]["content"]["application/json"]["schema"]
+        jsonschema.validate(reply.json(), schema | {"components": description["components"]})
+        assert reply.status_code == status, reply.text
 
 
 def test_no_request_makes_the_server_break_its_word(server, pytestconfig: pytest.Config, tmp_path):

@@ -28,6 +28,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
     pooling: Pooling | None = None
     normalize: bool | None = None  # to length 1, unless it is false
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Int | None = None
     priority: Int | None = None
     cache_salt: str | None = None
 
@@ -61,6 +62,7 @@ class Embeddings(Completions):
             prompt=split_prompts(asked.input, "input"),
             pooling=asked.pooling or ready.default_pooling,
             add_special_tokens=asked.add_special_tokens,
+            truncate_prompt_tokens=asked.truncate_prompt_tokens,
             priority=asked.priority,
             cache_salt=asked.cache_salt,
         )
