@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_IDS
+from engine.sampling_params import MAX_ALLOWED, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_IDS
 from vcli.server.protocol import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from vcli.server.shapes import ErrorReply
 from vcli.version import version
@@ -64,6 +64,8 @@ _LIMITS: dict[str, dict[str, Any]] = {
     "stop": _STOP,
     "stop_sequences": _STOP,
     "stop_token_ids": {"maxItems": MAX_STOP_IDS, "items": {"minimum": 0}},
+    "allowed_token_ids": {"minItems": 1, "maxItems": MAX_ALLOWED, "items": {"minimum": 0}},
+    "bad_words": {"maxItems": MAX_BAD_WORDS, "items": {"minLength": 1}},
     "max_tokens": {"minimum": 1},
     "max_completion_tokens": {"minimum": 1},
     "max_output_tokens": {"minimum": 1},

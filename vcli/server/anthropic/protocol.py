@@ -87,7 +87,8 @@ class Thinking(msgspec.Struct, kw_only=True):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class JsonFormat(msgspec.Struct, tag_field="type", tag="json_schema", kw_only=True):
+class JsonFormat(msgspec.Struct, kw_only=True):
+    type: Literal["json_schema"]
     schema: dict[str, Any]
 
 
