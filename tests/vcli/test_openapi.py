@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from vcli.server.app import make_app
 from vcli.server.config import ServerConfig
-from vcli.server.dashboard.files import PATHS
+from vcli.server.dashboard.files import FEED_PATH, PATHS
 from vcli.server.keys import Keys
 from vcli.server.openapi import Operation
 
@@ -26,9 +26,9 @@ def server(start_server):
 
 
 def test_every_route_is_described():
-    app = make_app(SimpleNamespace(config=ServerConfig(), keys=Keys({}), feed=None))
+    app = make_app(SimpleNamespace(config=ServerConfig(), keys=Keys({}), feed=None, traces=None))
     others = {route.path for route in app.routes if isinstance(route, Route) and not isinstance(route, Operation)}
-    assert others == {*PATHS, "/dashboard/events"}, "the page, and what it reads"
+    assert others == {*PATHS, FEED_PATH}, "the page, and what it reads"
 
 
 def test_the_description_needs_no_key_and_names_its_kinds(server):
