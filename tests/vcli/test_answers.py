@@ -140,7 +140,7 @@ def test_a_wrong_tool_is_named(client, fields, param):
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("arguments", ["[1]", "{", 5, '"a"'])
+@pytest.mark.parametrize("arguments", ["[1]", "{", 5, '"a"', '{"a": NaN}', '{"a": "\\ud83d"}'])
 def test_a_call_of_the_past_has_an_object_of_arguments(server, arguments):
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]

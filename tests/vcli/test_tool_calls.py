@@ -1,12 +1,13 @@
-"""Calls of a model with random weights: only the grammar can make them valid."""
+"""Calls of a model with random weights: only the grammar can make them valid. Their marks are special tokens."""
 
 import json
+import shutil
 
 import jsonschema
 import openai
 import pytest
 
-TEMPLATE = "{#- {{ tools }} <tool_call> -#}{{ messages[-1].content }}"
+TEMPLATE = "{#- {{ tools }} [TOOL_CALLS] [ARGS] -#}{{ messages[-1].content }}"
 PLAN = {
     "name": "plan",
     "parameters": {
@@ -35,10 +36,24 @@ ASKED = {
 
 @pytest.fixture(scope="module")
 def client(start_server, tiny_checkpoint, tmp_path_factory):
-    template = tmp_path_factory.mktemp("template") / "template.jinja"
-    template.write_text(TEMPLATE)
-    flags = ["--kv-cache-memory", "64MiB", "--chat-template", str(template)]
-    return start_server(*flags, model=tiny_checkpoint("llama")).wait_ready().client
+    folder = tmp_path_factory.mktemp("mistral") / "model"
+    shutil.copytree(tiny_checkpoint("llama"), folder)
+    make_special(folder / "tokenizer.json", ["[TOOL_CALLS]", "[ARGS]"])
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return start_server("--kv-cache-memory", "64MiB", model=folder).wait_ready().client
+
+
+def make_special(file, names) -> None:
+    """Give the youngest tokens other names, which no text has."""
+    tokenizer = json.loads(file.read_text())
+    vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    for name in names:
+        youngest = max(vocab, key=lambda token: vocab[token] if token not in names else -1)
+        vocab[name] = vocab.pop(youngest)
+        merges[:] = [merge for merge in merges if "".join(merge) != youngest]
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append({"id": vocab[name], "content": name, "special": True, **flags})
+    file.write_text(json.dumps(tokenizer))
 
 
 def check(call) -> None:

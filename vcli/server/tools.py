@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from vcli.server.dialects import CallFormat, Dialect
 from vcli.server.protocol import ApiError, ChatRequest, Tool
 
@@ -140,8 +142,8 @@ def _read_call(call: dict[str, Any], param: str) -> dict[str, Any]:
         case {"function": {"name": str(name), **rest}}:
             arguments = rest.get("arguments") or {}
             try:
-                arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            except (ValueError, RecursionError):
+                arguments = msgspec.json.decode(arguments) if isinstance(arguments, str) else arguments
+            except (msgspec.DecodeError, UnicodeError, RecursionError):
                 arguments = None
             if isinstance(arguments, dict):
                 read = {"type": "function", "function": {"name": name, "arguments": arguments}}
