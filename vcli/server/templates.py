@@ -34,6 +34,8 @@ class Templates:
         except RecursionError:
             raise ValueError("messages and template arguments are nested too deeply") from None
         async with self._turn:
+            if self._process is not None and self._process.returncode is not None:
+                await self._end()  # somebody ended it
             process = self._process = self._process or await _start()
             try:
                 async with asyncio.timeout(TIMEOUT_S):
@@ -42,7 +44,7 @@ class Templates:
                 await self._end()
                 if isinstance(error, TimeoutError):
                     raise ValueError(f"the chat template did not end within {TIMEOUT_S:g} s") from None
-                if isinstance(error, OSError | EOFError):
+                if isinstance(error, OSError | EOFError | RuntimeError):  # the last one is uvloop's
                     raise ValueError("the chat template ended the process that it ran in") from None
                 raise
         if not is_text:
