@@ -1,16 +1,20 @@
 """Answers that their grammar takes, and those that it does not, byte by byte."""
 
 import json
+import random
 from typing import Any
 
+import jsonschema
 import llguidance
+import numpy
 import pytest
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from vcli.server.answer_grammar import answer_grammar
 from vcli.server.dialects import CALL_FORMATS, MARKS, CallFormat, Marks
-from vcli.server.parts import AnswerForm, Arguments, CallBegun, Parser
+from vcli.server.parts import AnswerForm, Arguments, CallBegun, Parser, Text
 from vcli.server.protocol import Function, Tool
-from vcli.server.tools import ToolUse
+from vcli.server.tools import ToolUse, strict_schema_of
 
 TOKENIZER = llguidance.LLTokenizer("byte")
 WEATHER = {
@@ -147,3 +151,42 @@ def test_marks_that_are_special_tokens_are_asked_for_as_tokens():
     assert answer.has_marks_among(special_tokens)
     assert not form(CALL_FORMATS["hermes"], None, False).has_marks_among(special_tokens)
     Grammar(answer, "", special_tokens)
+
+
+@pytest.mark.parametrize(("call_format", "marks", "is_thinking"), DIALECTS)
+def test_whatever_the_grammar_lets_through_is_calls(call_format, marks, is_thinking):
+    """Drawn byte by byte, as a model without any sense would."""
+    answer = form(call_format, marks, is_thinking, must_call=True)
+    grammar, num_calls = Grammar(answer), 0
+    for seed in range(6):
+        text = drawn(grammar.matcher.deep_copy(), random.Random(seed), start=thoughts(marks, is_thinking))
+        parser = Parser(answer)
+        parts = parser.add(text) + parser.finish()
+        assert not [part for part in parts if isinstance(part, Text)], text
+        calls = [part for part in parts if isinstance(part, CallBegun)]
+        assert calls, text
+        num_calls += len(calls)
+        for call in calls:
+            arguments = "".join(part.text for part in parts if isinstance(part, Arguments) and part.index == call.index)
+            [tool] = [tool for tool in TOOLS if tool.function.name == call.name]
+            jsonschema.validate(json.loads(arguments), strict_schema_of(tool))
+    assert num_calls > 6, "some of them several at once"
+
+
+def drawn(matcher: llguidance.LLMatcher, chooser: random.Random, start: str, most: int = 3000) -> str:
+    """A random text, which ends at one of the places where it may."""
+    tokens = list(start.encode())
+    assert matcher.consume_tokens(tokens)
+    mask = allocate_token_bitmask(1, TOKENIZER.vocab_size)
+    while not matcher.is_accepting() or chooser.random() < 0.7:
+        assert len(tokens) < most, bytes(tokens)
+        fill_next_token_bitmask(matcher, mask)
+        allowed = numpy.flatnonzero(numpy.unpackbits(mask[0].view(numpy.uint8), bitorder="little"))
+        allowed = allowed[allowed != TOKENIZER.eos_token]
+        if not len(allowed):
+            break
+        # Now and then the end of a string: there are many other bytes.
+        token = ord('"') if ord('"') in allowed and chooser.random() < 0.3 else int(chooser.choice(allowed))
+        matcher.consume_token(token)
+        tokens.append(token)
+    return bytes(tokens).decode()

@@ -8,7 +8,7 @@ from langchain_openai import ChatOpenAI
 
 from vcli.server.chat import answer_form
 from vcli.server.dialects import dialect_of
-from vcli.server.protocol import ChatRequest
+from vcli.server.protocol import ChatMessage, ChatRequest
 
 TEMPLATE = "{{ messages[-1].content }}<|im_end|>{% if marks %}{{ tools }}<think></think><tool_call>{% endif %}"
 WEATHER = {
@@ -64,6 +64,11 @@ def test_a_prompt_may_open_the_thoughts():
         prompt: answer_form(dialect, prompt, request).is_thinking for prompt in ("<think>\n", "<think></think>")
     }
     assert is_thinking == {"<think>\n": True, "<think></think>": False}
+    goes_on = {}
+    for text in ("<think>\nSo", "<think>\nSo</think>It", "It"):
+        request = ChatRequest(messages=[ChatMessage("assistant", text)], continue_final_message=True)
+        goes_on[text] = answer_form(dialect, text, request).is_thinking
+    assert list(goes_on.values()) == [True, False, False]
     assert answer_form(dialect_of("{{ messages }}"), "<think>", request) is None
 
 

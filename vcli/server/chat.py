@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from engine.tokenizer import Tokenizer
-from vcli.server.dialects import Dialect
+from vcli.server.dialects import Dialect, Marks
 from vcli.server.parts import AnswerForm
 from vcli.server.protocol import ApiError, ChatMessage, ChatRequest, TokenizeRequest, Tool
 from vcli.server.templates import Templates
@@ -50,11 +50,19 @@ def answer_form(dialect: Dialect, prompt: str, request: ChatRequest) -> AnswerFo
         return None
     return AnswerForm(
         marks=marks,
-        is_thinking=marks is not None and prompt.rstrip().endswith(marks.begin),
+        is_thinking=marks is not None and _is_thinking(marks, prompt, request),
         shows_reasoning=request.include_reasoning is not False,
         tools=use,
         call_format=dialect.call_format if use else None,
     )
+
+
+def _is_thinking(marks: Marks, prompt: str, request: ChatRequest) -> bool:
+    """Does the prompt end in the midst of thoughts?"""
+    if not request.continue_final_message:
+        return prompt.rstrip().endswith(marks.begin)
+    last = _plain_message(request.messages[-1], len(request.messages) - 1)["content"]
+    return marks.begin in last and marks.end not in last
 
 
 async def encode_texts(
