@@ -41,17 +41,18 @@ class Tag:
     trigger: str = ""
 
 
-def json_grammar(schema: Schema | str, *, whitespace: str = WHITESPACE) -> str:
+def json_grammar(schema: Schema | str, *, whitespace: str = WHITESPACE, is_lenient: bool = False) -> str:
     """A JSON value that is valid by the schema, given as data or as text. Raises GrammarError if it is no schema.
 
     whitespace: a regular expression of what may stand between two tokens; nothing, if it is empty.
+    is_lenient: what a grammar cannot keep (uniqueItems, propertyNames, not, if, patterns that look around) is left out.
     """
-    return json.dumps({"grammars": [{"json_schema": _with_options(read_schema(schema), whitespace)}]})
+    return json.dumps({"grammars": [{"json_schema": _with_options(read_schema(schema), whitespace, is_lenient)}]})
 
 
-def embedded_json(schema: Schema | str) -> str:
-    """A JSON value of a schema as a word of Lark. Raises GrammarError if it is no schema."""
-    return "%json " + json.dumps(_with_options(read_schema(schema), WHITESPACE))
+def embedded_json(schema: Schema | str, *, is_lenient: bool = False) -> str:
+    """The same as a word of Lark."""
+    return "%json " + json.dumps(_with_options(read_schema(schema), WHITESPACE, is_lenient))
 
 
 def regex_grammar(regex: str) -> str:
@@ -150,6 +151,22 @@ _LISTS = {"anyOf", "allOf", "oneOf", "prefixItems", "items"}
 _SINGLES = {"items", "additionalProperties", "additionalItems", "not", "if", "then", "else", "contains"}
 
 
+def _without_looking_around(schema: Any) -> Any:
+    """The schema without patterns of a kind that no automaton can match."""
+    if isinstance(schema, list):
+        return [_without_looking_around(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: _without_looking_around(value)
+        for key, value in schema.items()
+        if not (key == "pattern" and isinstance(value, str) and _LOOKS_AROUND.search(value))
+    }
+
+
+_LOOKS_AROUND = re.compile(r"\(\?<?[=!]|\\[1-9bB]")  # back-references and edges of words, too
+
+
 def _bounded(schema: Any) -> Any:
     """The schema with an end to what has none in JSON: a model that likes digits may go on with them for ever.
 
@@ -175,8 +192,11 @@ def _bounded(schema: Any) -> Any:
     return bounded
 
 
-def _with_options(schema: Schema, whitespace: str) -> Schema:
-    options = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
+def _with_options(schema: Schema, whitespace: str, is_lenient: bool) -> Schema:
+    options: dict[str, Any] = {"whitespace_pattern": whitespace} if whitespace else {"whitespace_flexible": False}
+    if is_lenient:
+        schema = _without_looking_around(schema)
+        options |= {"lenient": True, "coerce_one_of": True}
     if schema is False:
         raise GrammarError("the JSON schema is false: no value is valid")
     plain: dict[str, Any] = _bounded(schema) if isinstance(schema, dict) else {}

@@ -173,6 +173,31 @@ def test_whatever_the_grammar_lets_through_is_calls(call_format, marks, is_think
     assert num_calls > 6, "some of them several at once"
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "string"}, "uniqueItems": True},  # pydantic's set[str]
+        {
+            "type": "object",
+            "propertyNames": {"type": "string"},
+            "additionalProperties": {"type": "string"},
+        },  # zod's record
+        {"type": "array", "items": {"type": "string", "pattern": r"^(?!x)\w+\b"}},
+        {"oneOf": [{"type": "array"}, {"type": "array", "minItems": 1}]},
+        {"type": "array", "not": {"type": "string"}},
+    ],
+)
+def test_what_no_grammar_can_keep_is_left_out_unless_the_tool_is_strict(schema):
+    parameters = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    tools = {strict: Tool(Function("f", parameters=parameters, strict=strict)) for strict in (None, True)}
+    grammar = Grammar(AnswerForm(tools=ToolUse([tools[None]]), call_format=CALL_FORMATS["hermes"]))
+    value = {} if schema.get("type") == "object" else ["v"]
+    assert grammar.takes(CALL_FORMATS["hermes"].write([("f", json.dumps({"a": value}))]))
+    assert not grammar.takes(CALL_FORMATS["hermes"].write([("f", '{"a": 5}')])), "the rest is kept"
+    strict = answer_grammar(AnswerForm(tools=ToolUse([tools[True]]), call_format=CALL_FORMATS["hermes"]), "", {})
+    assert llguidance.LLMatcher(TOKENIZER, strict, log_level=0).is_error()
+
+
 def drawn(matcher: llguidance.LLMatcher, chooser: random.Random, start: str, most: int = 3000) -> str:
     """A random text, which ends at one of the places where it may."""
     tokens = list(start.encode())

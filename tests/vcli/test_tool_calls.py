@@ -88,8 +88,14 @@ def test_whoever_must_call_one_tool_calls_that(client):
         jsonschema.validate(json.loads(text), PLAN["parameters"])
 
 
-def test_a_schema_that_is_none_is_refused_by_its_place(client):
-    bad = {"type": "function", "function": {"name": "bad", "parameters": {"properties": {"a": {"type": "real"}}}}}
+@pytest.mark.parametrize(
+    ("schema", "strict"), [({"type": "real"}, None), ({"type": "array", "uniqueItems": True}, True)]
+)
+def test_a_schema_that_cannot_be_kept_is_refused_by_its_place(client, schema, strict):
+    bad = {
+        "type": "function",
+        "function": {"name": "bad", "parameters": {"properties": {"a": schema}}, "strict": strict},
+    }
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**ASKED | {"tools": [*TOOLS, bad]})
     assert caught.value.param == "tools[2].function.parameters"

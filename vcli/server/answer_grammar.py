@@ -43,7 +43,7 @@ async def shaped_answer(
 
 async def _check_tool(tool: Tool, param: str, check: Check) -> None:
     try:
-        await check(json_grammar(strict_schema_of(tool)), param)
+        await check(json_grammar(strict_schema_of(tool), is_lenient=not tool.function.strict), param)
     except GrammarError as error:
         raise bad_grammar(error, param) from None
 
@@ -123,7 +123,11 @@ class _Grammar:
             head, tail = self._words(calls.head(tool.function.name)), self._words(calls.tail)
             if calls.is_bare:  # on its own: the lexer could not leave the rest of a longer word for the content's JSON
                 head = head.replace('"{', '"{" "', 1)
-            self._lines.append(" ".join([f"{name}:", head, embedded_json(strict_schema_of(tool)), tail]))
+            self._lines.append(
+                " ".join(
+                    [f"{name}:", head, embedded_json(strict_schema_of(tool), is_lenient=not tool.function.strict), tail]
+                )
+            )
         more = f"({self._words(calls.more)} call)*" if use.may_repeat and calls.more else ""
         words = self._words(calls.first), "call", more, self._words(calls.close)
         self._lines += ["call: " + " | ".join(names), "chain: " + " ".join(filter(None, words))]

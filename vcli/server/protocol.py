@@ -184,7 +184,7 @@ class Function(msgspec.Struct, omit_defaults=True):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None  # a JSON schema
-    strict: bool | None = None  # calls are always valid
+    strict: bool | None = None  # else what no grammar can keep is left out of the schema
 
 
 class Tool(msgspec.Struct):
