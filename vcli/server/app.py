@@ -25,13 +25,14 @@ from vcli.server.bodies import ClientGoneError
 from vcli.server.dashboard.files import dashboard_routes
 from vcli.server.embeddings import Embeddings
 from vcli.server.frame import HostCheck, KeyCheck, OriginCheck, framed, json_response, speaks_anthropic
-from vcli.server.generation import ChatCompletions, Completions, Service, engine_dead
+from vcli.server.generation import ChatCompletions, Completions, engine_dead
 from vcli.server.keys import Tenant
 from vcli.server.metrics import CONTENT_TYPE
 from vcli.server.openapi import Operation, openapi_route
 from vcli.server.protocol import ApiError, DetokenizeRequest, TokenizeRequest
 from vcli.server.request_log import RequestLog
 from vcli.server.responses.endpoints import response_operations
+from vcli.server.service import Service
 from vcli.server.tracing import Tracing
 from vcli.version import version
 

@@ -32,10 +32,10 @@ from vcli.server.app import make_admin_app, make_app
 from vcli.server.config import ServerConfig
 from vcli.server.dashboard.feed import Feed
 from vcli.server.dashboard.sampler import Sampler
-from vcli.server.generation import Service
 from vcli.server.http import LAST_WORDS_S, http_server, url_of
 from vcli.server.keys import Keys
 from vcli.server.metrics import Metrics
+from vcli.server.service import Service
 from vcli.server.templates import Templates
 from vcli.server.tls import Certificate
 from vcli.server.tracing import Traces

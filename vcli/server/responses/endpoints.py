@@ -16,13 +16,14 @@ from starlette.types import Receive, Scope, Send
 from vcli.server import docs, streaming
 from vcli.server.chat import Prompt
 from vcli.server.frame import json_response
-from vcli.server.generation import ChatCompletions, Service
+from vcli.server.generation import ChatCompletions
 from vcli.server.openapi import Operation
 from vcli.server.protocol import ApiError, convert_query
 from vcli.server.replies import Reply
 from vcli.server.responses.protocol import Conversation, ItemsQuery, ResponsesRequest, RetrieveQuery, shown
 from vcli.server.responses.reply import ResponseReply
 from vcli.server.responses.store import Stored
+from vcli.server.service import Service
 
 RENAMED = {  # parameters of a chat
     r"max_tokens\b": "max_output_tokens",
