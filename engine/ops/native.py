@@ -40,7 +40,7 @@ SIGNATURES = {
     "few_rows": [_POINTER] * 6 + [_SIZE] * 4 + [_INT] * 2,
     "round_rows": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
     "rescale": [_POINTER] * 5 + [_SIZE] * 2 + [_INT] * 2,
-    "gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
+    "add_gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
     "max_linear_rows": [_INT],
     "set_num_threads": [_INT],
 }
@@ -325,7 +325,7 @@ def paged_attention(
 
 
 def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
-    return reference.sample(logits, lines, rows, ends, token_ids, gumbel_noise, best_of)
+    return reference.sample(logits, lines, rows, ends, token_ids, add_gumbel_noise, best_of)
 
 
 def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:
@@ -343,7 +343,13 @@ logprobs = reference.logprobs
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     if seeds.dtype != torch.int64:
         return reference.gumbel_noise(seeds, positions, vocab_size)
+    return add_gumbel_noise(torch.zeros(len(seeds), vocab_size), seeds, positions)
+
+
+def add_gumbel_noise(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """In place. seeds int64"""
+    assert logits.is_contiguous(), logits.stride()
+    assert logits.dtype == torch.float32, logits.dtype
     seeds, positions = seeds.contiguous(), positions.to(torch.int32).contiguous()
-    noise = torch.empty(len(seeds), vocab_size)
-    _library().gumbel_noise(noise.data_ptr(), seeds.data_ptr(), positions.data_ptr(), len(seeds), vocab_size)
-    return noise
+    _library().add_gumbel_noise(logits.data_ptr(), seeds.data_ptr(), positions.data_ptr(), *logits.shape)
+    return logits

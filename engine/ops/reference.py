@@ -242,6 +242,10 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
 
+def add_gumbel_noise(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    return logits + gumbel_noise(seeds, positions, logits.shape[-1])
+
+
 def best_of(logits: Tensor) -> Tensor:
     return logits.argmax(-1).int()
 
@@ -262,7 +266,7 @@ def sample(
     rows: Tensor,
     ends: Tensor,
     token_ids: Tensor,
-    noise_of: Callable[[Tensor, Tensor, int], Tensor] = gumbel_noise,
+    add_noise: Callable[[Tensor, Tensor, Tensor], Tensor] = add_gumbel_noise,
     best_of: Callable[[Tensor], Tensor] = best_of,
 ) -> Tensor:
     all_lines = [sampling_line.unpack(words) for words in lines[rows.long()].cpu().numpy()]
@@ -275,8 +279,8 @@ def sample(
         drawn = torch.tensor(is_drawn, device=logits.device).nonzero().squeeze(-1)
         drawn_lines = [line for line in all_lines if line.header["inverse_temperature"]]
         seeds = torch.tensor([int(line.header["seed"]) for line in drawn_lines], device=logits.device)
-        noise = noise_of(seeds, ends[drawn], logits.shape[-1])
-        tokens[drawn] = torch.where(tokens[drawn] < 0, -1, best_of(keep_best(logits[drawn], drawn_lines) + noise))
+        noisy = add_noise(keep_best(logits[drawn], drawn_lines), seeds, ends[drawn])
+        tokens[drawn] = torch.where(tokens[drawn] < 0, -1, best_of(noisy))
     return _put(tokens, rows, ends, token_ids)
 
 

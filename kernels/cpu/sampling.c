@@ -1,4 +1,6 @@
-// Standard Gumbel noise that depends on nothing but (seed, position, token).   noise [rows, vocab_size] float32
+// logits += standard Gumbel noise that depends on nothing but (seed, position, token).   logits [rows, vocab_size]
+//
+// Where a run of logits is -infinity, as min_p, top_k, top_p and grammars leave them, no noise is worked out.
 //
 // Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): counter (token / 4, 0,
 // position, 0), key seed; word token % 4 becomes u in (0, 1) and the noise -log(-log(u)). Bound by arithmetic, all of
@@ -29,7 +31,7 @@ INLINE void draw_words(uint32_t *words4, uint32_t first_counter, uint64_t seed, 
 }
 
 typedef struct {
-    float *noise;
+    float *logits;
     const int64_t *seeds;
     const int32_t *positions;
     int64_t vocab_size;
@@ -42,17 +44,22 @@ static void draw_chunk(const void *context, int64_t first_part, int64_t last_par
     for (int64_t part = first_part; part < last_part; part++) {
         const int64_t row = part / parts_per_row(d), first = part % parts_per_row(d) * TOKENS;
         const int64_t size = d->vocab_size - first < TOKENS ? d->vocab_size - first : TOKENS;
+        float *logits = d->logits + row * d->vocab_size + first;
+        int num_alive = 0;
+#pragma omp simd reduction(+ : num_alive)
+        for (int64_t token = 0; token < size; token++) num_alive += logits[token] != -INFINITY;
+        if (!num_alive) continue;
         uint32_t drawn[TOKENS];
         draw_words(drawn, first / 4, d->seeds[row], d->positions[row]);
 #pragma omp simd
         for (int64_t token = 0; token < size; token++) {
             const float uniform = ((float)(int32_t)(drawn[token] >> 9) + 0.5f) * 0x1p-23f;
-            d->noise[row * d->vocab_size + first + token] = -fast_log(-fast_log(uniform));
+            logits[token] += -fast_log(-fast_log(uniform));
         }
     }
 }
 
-void gumbel_noise(float *noise, const int64_t *seeds, const int32_t *positions, int64_t rows, int64_t vocab_size) {
-    const drawing d = {noise, seeds, positions, vocab_size};
+void add_gumbel_noise(float *logits, const int64_t *seeds, const int32_t *positions, int64_t rows, int64_t vocab_size) {
+    const drawing d = {logits, seeds, positions, vocab_size};
     parallel_for(rows * parts_per_row(&d), 16, draw_chunk, &d);
 }
