@@ -41,6 +41,7 @@ SIGNATURES = {
     "round_rows": [_POINTER] * 3 + [_SIZE] * 2 + [_INT] * 2,
     "rescale": [_POINTER] * 5 + [_SIZE] * 2 + [_INT] * 2,
     "add_gumbel_noise": [_POINTER] * 3 + [_SIZE] * 2,
+    "mask_logits": [_POINTER] * 3 + [_SIZE] * 3,
     "max_linear_rows": [_INT],
     "set_num_threads": [_INT],
 }
@@ -335,6 +336,15 @@ def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> 
 def best_of(logits: Tensor) -> Tensor:
     """numpy goes through a row with vector instructions, which is ten times as fast as torch's argmax on a CPU."""
     return torch.from_numpy(logits.numpy().argmax(-1)).int()
+
+
+def mask_logits(logits: Tensor, words: Tensor, rows: Tensor) -> None:
+    if not logits.is_contiguous():
+        return reference.mask_logits(logits, words, rows)
+    words, rows = words.contiguous(), rows.to(torch.int32).contiguous()
+    pointers = [tensor.data_ptr() for tensor in (logits, words, rows)]
+    _library().mask_logits(*pointers, len(rows), logits.shape[1], words.shape[1])
+    return None
 
 
 logprobs = reference.logprobs

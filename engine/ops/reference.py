@@ -289,7 +289,7 @@ def mask_logits(logits: Tensor, words: Tensor, rows: Tensor) -> None:
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
     change_of_byte = torch.where(bits == 1, 0.0, -torch.inf)  # [256, 8]
     changes = change_of_byte.index_select(0, words.view(torch.uint8).flatten().int()).view(len(words), -1)
-    logits.index_add_(0, rows, changes[:, : logits.shape[1]])  # on a CPU a tenth of the time that masked_fill takes
+    logits.index_add_(0, rows, changes[:, : logits.shape[1]])
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

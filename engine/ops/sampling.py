@@ -6,7 +6,6 @@ argmax(logits + Gumbel noise), the noise a function of (seed, position).
 
 from torch import Tensor
 
-from engine.ops import reference
 from engine.ops.dispatch import body
 
 
@@ -31,11 +30,10 @@ def sample(logits: Tensor, lines: Tensor, rows: Tensor, ends: Tensor, token_ids:
 def mask_logits(logits: Tensor, words: Tensor, rows: Tensor) -> None:
     """logits[rows[i], t] = -infinity where bit t % 32 of words[i, t // 32] is 0, in place.
 
-    logits [n, vocab_size] float32, words [m, >= vocab_size / 32] int32, rows [m] int32, none twice. One body for all
-    devices.
+    logits [n, vocab_size] float32, words [m, >= vocab_size / 32] int32, rows [m] int32, none twice.
     """
     assert words.shape[1] * 32 >= logits.shape[1], (words.shape, logits.shape)
-    reference.mask_logits(logits, words, rows)
+    body(logits).mask_logits(logits, words, rows)
 
 
 def take_best(logits: Tensor, rows: Tensor, ends: Tensor, token_ids: Tensor) -> Tensor:

@@ -63,3 +63,39 @@ void add_gumbel_noise(float *logits, const int64_t *seeds, const int32_t *positi
     const drawing d = {logits, seeds, positions, vocab_size};
     parallel_for(rows * parts_per_row(&d), 16, draw_chunk, &d);
 }
+
+// logits[rows[i], t] = -infinity where bit t % 32 of words[i, t / 32] is 0. Bound by the bytes of what is ruled out:
+// where a grammar lets text through, that is little.   logits [any, vocab_size], words [num_rows, num_words]
+typedef struct {
+    float *logits;
+    const uint32_t *words;
+    const int32_t *rows;
+    int64_t vocab_size, num_words;
+} masking;
+
+static void mask_chunk(const void *context, int64_t first, int64_t last) {
+    const masking *m = context;
+    for (int64_t i = first; i < last; i++) {
+        float *logits = m->logits + m->rows[i] * m->vocab_size;
+        const uint32_t *words = m->words + i * m->num_words;
+        for (int64_t start = 0; start < m->vocab_size; start += 32) {
+            const uint32_t word = words[start / 32];
+            if (word == UINT32_MAX) continue;
+            const int64_t size = m->vocab_size - start < 32 ? m->vocab_size - start : 32;
+            if (word == 0) {
+                for (int64_t bit = 0; bit < size; bit++) logits[start + bit] = -INFINITY;
+            } else {
+                for (int64_t bit = 0; bit < size; bit++) {
+                    if (!(word >> bit & 1)) logits[start + bit] = -INFINITY;
+                }
+            }
+        }
+    }
+}
+
+void mask_logits(
+    float *logits, const uint32_t *words, const int32_t *rows, int64_t num_rows, int64_t vocab_size, int64_t num_words
+) {
+    const masking m = {logits, words, rows, vocab_size, num_words};
+    parallel_for(num_rows, 1, mask_chunk, &m);
+}

@@ -21,6 +21,7 @@ from engine.grammar import (
     tagged_grammar,
 )
 from engine.grammar_compiler import GrammarCompiler
+from engine.ops import reference
 from engine.sampling_params import SamplingParams
 from engine.token_mask import TokenMask, num_words
 from engine.tokenizer import Tokenizer
@@ -189,16 +190,18 @@ def test_bad_words_and_allowed_tokens(compiler, tokenizer):
     assert "no token is left" in nothing.error
 
 
-def test_masks_rule_tokens_out_as_brute_force_does():
+@pytest.mark.parametrize("mask_logits", [ops.mask_logits, reference.mask_logits])
+def test_masks_rule_tokens_out_as_brute_force_does(mask_logits):
     generator = np.random.default_rng(0)
     for vocab_size, num_rows in ((1, 1), (31, 3), (32, 3), (33, 5), (520, 4)):
         logits = torch.randn(num_rows, vocab_size)
-        words = generator.integers(0, 2**32, (2, num_words(vocab_size)), dtype=np.uint32)[: min(2, num_rows)]
+        words = generator.integers(0, 2**32, (min(3, num_rows), num_words(vocab_size)), dtype=np.uint32)
+        words[:, ::3] = generator.choice(np.array([0, 2**32 - 1], np.uint32))
         rows = generator.permutation(num_rows)[: len(words)].astype(np.int32)
         expected = logits.clone()
         for line, row in zip(words, rows, strict=True):
             for token in range(vocab_size):
                 if not int(line[token // 32]) >> token % 32 & 1:
                     expected[row, token] = -torch.inf
-        ops.mask_logits(logits, torch.from_numpy(words.view(np.int32)), torch.from_numpy(rows))
+        mask_logits(logits, torch.from_numpy(words.view(np.int32)), torch.from_numpy(rows))
         assert torch.equal(logits, expected)

@@ -24,7 +24,7 @@ from engine.ops.cuda.quantized import (
 )
 from engine.ops.cuda.rounding import add_rms_norm_rounded
 from engine.ops.cuda.rows import add_rms_norm, gated_activation, rms_norm, rotate_and_store
-from engine.ops.cuda.sampling import gumbel_noise, logprobs, sample, take_best
+from engine.ops.cuda.sampling import gumbel_noise, logprobs, mask_logits, sample, take_best
 from engine.quantization.weight import Scheme
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "linear",
     "logits",
     "logprobs",
+    "mask_logits",
     "model_builds",
     "paged_attention",
     "put_grouped",

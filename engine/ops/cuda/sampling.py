@@ -5,10 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from engine.ops import reference
 from engine.ops.compiler import Build
 from engine.ops.cuda import kernels
 from engine.ops.cuda.kernels import define_build, kernel
 
+mask_logits = reference.mask_logits  # of the few rows that have a mask
 THREADS, SHARED_BYTES = 768, 40 << 10  # as in kernels/sampling.cu
 
 
