@@ -21,30 +21,43 @@ from engine.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-NUM_REMEMBERED = 64  # compiled grammars, beside those in use
+NUM_REMEMBERED = 32  # compiled grammars, beside those in use
 MAX_PLACES = 200  # schemas inside a schema that are looked at to find the wrong one
 MAX_MESSAGE = 400
 MAX_FIRST_MASK_S = 0.25  # of CPU time, to work out what an answer may begin with
+TOO_COMPLEX = "the grammar is too complex: bound its repetitions lower, or name fewer things"
 STACK_BYTES = 256 * 2**20  # of address space: grammars of 128k characters may go 10,000 names deep
 LIMITS: dict[str, Any] = {  # of llguidance's LLParserLimits
     "initial_lexer_fuel": 1_000_000,  # 20 ms
     "step_lexer_fuel": 200_000,  # 15 ms
     "step_max_items": 50_000,
-    "max_items_in_row": 2_000,
-    "max_lexer_states": 20_000,  # 1 to 2 kB each, for each sequence
+    "max_items_in_row": 10_000,  # an object has four for each field that may come
+    "max_lexer_states": 100_000,  # 400 bytes each, shared by the sequences; four for each character of maxLength
     "max_grammar_size": 100_000,
 }
 
 
 class CompiledGrammar:
-    """A grammar at its beginning, ready for any number of sequences."""
+    """A grammar at its beginning, ready for any number of sequences.
 
-    def __init__(self, matcher: "LLMatcher") -> None:
+    They share what they learn of its lexer, and the limit of that: a grammar in use for long may be worn out, and is
+    compiled anew then.
+    """
+
+    def __init__(self, matcher: "LLMatcher", compile_again: Callable[[], "LLMatcher"]) -> None:
+        self.num_renewals = 0
         self._matcher = matcher
+        self._compile_again = compile_again
 
     def matcher(self) -> "LLMatcher":
         """The state of one sequence, before its first token."""
         return self._matcher.deep_copy()
+
+    def renew(self, num_renewals: int) -> None:
+        """After a sequence found it worn out that began after so many renewals; waits for the compiler."""
+        if num_renewals == self.num_renewals:
+            self._matcher = self._compile_again()
+            self.num_renewals += 1
 
 
 class GrammarCompiler:
@@ -85,7 +98,9 @@ class GrammarCompiler:
         compiled = self._in_use.get(text)
         if compiled is None:
             check_size(text)
-            compiled = self._in_use[text] = CompiledGrammar(self._matcher(text))
+            thread = self._thread or self._start_thread()
+            compiled = CompiledGrammar(self._matcher(text), lambda: thread.submit(self._matcher, text).result())
+            self._in_use[text] = compiled
         self._recent[text] = compiled
         self._recent.move_to_end(text)
         if len(self._recent) > NUM_REMEMBERED:
@@ -104,7 +119,7 @@ class GrammarCompiler:
         if matcher.is_error():
             raise GrammarError(f"no answer can follow the grammar: {_readable(matcher.get_error())}")
         if time.thread_time() - start > MAX_FIRST_MASK_S:
-            raise GrammarError("the grammar is too complex: bound its repetitions lower")
+            raise GrammarError(TOO_COMPLEX)
         return matcher
 
     def _try(self, text: str) -> "LLMatcher":
@@ -163,6 +178,16 @@ class _Vocabulary:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
+def is_worn_out(matcher: "LLMatcher") -> bool:
+    """Whether a matcher fails at what all sequences of its grammar share, and not at its own tokens."""
+    return matcher.is_error() and "too many states" in matcher.get_error()
+
+
+def failure_of(matcher: "LLMatcher") -> str:
+    """Why a matcher fails, for people; '' if it does not."""
+    return _readable(matcher.get_error()) if matcher.is_error() else ""
+
+
 def _only_schema(text: str) -> Any:
     """The JSON schema, of a grammar that is nothing else."""
     if not text.startswith("{"):
@@ -181,6 +206,8 @@ def _essence(message: str) -> str:
 def _readable(message: str, place: str = "") -> str:
     """llguidance's complaint in a line or two."""
     message = message.strip().removesuffix("<non-verbose/>").strip()
+    if re.search(r"limits\.|limit for this grammar|too many states|items; max is", message):
+        message = TOO_COMPLEX
     if "regex parse error:" in message:
         reason = message.rsplit("\nerror: ", 1)[-1].split("\n", 1)[0]
         caret = re.search(r"^    ( *)\^", message, re.MULTILINE)

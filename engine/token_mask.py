@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.grammar_compiler import CompiledGrammar
+from engine.grammar_compiler import CompiledGrammar, failure_of, is_worn_out
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -32,7 +32,11 @@ class TokenMask:
     ) -> None:
         self.is_ended = False  # the grammar allows nothing more, or there is an error
         self.error = ""
+        self._grammar = grammar
         self._matcher: LLMatcher | None = grammar.matcher() if grammar is not None else None
+        self._num_renewals = grammar.num_renewals if grammar is not None else 0
+        self._is_renewed = False
+        self._taken: list[int] = []  # by the matcher
         self._static = _static_words(params, vocab_size)
         self._sequences = [words for words in params.bad_words_token_ids if len(words) > 1]
         self._last: list[int] = []  # output tokens, as many as the longest bad word has
@@ -44,8 +48,9 @@ class TokenMask:
         if self._sequences:
             self._last = [*self._last, token_id][-max(map(len, self._sequences)) :]
         if self._matcher is not None and not self.is_ended:
-            if not self._matcher.consume_token(token_id):
-                self._fail(f"it does not allow token {token_id}")
+            self._taken.append(token_id)
+            if not self._matcher.consume_token(token_id) and not self._renew():
+                self._fail(failure_of(self._matcher))
             self.is_ended = self._matcher.is_stopped()
 
     def fill(self, words: np.ndarray) -> None:
@@ -55,7 +60,10 @@ class TokenMask:
         else:
             self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
             if self._matcher.is_error():
-                self._fail(self._matcher.get_error())
+                if self._renew():
+                    self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+                if reason := failure_of(self._matcher):
+                    self._fail(reason)
         if self._static is not None:
             words &= self._static
         for *before, last in self._sequences:
@@ -63,6 +71,17 @@ class TokenMask:
                 words[last // BITS] &= ~np.uint32(1 << last % BITS)
         if not self.error and not words.any():
             self._fail("no token is left that it, allowed_token_ids and bad_words all allow")
+
+    def _renew(self) -> bool:
+        """Go on with the grammar compiled anew, once, if it is worn out; whether that has helped."""
+        assert self._matcher is not None
+        assert self._grammar is not None
+        if self._is_renewed or not is_worn_out(self._matcher):
+            return False
+        self._is_renewed = True
+        self._grammar.renew(self._num_renewals)
+        self._matcher = self._grammar.matcher()
+        return self._matcher.consume_tokens(self._taken)
 
     def _fail(self, reason: str) -> None:
         self.is_ended = True

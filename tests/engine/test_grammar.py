@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import ops
+from engine import grammar_compiler, ops
 from engine.grammar import (
     GrammarError,
     Tag,
@@ -170,6 +170,35 @@ def test_grammars_of_any_kind_and_size_end_no_process():
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100, cwd=script.parents[2])
     assert run.returncode == 0, run.stdout[-500:] + run.stderr[-2000:]
     assert run.stdout.splitlines()[-1] == "survived"
+
+
+def test_objects_of_many_fields_and_long_strings_are_possible(compiler, tokenizer):
+    many = json_grammar({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}})
+    assert follow(compiler, tokenizer, many, '{"p12": "a", "p77": "b"}') == "end"
+    long = json_grammar({"type": "string", "maxLength": 10_000})
+    assert follow(compiler, tokenizer, long, json.dumps("a long story " * 500)) == "end"
+
+
+def test_a_grammar_that_is_worn_out_is_compiled_anew(tokenizer, monkeypatch):
+    """Sequences share the lexer's states, and their number is limited: what is in use for long must not end."""
+    monkeypatch.setitem(grammar_compiler.LIMITS, "max_lexer_states", 700)
+    compiler = GrammarCompiler(lambda: tokenizer, VOCAB, [EOS])
+    grammar = json_grammar({"type": "string", "maxLength": 2_000})
+    compiled = compiler.compile(grammar)
+    first, second = (TokenMask(SamplingParams(grammar=grammar), compiled, [], VOCAB) for _ in range(2))
+    for token_id in tokenizer.encode('"' + "a" * 400):
+        for mask in (first, second):
+            if not mask.is_ended:
+                mask.fill(np.empty(num_words(VOCAB), np.uint32))
+                mask.take(token_id)
+    assert compiled.num_renewals == 1, "by the first of the two"
+    assert "too complex" in first.error
+    fresh = TokenMask(SamplingParams(grammar=grammar), compiled, [], VOCAB)
+    assert allowed(fresh).any()
+    for token_id in tokenizer.encode('"short"'):
+        assert allowed(fresh)[token_id]
+        fresh.take(token_id)
+    assert (fresh.is_ended, fresh.error) == (True, "")
 
 
 def test_bad_words_and_allowed_tokens(compiler, tokenizer):
