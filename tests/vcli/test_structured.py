@@ -4,6 +4,7 @@ import json
 import re
 from typing import Literal
 
+import openai
 import pytest
 from pydantic import BaseModel, Field
 
@@ -75,6 +76,18 @@ def test_a_stream_in_several_choices_adds_up_to_valid_json(client):
 )
 def test_each_form_holds(client, body, pattern):
     assert re.fullmatch(pattern, ask(client, **body))
+
+
+def test_what_no_grammar_can_keep_is_refused_unless_the_schema_is_not_strict(client):
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "maxItems": 2, "uniqueItems": True}
+    for strict in (None, True, False):
+        named = {"name": "two", "schema": schema} | ({} if strict is None else {"strict": strict})
+        body = {"response_format": {"type": "json_schema", "json_schema": named}}
+        if strict is False:
+            assert set(json.loads(ask(client, **body))) <= {1, 2}
+            continue
+        with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+            ask(client, **body)
 
 
 def test_json_object_is_an_object_of_any_kind(client):

@@ -93,10 +93,11 @@ def grammar_of(request: GenerationRequest) -> tuple[str, str]:
 
 
 def json_format_grammar(json_format: JsonFormat | None, param: str) -> str:
-    """The grammar of a named schema. Raises ApiError."""
+    """The grammar of a named schema; with "strict": false, of what a grammar can keep of it. Raises ApiError."""
     schema = json_format.schema if json_format is not None else None
+    is_lenient = json_format is not None and json_format.strict is False
     try:
-        return json_grammar(ANY_OBJECT if schema is None else schema)
+        return json_grammar(ANY_OBJECT if schema is None else schema, is_lenient=is_lenient)
     except GrammarError as error:
         raise bad_grammar(error, param) from None
 
