@@ -89,14 +89,19 @@ def test_whoever_must_call_one_tool_calls_that(client):
 
 
 @pytest.mark.parametrize(
-    ("schema", "strict"), [({"type": "real"}, None), ({"type": "array", "uniqueItems": True}, True)]
+    ("schema", "strict", "choice"),
+    [
+        ({"type": "real"}, None, "auto"),
+        ({"type": "real"}, None, {"type": "function", "function": {"name": "bad"}}),
+        ({"type": "array", "uniqueItems": True}, True, "auto"),
+    ],
 )
-def test_a_schema_that_cannot_be_kept_is_refused_by_its_place(client, schema, strict):
+def test_a_schema_that_cannot_be_kept_is_refused_by_its_place(client, schema, strict, choice):
     bad = {
         "type": "function",
         "function": {"name": "bad", "parameters": {"properties": {"a": schema}}, "strict": strict},
     }
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**ASKED | {"tools": [*TOOLS, bad]})
+        client.chat.completions.create(**ASKED | {"tools": [*TOOLS, bad]}, tool_choice=choice)
     assert caught.value.param == "tools[2].function.parameters"
     assert "properties.a" in str(caught.value)

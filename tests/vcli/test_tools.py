@@ -110,7 +110,9 @@ def test_tool_choice_says_what_may_and_must_be_called(fields, names, must_call, 
 
 
 def test_no_tools_no_calls():
-    assert tool_use(request()) is tool_use(request(tools=[PING], tool_choice="none")) is None
+    nobody = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}
+    for fields in ({}, {"tools": [PING], "tool_choice": "none"}, {"tools": [PING], "tool_choice": nobody}):
+        assert tool_use(request(**fields)) is None
     with pytest.raises(ApiError, match="send tools"):
         tool_use(request(tool_choice="required"))
 

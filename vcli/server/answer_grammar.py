@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import msgspec
 
-from engine.grammar import GrammarError, embedded_json, json_grammar, literal
+from engine.grammar import MAX_CHARS, GrammarError, embedded_json, json_grammar, literal
 from engine.sampling_params import SamplingParams
 from vcli.server.dialects import CallFormat, Marks
 from vcli.server.parts import AnswerForm
-from vcli.server.protocol import ApiError, Tool
+from vcli.server.protocol import ApiError
 from vcli.server.structured import bad_grammar
 from vcli.server.tools import ToolUse, strict_schema_of
 
@@ -28,24 +28,26 @@ async def shaped_answer(
 ) -> SamplingParams:
     """Sampling parameters of an answer of this form. Raises ApiError."""
     shows_tokens = form.has_marks_among(special_tokens)
+    tools = form.tools.callable_tools() if form.tools else []
+    alone = {f"tools[{index}].function.parameters": tool for index, tool in tools}
+    for param, tool in alone.items():
+        try:
+            embedded_json(strict_schema_of(tool))
+        except GrammarError as error:
+            raise bad_grammar(error, param) from None
+    grammar = answer_grammar(form, params.grammar, special_tokens)
     try:
-        grammar = answer_grammar(form, params.grammar, special_tokens)
-        await check(grammar, "tools")
+        await check(grammar, "tools" if tools else "response_format")
+    except ApiError:
+        if len(grammar) <= MAX_CHARS:  # else they are too many
+            for param, tool in alone.items():
+                await check(json_grammar(strict_schema_of(tool), is_lenient=not tool.function.strict), param)
+        raise
+    try:
         skips = params.skip_special_tokens and not shows_tokens
         return msgspec.structs.replace(params, grammar=grammar, skip_special_tokens=skips)
-    except (ApiError, GrammarError) as error:
-        for index, tool in enumerate(form.tools.tools if form.tools else []):
-            await _check_tool(tool, f"tools[{index}].function.parameters", check)
-        raise error if isinstance(error, ApiError) else bad_grammar(error, "tools") from None
     except ValueError as error:  # other parameters do not go with a grammar
         raise ApiError(400, str(error), param=str(error).split(" ", 1)[0]) from None
-
-
-async def _check_tool(tool: Tool, param: str, check: Check) -> None:
-    try:
-        await check(json_grammar(strict_schema_of(tool), is_lenient=not tool.function.strict), param)
-    except GrammarError as error:
-        raise bad_grammar(error, param) from None
 
 
 def answer_grammar(form: AnswerForm, content: str, special_tokens: Mapping[str, int]) -> str:
@@ -118,8 +120,8 @@ class _Grammar:
 
     def _chain(self, calls: CallFormat, use: ToolUse) -> None:
         """Rules for what follows the mark that begins calls."""
-        names = [f"call_{index}" for index in range(len(use.tools))]
-        for name, tool in zip(names, use.tools, strict=True):
+        tools = {f"call_{index}": tool for index, tool in use.callable_tools()}
+        for name, tool in tools.items():
             head, tail = self._words(calls.head(tool.function.name)), self._words(calls.tail)
             if calls.is_bare:  # on its own: the lexer could not leave the rest of a longer word for the content's JSON
                 head = head.replace('"{', '"{" "', 1)
@@ -130,7 +132,7 @@ class _Grammar:
             )
         more = f"({self._words(calls.more)} call)*" if use.may_repeat and calls.more else ""
         words = self._words(calls.first), "call", more, self._words(calls.close)
-        self._lines += ["call: " + " | ".join(names), "chain: " + " ".join(filter(None, words))]
+        self._lines += ["call: " + " | ".join(tools), "chain: " + " ".join(filter(None, words))]
 
     def _up_to(self, name: str, mark: str, text: str) -> None:
         """A rule for free text and the first such mark."""

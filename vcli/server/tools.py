@@ -24,13 +24,19 @@ _NAME = re.compile(r"[a-zA-Z0-9_.:/-]{1,128}")
 class ToolUse:
     """What a request lets the model call."""
 
-    tools: list[Tool]
+    tools: list[Tool]  # all that the request has
     must_call: bool = False
     may_repeat: bool = True  # several calls in one answer
+    allowed: frozenset[str] | None = None  # the names of those that may be called; None: all
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(tool.function.name for tool in self.tools)
+        return frozenset(tool.function.name for _, tool in self.callable_tools())
+
+    def callable_tools(self) -> list[tuple[int, Tool]]:
+        """Those that may be called, with their places in the request."""
+        tools = enumerate(self.tools)
+        return [(i, tool) for i, tool in tools if self.allowed is None or tool.function.name in self.allowed]
 
 
 def tool_use(request: ChatRequest) -> ToolUse | None:
@@ -50,13 +56,13 @@ def tool_use(request: ChatRequest) -> ToolUse | None:
         case "required":
             return ToolUse(tools, must_call=True, may_repeat=may_repeat)
         case {"type": "function", "function": {"name": str(name)}}:
-            return ToolUse(_named(tools, [name]), must_call=True, may_repeat=False)
+            return ToolUse(tools, must_call=True, may_repeat=False, allowed=_among(tools, [name]))
         case {
             "type": "allowed_tools",
             "allowed_tools": {"mode": ("auto" | "required") as mode, "tools": list(allowed)},
         }:
-            chosen = _named(tools, [_name_of(each) for each in allowed])
-            return ToolUse(chosen, must_call=mode == "required", may_repeat=may_repeat)
+            names = _among(tools, [_name_of(each) for each in allowed])
+            return ToolUse(tools, mode == "required", may_repeat, names) if names else None
     message = 'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
     raise ApiError(400, f"{message}, got {json.dumps(choice)[:80]}", param="tool_choice")
 
@@ -82,12 +88,13 @@ def _name_of(allowed: Any) -> str:
     raise ApiError(400, f"tool_choice: no tool is named by {json.dumps(allowed)[:80]}", param="tool_choice")
 
 
-def _named(tools: list[Tool], names: list[str]) -> list[Tool]:
-    by_name = {tool.function.name: tool for tool in tools}
+def _among(tools: list[Tool], names: list[str]) -> frozenset[str]:
+    """These names, which must be some of the tools'. Raises ApiError."""
+    known = {tool.function.name for tool in tools}
     for name in names:
-        if name not in by_name:
+        if name not in known:
             raise ApiError(400, f"tool_choice names {name[:80]!r}, which is not among tools", param="tool_choice")
-    return [by_name[name] for name in dict.fromkeys(names)]
+    return frozenset(names)
 
 
 def template_tools(tools: Iterable[Tool]) -> list[dict[str, Any]]:
