@@ -138,6 +138,17 @@ def test_turns_become_messages(client):
     ]
 
 
+def test_documents_and_search_results_are_read_as_text(client):
+    source = {"type": "text", "media_type": "text/plain", "data": "It rains."}
+    found = {"type": "search_result", "source": "a.org", "title": "A", "content": [{"type": "text", "text": "So?"}]}
+    document = {"type": "document", "source": source, "title": "Weather", "citations": {"enabled": False}}
+    [turn] = seen(client, [{"role": "user", "content": [document, found]}])["messages"]
+    assert turn["content"] == "Weather\nIt rains.\nA (a.org)\nSo?"
+    pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERg=="}}
+    with pytest.raises(anthropic.BadRequestError, match="got a block of type 'document'"):
+        seen(client, [{"role": "user", "content": [pdf]}])
+
+
 def test_system_text_comes_first(client):
     system = [{"type": "text", "text": "Be"}, {"type": "text", "text": "kind."}]
     message = client.messages.create(model="", messages=HELLO, system=system, max_tokens=20)

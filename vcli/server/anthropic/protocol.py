@@ -28,11 +28,15 @@ class ImageBlock(Block, tag="image"):
 
 
 class DocumentBlock(Block, tag="document"):
-    """Refused."""
+    source: dict[str, Any]  # refused unless it is of type text
+    title: str | None = None
+    context: str | None = None
 
 
 class SearchResultBlock(Block, tag="search_result"):
-    """Refused."""
+    source: str
+    title: str
+    content: list[TextBlock | ImageBlock]  # of one kind alone, its `type` could be missing
 
 
 class ThinkingBlock(Block, tag="thinking"):
@@ -49,16 +53,16 @@ class ToolUseBlock(Block, tag="tool_use"):
     input: dict[str, Any]
 
 
-UnreadBlock = ImageBlock | DocumentBlock | SearchResultBlock
+Passage = TextBlock | DocumentBlock | SearchResultBlock | ImageBlock  # read as text, if it is one
 
 
 class ToolResultBlock(Block, tag="tool_result"):
     tool_use_id: str
-    content: str | list[TextBlock | UnreadBlock] | None = None
+    content: str | list[Passage] | None = None
     is_error: bool | None = None
 
 
-AnyBlock = TextBlock | UnreadBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock
+AnyBlock = Passage | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock
 
 
 class InputMessage(msgspec.Struct, kw_only=True):
@@ -101,7 +105,7 @@ class CountTokensRequest(msgspec.Struct, kw_only=True):
 
     messages: list[InputMessage]
     model: str | None = None
-    system: str | list[TextBlock | UnreadBlock] | None = None
+    system: str | list[Passage] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
@@ -197,10 +201,8 @@ def _messages_of(message: InputMessage, where: str) -> Iterator[ChatMessage]:
     blocks = [TextBlock(text=message.content)] if isinstance(message.content, str) else message.content
     for index, block in enumerate(blocks):
         place = f"{where}[{index}]"
-        if isinstance(block, TextBlock):
-            yield ChatMessage(message.role, block.text)
-        elif isinstance(block, UnreadBlock):
-            raise _unread(block, place)
+        if isinstance(block, Passage):
+            yield ChatMessage(message.role, _passage(block, place))
         elif isinstance(block, ToolResultBlock):
             if message.role != "user":
                 raise ApiError(400, f"{place}: a tool_result belongs into a message of the user")
@@ -216,20 +218,23 @@ def _messages_of(message: InputMessage, where: str) -> Iterator[ChatMessage]:
             yield ChatMessage("assistant", tool_calls=[{"id": block.id, "type": "function", "function": function}])
 
 
-def _text(content: str | Sequence[TextBlock | UnreadBlock], where: str) -> str:
+def _text(content: str | Sequence[Passage], where: str) -> str:
     if isinstance(content, str):
         return content
-    texts = []
-    for index, block in enumerate(content):
-        if not isinstance(block, TextBlock):
-            raise _unread(block, f"{where}[{index}]")
-        texts.append(block.text)
-    return BLOCK_BREAK.join(texts)
+    return BLOCK_BREAK.join(_passage(block, f"{where}[{index}]") for index, block in enumerate(content))
 
 
-def _unread(block: UnreadBlock, where: str) -> ApiError:
+def _passage(block: Passage, where: str) -> str:
+    """What a block says, behind what it is called. Raises ApiError for one that is no text."""
+    match block:
+        case TextBlock():
+            return block.text
+        case SearchResultBlock():
+            return f"{block.title} ({block.source}){BLOCK_BREAK}{_text(block.content, f'{where}.content')}"
+        case DocumentBlock(source={"type": "text", "data": str(data)}):
+            return BLOCK_BREAK.join(filter(None, [block.title, block.context, data]))
     kind = type(block).__struct_config__.tag
-    return ApiError(400, f"{where}: this model reads text only, got a block of type {kind!r}")
+    raise ApiError(400, f"{where}: this model reads text only, got a block of type {kind!r}")
 
 
 def _joined(first: Any, second: Any) -> Any:
