@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from engine.ops import cuda
+from engine.ops import cuda, reference
 from engine.ops.cuda import gemm, grouped_gemm, rounded_gemm
 from tests.engine.ops import cuda_cases as cases
 
@@ -297,6 +297,17 @@ def test_caches_of_more_than_two_billion_numbers():
 @pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
 def test_gumbel_noise(vocab_size, position_dtype):
     cases.check_gumbel_noise("cuda", 9, vocab_size, position_dtype)
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 32_001, 128_256])
+def test_masks_rule_out_what_they_do_on_a_cpu(vocab_size):
+    logits = torch.randn(7, vocab_size)
+    words = torch.randint(-(2**31), 2**31 - 1, (3, -(-vocab_size // 32)), dtype=torch.int32)
+    rows = torch.tensor([5, 0, 6], dtype=torch.int32)
+    masked = logits.cuda()
+    cuda.mask_logits(masked, words.cuda(), rows.cuda())
+    reference.mask_logits(logits, words, rows)
+    assert torch.equal(masked.cpu(), logits)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 40, 70, 140, 300])  # 8 to 1 blocks share a row
