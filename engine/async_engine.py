@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 from engine import messages
 from engine.config import EngineConfig
-from engine.errors import EngineDeadError, GrammarFailedError, InvalidLogitsError, UserError
+from engine.errors import EngineDeadError, UserError
 from engine.grammar_compiler import GrammarCompiler, import_llguidance
 from engine.hub import resolve_model
 from engine.intake import make_requests
@@ -364,10 +364,7 @@ class AsyncEngine:
                 continue
             if delta.finish_reason == "error":
                 self._drop(stream)
-                num_tokens = len(stream.state.sequences[index].token_ids)
-                failure = (
-                    GrammarFailedError(num_tokens, output.error) if output.error else InvalidLogitsError(num_tokens)
-                )
+                failure = stream.state.sequences[index].failure(output)
                 self._loop.call_soon_threadsafe(self._end_alone, stream, failure)
                 continue
             deltas.setdefault(stream, []).append(delta)

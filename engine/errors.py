@@ -23,6 +23,18 @@ class GrammarFailedError(RequestFailedError):
         )
 
 
+class InvalidEmbeddingError(RequestFailedError):
+    """The model made NaN or infinite hidden states of a prompt."""
+
+    code = "invalid_embedding"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's hidden states of this prompt are NaN or infinite, so there is no embedding: try another "
+            "prompt; if it happens often the weights are damaged, or too large for --dtype"
+        )
+
+
 class InvalidLogitsError(RequestFailedError):
     """The model gave a request NaN or infinite logits: no token can be drawn from them."""
 

@@ -21,7 +21,7 @@ from engine.chat_template import render_chat
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.embeddings import check_dimensions, finish_embedding
-from engine.errors import InvalidLogitsError, UserError
+from engine.errors import InvalidEmbeddingError, UserError
 from engine.hub import resolve_model
 from engine.intake import make_requests
 from engine.messages import TokenOutput
@@ -114,7 +114,7 @@ class LLM:
         outputs = []
         for result in results:
             if result.embedding is None:
-                raise InvalidLogitsError(0)
+                raise InvalidEmbeddingError
             vector = finish_embedding(result.embedding, dimensions=dimensions, normalize=normalize)
             outputs.append(
                 EmbeddingOutput(
@@ -280,7 +280,7 @@ class _ProgressBar:
 
     def _show(self, now: float) -> None:
         self._last_shown = now
-        started = [state.timings for state in self._states if state.timings.first_token_time]
+        started = [state.timings for state in self._states if state.timings.last_token_time]
         prompt_rate = sum(timings.num_prompt_tokens for timings in started) / (now - self._start)
         output_rate = sum(timings.num_output_tokens for timings in started) / (now - self._start)
         num_finished = sum(state.is_finished for state in self._states)

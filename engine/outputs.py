@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from engine.detokenizer import Detokenizer
+from engine.errors import GrammarFailedError, InvalidEmbeddingError, InvalidLogitsError, RequestFailedError
 from engine.messages import AddRequest, TokenLogprob, TokenOutput
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ class RequestTimings:
     num_prompt_tokens: int
     scheduled_time: float = 0.0
     first_token_time: float = 0.0
-    last_token_time: float = 0.0
+    last_token_time: float = 0.0  # or of the embedding, which has no token
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reasons: list[str] = field(default_factory=list)  # one for each sequence that has ended
@@ -135,6 +136,12 @@ class SequenceState:
             embedding=output.embedding,
         )
 
+    def failure(self, output: TokenOutput) -> RequestFailedError:
+        """What it means that the output ends the sequence with an error."""
+        if output.error:
+            return GrammarFailedError(len(self.token_ids), output.error)
+        return InvalidEmbeddingError() if self.request.params.pooling else InvalidLogitsError(len(self.token_ids))
+
     def unfinished_request(self) -> AddRequest:
         """What makes another engine go on where this sequence is."""
         params = self.request.params
@@ -224,6 +231,8 @@ class RequestState:
             timings.first_token_time = timings.first_token_time or now
             timings.last_token_time = now
             timings.num_output_tokens += len(delta.token_ids)
+        if delta.embedding is not None:
+            timings.last_token_time = now
         if delta.finish_reason is not None:
             timings.finish_reasons.append(delta.finish_reason)
 

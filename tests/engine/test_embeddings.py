@@ -12,7 +12,7 @@ from engine import model_runner
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.embeddings import finish_embedding
-from engine.errors import InvalidLogitsError
+from engine.errors import InvalidEmbeddingError
 from engine.llm import LLM
 from engine.messages import AddRequest, TokenOutput
 from engine.sampling_params import Pooling, SamplingParams, pooling_params
@@ -175,7 +175,7 @@ def test_offline_embeddings_come_in_order_with_their_prompts(llm: LLM, tiny_chec
 
 def test_offline_nan_is_an_error_that_says_so(spoilt_checkpoint):
     llm = LLM(str(spoilt_checkpoint), device="cpu", dtype="float32", kv_cache_memory=1 << 20)
-    with pytest.raises(InvalidLogitsError, match="NaN"):
+    with pytest.raises(InvalidEmbeddingError, match="NaN"):
         llm.embed({"prompt_token_ids": [SPOILT_TOKEN]}, use_tqdm=False)
 
 

@@ -105,6 +105,13 @@ def test_fewer_dimensions_are_the_first_ones_at_length_one(fake):
     np.testing.assert_allclose(reply.data[0].embedding, [0.6, 0.8], atol=1e-6)
 
 
+def test_embeddings_count_among_the_latencies_and_as_no_answers(fake):
+    names = ("e2e_request_latency_seconds_count", "time_to_first_token_seconds_count")
+    before = [fake.metric(f"vcli:{name}") for name in names]
+    fake.client.embeddings.create(model="", input=["a", "b"])
+    assert [fake.metric(f"vcli:{name}") for name in names] == [before[0] + 2, *before[1:]]
+
+
 def test_what_openai_takes_and_we_do_not_need_is_ignored(fake):
     assert len(fake.client.embeddings.create(model="", input="a", user="me").data) == 1
 

@@ -28,6 +28,17 @@ def test_prompts_and_answers_take_what_such_ones_took():
     assert forecast.decode_s(11) == pytest.approx(10 * TOKEN_S)
 
 
+def test_embeddings_tell_how_long_prompts_take_and_nothing_of_answers():
+    forecast = Forecast()
+    for i in range(40):
+        embedded = RequestTimings(i - 1, 100 * (1 + i % 9), i, last_token_time=i + 0.5 * (1 + i % 9))
+        embedded.finish_reasons = ["stop"]
+        forecast.note(embedded, 3, others_wait=False)
+    assert forecast.prefill_s(1000) == pytest.approx(5, rel=0.05)
+    assert forecast.wait_s(8, 4) > 1
+    assert forecast.output_tokens.count == 0
+
+
 def test_an_answer_takes_less_where_fewer_run_and_no_more_where_more_do():
     forecast = Forecast()
     for i in range(40):

@@ -57,6 +57,12 @@ def test_a_stream_whose_logits_turn_into_nan_ends_with_an_error_event(server):
         next(stream)
 
 
+def test_a_prompt_with_nan_in_its_hidden_states_has_no_embedding_and_its_neighbours_do(server):
+    reply = server.post("/v1/embeddings", json={"input": [[5, 6, SPOILT_TOKEN, 7]], "pooling": "mean"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (500, "invalid_embedding")
+    assert server.post("/v1/embeddings", json={"input": [[5, 6, 7]], "pooling": "mean"}).status_code == 200
+
+
 def test_good_requests_do_not_notice_the_bad_ones(server):
     """The short form of `python -m bench.soak`: leaving clients, strange values, changed bytes, no HTTP, NaN."""
     plan = soak.Plan(num_requests=1000, spoilt_token=SPOILT_TOKEN)

@@ -24,16 +24,17 @@ class Forecast:
 
     def note(self, timings: RequestTimings, num_running: int, others_wait: bool) -> None:
         """Learn from a request that has ended, all of its sequences with it. num_running: sequences beside it."""
-        if not timings.first_token_time:
+        if not timings.last_token_time:
             return
+        prefill_end = timings.first_token_time or timings.last_token_time  # an embedding is there with its prompt
         num_sequences = max(len(timings.finish_reasons), 1)
         self._num_running.add(num_running + num_sequences, num_sequences)
         self._place_s.add(timings.last_token_time - timings.scheduled_time, num_sequences)
-        self._prefill_s.add(timings.num_prompt_tokens, timings.first_token_time - timings.scheduled_time)
+        self._prefill_s.add(timings.num_prompt_tokens, prefill_end - timings.scheduled_time)
         if (num_later := timings.num_output_tokens - num_sequences) > 0:
             decode_s = timings.last_token_time - timings.first_token_time
             self._token_s.add(decode_s * num_sequences / num_later, num_sequences)
-        if "abort" not in timings.finish_reasons:
+        if timings.num_output_tokens and "abort" not in timings.finish_reasons:
             self.output_tokens.add(timings.num_output_tokens / num_sequences, num_sequences)
         if others_wait and self._last_end is not None:
             self._gap_s.add((timings.last_token_time - self._last_end) / num_sequences, num_sequences)

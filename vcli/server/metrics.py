@@ -69,14 +69,16 @@ class Metrics:
         """Note how a request went, at its end."""
         for reason in timings.finish_reasons:
             self._success[reason].inc()
-        if not timings.first_token_time:
+        if not timings.last_token_time:
             return
+        self._e2el.observe(timings.last_token_time - timings.arrival_time)
+        self._queue.observe(timings.scheduled_time - timings.arrival_time)
+        self._prefill.observe((timings.first_token_time or timings.last_token_time) - timings.scheduled_time)
+        if not timings.first_token_time:
+            return  # an embedding
         decode_s = timings.last_token_time - timings.first_token_time
         num_later_tokens = timings.num_output_tokens - len(timings.finish_reasons)  # after the first of each sequence
         self._ttft.observe(timings.first_token_time - timings.arrival_time)
-        self._e2el.observe(timings.last_token_time - timings.arrival_time)
-        self._queue.observe(timings.scheduled_time - timings.arrival_time)
-        self._prefill.observe(timings.first_token_time - timings.scheduled_time)
         self._decode.observe(decode_s)
         if num_later_tokens > 0:
             self._tpot.observe(decode_s * len(timings.finish_reasons) / num_later_tokens)
