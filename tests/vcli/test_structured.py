@@ -48,6 +48,20 @@ def test_the_openai_client_parses_its_own_schema(client):
         assert reply.choices[0].finish_reason == "stop"
 
 
+def test_the_openai_client_parses_its_own_schema_in_a_response(client):
+    asked = {"model": "", "input": "hello", "text_format": Item, "temperature": 1, "max_output_tokens": 400}
+    response = client.responses.parse(**asked)
+    assert (response.status, type(response.output_parsed)) == ("completed", Item)
+    with client.responses.stream(**asked, background=True) as stream:
+        final = stream.get_final_response()
+    assert isinstance(final.output_parsed, Item)
+    assert final.text.format.name == "Item"
+    choice = client.responses.create(
+        model="", input="hello", extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+    assert choice.output_text in ("yes", "no")
+
+
 def test_a_stream_in_several_choices_adds_up_to_valid_json(client):
     response_format = {"type": "json_schema", "json_schema": {"name": "item", "schema": Item.model_json_schema()}}
     texts = ["", "", ""]

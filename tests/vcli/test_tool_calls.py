@@ -74,6 +74,29 @@ def test_whoever_must_call_calls_once_and_right(client):
     assert {choice.message.tool_calls[0].function.name for choice in choices} == {"plan", "ping"}
 
 
+def test_a_response_calls_and_goes_on_from_what_it_hears(client):
+    tools = [{"type": "function", **function} for function in (PLAN, PING)]
+    asked = {"model": "", "tools": tools, "tool_choice": {"type": "function", "name": "plan"}, "max_output_tokens": 400}
+    with client.responses.stream(input="What now?", **asked) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+        first = stream.get_final_response()
+    [call] = first.output
+    assert (call.type, call.name, call.arguments, first.status) == (
+        "function_call",
+        "plan",
+        "".join(pieces),
+        "completed",
+    )
+    jsonschema.validate(json.loads(call.arguments), PLAN["parameters"])
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    second = client.responses.create(input=[result], previous_response_id=first.id, **asked | {"tool_choice": "none"})
+    assert [item.type for item in second.output] == ["message"]
+    by_item = client.responses.create(
+        input=[{"role": "user", "content": "What now?"}, call, result], **asked | {"tool_choice": "none"}
+    )
+    assert by_item.usage.input_tokens == second.usage.input_tokens
+
+
 def test_whoever_must_call_one_tool_calls_that(client):
     named = {"type": "function", "function": {"name": "plan"}}
     names, arguments, ends = [""] * 8, [""] * 8, [""] * 8

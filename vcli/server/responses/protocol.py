@@ -103,6 +103,9 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     priority: Int | None = None
     cache_salt: str | None = None
+    allowed_token_ids: list[Int] | None = None
+    bad_words: list[str] | None = None
+    structured_outputs: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # refused unless empty
     prompt: Any = None
@@ -162,7 +165,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             response_format=_response_format(self.text),
             tools=[_chat_tool(tool, index) for index, tool in enumerate(self.tools or [])] or None,
             tool_choice=self._chat_tool_choice(),
-            **given | self._template_kwargs(),
+            reasoning_effort=self.reasoning.effort if self.reasoning else None,
+            **given,
         )
 
     def _chat_tool_choice(self) -> str | dict[str, Any] | None:
@@ -173,14 +177,6 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
             return {"type": "function", "function": {"name": choice.name}}
         allowed = [{"type": "function", "function": {"name": tool.name}} for tool in choice.tools or []]
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode or "auto", "tools": allowed}}
-
-    def _template_kwargs(self) -> dict[str, Any]:
-        """How much the model is to think, as templates of thinking models have it."""
-        effort = self.reasoning.effort if self.reasoning else None
-        if effort is None:
-            return {}
-        thinking = {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
-        return {"chat_template_kwargs": thinking | (self.chat_template_kwargs or {})}
 
 
 _SHARED = sorted(
