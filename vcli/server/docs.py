@@ -7,7 +7,7 @@ from vcli.server.embeddings import EmbeddingRequest
 from vcli.server.openapi import NOT_EMPTY, TEXT, Doc
 from vcli.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from vcli.server.responses import shapes as responses
-from vcli.server.responses.protocol import ItemsQuery, ResponsesRequest, RetrieveQuery
+from vcli.server.responses.protocol import InputTokensRequest, ItemsQuery, ResponsesRequest, RetrieveQuery
 
 TOKENIZES = (404, 429, 500, 503)  # errors beside those of every body
 GENERATES = (*TOKENIZES, 422)
@@ -76,7 +76,7 @@ RESPONSES = Doc(
 )
 INPUT_TOKENS = Doc(
     "How many tokens the prompt of a response has.",
-    takes=ResponsesRequest,
+    takes=InputTokensRequest,
     limits={"input": NOT_EMPTY},
     gives=responses.TokenCount,
     errors=TOKENIZES,

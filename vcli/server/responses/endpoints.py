@@ -20,7 +20,14 @@ from vcli.server.generation import ChatCompletions
 from vcli.server.openapi import Operation
 from vcli.server.protocol import ApiError, convert_query
 from vcli.server.replies import Reply
-from vcli.server.responses.protocol import Conversation, ItemsQuery, ResponsesRequest, RetrieveQuery, shown
+from vcli.server.responses.protocol import (
+    Conversation,
+    InputTokensRequest,
+    ItemsQuery,
+    ResponsesRequest,
+    RetrieveQuery,
+    shown,
+)
 from vcli.server.responses.reply import ResponseReply
 from vcli.server.responses.store import Stored
 from vcli.server.service import Service
@@ -105,24 +112,22 @@ class Responses(ChatCompletions):
 class InputTokens(Responses):
     """POST /v1/responses/input_tokens: how long the prompt of such a response is."""
 
+    decoder = msgspec.json.Decoder(InputTokensRequest)
+
     async def serve(
         self,
         scope: Scope,
-        asked: ResponsesRequest,
+        asked: InputTokensRequest,
         answer: Callable[[Receive, Send], Awaitable[None]],
         receive: Receive,
         send: Send,
     ) -> None:
-        request = await self.generation_request(asked, scope)
+        whole = ResponsesRequest(**{name: getattr(asked, name) for name in asked.__struct_fields__})
+        request = await self.generation_request(whole, scope)
         self.service.check_model(request.model)
-        ready = self.service.require_ready()
-        try:
-            request.refuse_unsupported()
-            request.sampling_params(ready.default_sampling)  # what could not be served is told here, too
-        except ApiError as error:
-            raise error.renamed(RENAMED) from None
+        request.refuse_unsupported()
         with scope["tenant"].budget.enter(1, self.service.admission.reject):
-            [prompt] = await self.prompts(request, ready)
+            [prompt] = await self.prompts(request, self.service.require_ready())
         count = {"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}
         await json_response(count)(scope, receive, send)
 

@@ -65,28 +65,38 @@ class ToolChoice(msgspec.Struct, omit_defaults=True):
     tools: list[FunctionTool] | None = None
 
 
-class ResponsesRequest(msgspec.Struct, kw_only=True):
-    """None is 'not given': OpenAI's clients may send null for anything."""
+class InputTokensRequest(msgspec.Struct, kw_only=True):
+    """What decides a prompt. None is 'not given': OpenAI's clients may send null for anything."""
 
     input: str | list[InputItem]
     model: str | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    store: bool | None = None
-    background: bool | None = None
-    stream: bool | None = None
-    metadata: dict[str, str] | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    truncation: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's extra
+    # refused unless empty
+    prompt: Any = None
+    conversation: Any = None
+    context_management: Any = None
+
+
+class ResponsesRequest(InputTokensRequest, kw_only=True):
+    """What decides the answer, too."""
+
+    store: bool | None = None
+    background: bool | None = None
+    stream: bool | None = None
+    metadata: dict[str, str] | None = None
     max_output_tokens: Int | None = None
     include: list[str] | None = None
     top_logprobs: Int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    truncation: str | None = None
     # vLLM's extras
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -106,11 +116,6 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     allowed_token_ids: list[Int] | None = None
     bad_words: list[str] | None = None
     structured_outputs: dict[str, Any] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    # refused unless empty
-    prompt: Any = None
-    conversation: Any = None
-    context_management: Any = None
 
     @property
     def is_stored(self) -> bool:
