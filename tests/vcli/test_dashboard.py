@@ -219,3 +219,4 @@ def test_the_page_asks_for_a_key_and_tells_an_admins_figures_to_admins(start_ser
     expect(admins.locator("#throughput")).to_be_visible()
     expect(admins.locator("#chat")).to_be_hidden()
     assert server.end() == 0, "an open page holds nothing up"
+    expect(page.locator("#status")).to_have_text("no connection")

@@ -11,6 +11,7 @@ export function percent(share) {
 }
 
 export function seconds(value) {
+  if (!value) return ["0", "s"];
   if (value < 1e-3) return [Math.round(value * 1e6).toString(), "µs"];
   if (value < 1) return [digits(value * 1e3), "ms"];
   if (value < 120) return [digits(value), "s"];

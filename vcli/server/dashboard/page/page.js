@@ -129,12 +129,14 @@ function describe({ version, device, dtype, max_num_seqs, max_model_len, started
   if (device) {
     parts.push(`${device}, ${dtype}`, `${number(max_num_seqs)} requests at once`, `${number(max_model_len)} tokens each at most`);
   }
-  return [...parts, `up ${words(seconds(Date.now() / 1000 - started))}`].join(" · ");
+  const now = samples.at(-1)?.time ?? started; // by the server's clock
+  return [...parts, `up ${words(seconds(Math.round(now - started)))}`].join(" · ");
 }
 
 function setStatus(status, words) {
   $("status").className = `pill ${status}`;
   $("status").textContent = words;
+  document.body.classList.toggle("stale", status === "lost");
 }
 
 // Without a key there is nothing to be seen, with one that is no admin's only the chat.
