@@ -151,7 +151,8 @@ def report(pairs: list[tuple[Window, Window]], plan: Plan) -> dict[str, Any]:
         "cost_in_api_process": api,
         "cost_in_engine": engine,
         "verdict": "within" if high <= plan.limit else "over" if low > plan.limit else "undecided",
-        "pairs": [[asdict(window) for window in pair] for pair in pairs],
+        "columns": [f"{name} {kind}" for kind in ("with", "without") for name in asdict(pairs[0][0])],
+        "pairs": [[float(f"{x:.4g}") for window in pair for x in asdict(window).values()] for pair in pairs],
     }
 
 
