@@ -3,15 +3,18 @@
 import json
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 
+from engine.messages import EngineStats
 from engine.outputs import RequestTimings
 from tests.vcli.conftest import Server, StartServer
 from vcli.server.dashboard import feed
 from vcli.server.dashboard.recent import RecentValues
+from vcli.server.dashboard.sampler import Sampler
 from vcli.server.dashboard.slowest import NUM_SHOWN, Slowest
 
 SHARES = (0.5, 0.95, 0.99)
@@ -64,6 +67,25 @@ def test_the_slowest_requests_are_kept_in_their_parts(monkeypatch):
     )
     now += 660.0
     assert slowest.among([]) == []
+
+
+def test_a_requests_ttft_counts_once_in_the_second_of_its_first_token():
+    engine = SimpleNamespace(stats=EngineStats(), on_finish=[], open_requests=[])
+    metrics = SimpleNamespace(recent_gaps=RecentValues(), model_name="m")
+    sampler = Sampler(engine, SimpleNamespace(queue_s=lambda: 0.0), metrics)
+    streams, waits, quick = (RequestTimings(10.0, 7, request_id="the same") for _ in range(3))
+    engine.open_requests = [SimpleNamespace(timings=streams), SimpleNamespace(timings=waits)]
+    assert sampler.sample().ttft_s is None
+
+    streams.first_token_time = 11.0
+    assert sampler.sample().ttft_s == pytest.approx([1, 1, 1], rel=0.03)
+
+    quick.first_token_time = 14.0
+    engine.open_requests = [SimpleNamespace(timings=waits)]
+    for ended in (streams, quick):
+        ended.finish_reasons.append("stop")
+        engine.on_finish[0](ended)
+    assert sampler.sample().ttft_s == pytest.approx([1, 4, 4], rel=0.03), "1 and 4: it came once"
 
 
 @pytest.fixture(scope="module")

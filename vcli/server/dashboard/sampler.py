@@ -127,7 +127,7 @@ class Sampler:
     def _facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"version": version(), "started": round(self._started, 3)}
         if (ready := self._engine.ready) is not None:
-            names = ("device", "dtype", "max_model_len", "max_num_seqs", "num_blocks", "block_size", "kv_cache_bytes")
+            names = ("device", "dtype", "max_model_len", "max_num_seqs", "num_blocks", "block_size")
             facts |= {name: getattr(ready, name) for name in names}
         return facts
 
@@ -156,7 +156,7 @@ class Sampler:
 
 
 def _totals(stats: EngineStats) -> dict[str, float]:
-    names = ("num_steps", "num_preemptions", "prompt_tokens", "generation_tokens", "prefix_cache_hits")
+    names = ("num_preemptions", "prompt_tokens", "generation_tokens")
     return {name: getattr(stats, name) for name in names}
 
 
