@@ -1,8 +1,9 @@
 """The log on stderr: lines for people or, with --log-format json, for machines.
 
-What always holds in JSON: whatever a process of the server writes to stderr, and whoever in it does, comes out as lines
-that are one object each, with time, level, process, logger and message. Python's own writing is caught where it is
-written; what libraries write around Python, in the engine's process, passes by the API process (`relay`).
+What always holds in JSON: whatever Python writes to stderr in a process of the server, and all that the engine's
+process writes there, comes out as lines that are one object each, with time, level, process, logger and message.
+Python's writing is caught where it is written; what libraries of the engine write around Python passes by the API
+process (`Relay`).
 """
 
 import datetime

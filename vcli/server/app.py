@@ -211,7 +211,9 @@ class Endpoints:
         return json_response({"version": version()})
 
     async def metrics(self, request: Request) -> Response:
-        await self.service.engine.inspect()
+        inspection = self.service.engine.inspection
+        if inspection is None or inspection.fragmentation is not None:  # on a CPU it has nothing that is shown here
+            await self.service.engine.inspect()
         return Response(self.service.metrics.render(), media_type=CONTENT_TYPE)
 
     def _counted(self, request: Request) -> AbstractContextManager[None]:

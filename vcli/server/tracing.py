@@ -34,7 +34,6 @@ SEND_INTERVAL_S = 0.5
 MAX_SPANS = 10_000  # that wait for the collector, about 20 MB
 LAST_WORDS_S = 1.0  # for what is left to reach the collector at the end
 
-
 log = logging.getLogger("vcli")
 
 
