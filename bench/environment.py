@@ -89,6 +89,11 @@ def git_revision() -> dict[str, Any]:
     return {"git_revision": revision, "git_dirty": bool(changes.strip())}
 
 
+def short_revision(environment: dict[str, Any]) -> str:
+    """Of a result's environment: the commit, with a + where files differed from it; - where nobody knows."""
+    return (environment.get("git_revision") or "-")[:9] + ("+" if environment.get("git_dirty") else "")
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

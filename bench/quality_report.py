@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import output
+from bench.environment import short_revision
 from bench.quality import LayerError, Pair, Quality
 from bench.report import Table, markdown_table
 from engine.errors import UserError
@@ -143,7 +144,7 @@ def quality_section(paths: list[Path]) -> str:
                 " → ".join(_shown_pair(quality.bytes, megabytes)),
                 minutes(recipe["seconds"]) if "seconds" in recipe else None,
                 describe_machine(quality),
-                (env.get("git_revision") or "-")[:9] + ("+" if env.get("git_dirty") else ""),
+                short_revision(env),
             ]
         )
         commands.append(str(env.get("command")))

@@ -4,41 +4,36 @@
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import paging
+from bench.environment import short_revision
 from bench.figures import PEER
 from bench.quality_report import quality_section
 from bench.report import describe_machine, describe_workload, format_figure, markdown_table
 from bench.result import KINDS, BenchResult
 from engine.errors import UserError
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-SPEED_BEGIN, SPEED_END = "<!-- speed:begin -->", "<!-- speed:end -->"
-KERNELS_BEGIN, KERNELS_END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
-PAGING_BEGIN, PAGING_END = "<!-- paging:begin -->", "<!-- paging:end -->"
-QUALITY_BEGIN, QUALITY_END = "<!-- quality:begin -->", "<!-- quality:end -->"
+
+def marks(kind: str) -> tuple[str, str]:
+    """Between which a kind of result goes."""
+    return f"<!-- {kind}:begin -->", f"<!-- {kind}:end -->"
 
 
 def update_readme(results_folder: Path, readme: Path) -> bool:
     """Put the tables of all valid results between their markers. True when the file changed."""
     text = readme.read_text(encoding="utf-8")
     read = [(path, BenchResult.read(path)) for path in sorted(results_folder.glob("*.json"))]
-
-    def paths_of(kind: str) -> list[Path]:
-        return [path for path, result in read if result.kind == kind]
-
     results = [result for _, result in read if result.kind in KINDS and result.is_valid]
-    updated = _put_between(text, BEGIN, END, results_table(results) if results else "No results yet.", readme)
-    if paths := paths_of("speed"):
-        updated = _put_between(updated, SPEED_BEGIN, SPEED_END, "\n\n".join(map(speed_section, paths)), readme)
-    if paths := paths_of("kernels"):
-        updated = _put_between(updated, KERNELS_BEGIN, KERNELS_END, "\n\n".join(map(kernels_section, paths)), readme)
-    if paths := paths_of("paging"):
-        updated = _put_between(updated, PAGING_BEGIN, PAGING_END, "\n\n".join(map(paging_section, paths)), readme)
-    if paths := paths_of("quality"):
-        updated = _put_between(updated, QUALITY_BEGIN, QUALITY_END, quality_section(paths), readme)
+    sections = {"results": results_table(results) if results else "No results yet."}
+    for kind, section_of in SECTIONS.items():
+        if paths := [path for path, result in read if result.kind == kind]:
+            sections[kind] = section_of(paths)
+    updated = text
+    for kind, section in sections.items():
+        updated = _put_between(updated, *marks(kind), section, readme)
     if updated != text:
         readme.write_text(updated, encoding="utf-8")
     return updated != text
@@ -72,7 +67,7 @@ def results_table(results: list[BenchResult]) -> str:
                 figures.get("kv_waste_perc"),
                 result.baseline["ratio"] if result.baseline else None,
                 result.floor["run_s"] / figures["duration"] * 100 if result.floor else None,
-                (env.get("git_revision") or "-")[:9] + ("+" if env.get("git_dirty") else ""),
+                short_revision(env),
             ]
         )
     commands = "\n".join(str(result.environment.get("command")) for result in results)
@@ -134,7 +129,7 @@ def kernels_section(path: Path) -> str:
         for row in values["rows"]
     ]
     return (
-        f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}; revision {(env['git_revision'] or '-')[:9]}. "
+        f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}; revision {short_revision(env)}. "
         f"Ceilings: read {read:.2f} TB/s, copy {copied:.2f} TB/s, bf16 matrix product {flops:.0f} TFLOP/s.\n\n"
         f"{markdown_table(columns, rows)}\n\n```bash\n{env['command']}\n```"
     )
@@ -144,12 +139,23 @@ def paging_section(path: Path) -> str:
     """What the README says of a file of bench/paging.py."""
     values = json.loads(path.read_text(encoding="utf-8"))
     env, facts = values["environment"], values["facts"]
-    revision = (env["git_revision"] or "-")[:9] + ("+" if env["git_dirty"] else "")
     copied, computed = (facts["block_seconds"][how] * 1e6 for how in ("copied", "computed"))
     return (
-        f"{env['gpu'] or env['cpu']}, torch {env['torch']}; revision {revision}. "
+        f"{env['gpu'] or env['cpu']}, torch {env['torch']}; revision {short_revision(env)}. "
         f"{facts['num_cache_tokens']:,} tokens of cache, {facts['num_host_tokens']:,} behind it. A block takes "
         f"{copied:,.0f} us to the host and back, and {computed:,.0f} us to be computed; fewer than "
         f"{facts['min_paged_in']:,} in a row are computed.\n\n"
         f"{paging.table(values['rows'])}\n\n```bash\n{env['command']}\n```"
     )
+
+
+def _one_by_one(section_of: Callable[[Path], str]) -> Callable[[list[Path]], str]:
+    return lambda paths: "\n\n".join(map(section_of, paths))
+
+
+SECTIONS: dict[str, Callable[[list[Path]], str]] = {
+    "speed": _one_by_one(speed_section),
+    "kernels": _one_by_one(kernels_section),
+    "paging": _one_by_one(paging_section),
+    "quality": quality_section,
+}

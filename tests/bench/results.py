@@ -1,7 +1,9 @@
-"""Results made by hand."""
+"""Results made by hand, and READMEs that they are put into."""
 
+from pathlib import Path
 from typing import Any
 
+from bench import readme_tables
 from bench.metrics import RequestRecord, serving_metrics
 from bench.result import BenchResult
 
@@ -96,3 +98,20 @@ def make_comparison(*engines: dict[str, Any]) -> BenchResult:
     default = (make_engine("vcli", 400.0), make_engine("transformers", 200.0, ratio=0.5), make_engine("vllm", None))
     metrics = {"reference": "vcli", "num_rounds": 6, "confidence": 0.97, "valid": True}
     return make_result(kind="compare", metrics=metrics, engines=list(engines or default))
+
+
+def section_marks(kind: str) -> str:
+    """What a README has for the tables of a kind: old ones."""
+    begin, end = readme_tables.marks(kind)
+    return f"{begin}\nold\n{end}\n"
+
+
+def updated_readme(results: Path, text: str) -> str:
+    """A README with this text after an update; a second one changes nothing."""
+    readme = results / "README.md"
+    readme.write_text(text)
+    assert readme_tables.update_readme(results, readme)
+    once = readme.read_text()
+    assert not readme_tables.update_readme(results, readme)
+    assert readme.read_text() == once
+    return once

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from bench import paging
-from bench import readme_tables as tables
 from engine.host_cache import HostCache
+from tests.bench.results import section_marks, updated_readme
 
 SMALL = ["--input-len", "40", "--output-len", "24", "--prefix-len", "96", "--max-model-len", "256"]
 # A cache of 32 blocks of 8 KiB.
@@ -30,13 +30,9 @@ def test_each_kind_of_work_is_done_both_ways_with_the_same_tokens(tiny_checkpoin
     assert crowd["num_blocks_paged_out"] == again["num_blocks_paged_in"] == 0
     assert again["num_prefix_hits"] < again_with_host["num_prefix_hits"] <= again_with_host["num_looked_up"]
 
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        "".join(f"{mark}\n" for mark in (tables.BEGIN, tables.END, tables.PAGING_BEGIN, tables.PAGING_END))
-    )
-    assert tables.update_readme(tmp_path, readme)
-    assert "512 tokens of cache, 4,096 behind it. A block takes 0 us to the host and back" in readme.read_text()
-    assert "| return | from the host | " in readme.read_text()
+    readme = updated_readme(tmp_path, section_marks("results") + section_marks("paging"))
+    assert "512 tokens of cache, 4,096 behind it. A block takes 0 us to the host and back" in readme
+    assert "| return | from the host | " in readme
     assert f"{result['num_equal']} of {result['num_requests']} requests have the same tokens" in capsys.readouterr().out
 
 

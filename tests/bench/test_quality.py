@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench import readme_tables
 from bench.baseline import load_transformers
 from bench.config import HELD_OUT_TEXT, QualityConfig
 from bench.quality import LayerError, Quality, held_out_windows, measure
@@ -23,6 +22,7 @@ from bench.quality_report import FORMATS, quality_table, read, shown, to_csv, to
 from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.quantization.weight import Scheme, round_to_nearest
+from tests.bench.results import section_marks, updated_readme
 
 INT4 = Scheme("int", 4, (1, 32))
 TWO_WINDOWS = QualityConfig(windows=2)
@@ -403,14 +403,8 @@ def test_the_readme_gets_a_line_for_each_recipe_and_the_commands(quality, tmp_pa
         )
         one = replace(one, top1_agreement=0.876, bytes={"before": 269_030_016, "after": 118_000_000})
         write_file(one, tmp_path / f"cpu-quality-{name}.json")
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        f"{readme_tables.BEGIN}\n{readme_tables.END}\n{readme_tables.QUALITY_BEGIN}\nold\n{readme_tables.QUALITY_END}\nEnd\n"
-    )
 
-    assert readme_tables.update_readme(tmp_path, readme)
-    once = readme.read_text()
-    assert not readme_tables.update_readme(tmp_path, readme)
+    once = updated_readme(tmp_path, section_marks("results") + section_marks("quality") + "End\n")
 
     assert (
         "| tiny | int4 gptq g64 | 31.41 → 34.10 | +8.56% | 0.08120 / 1.500 | 87.6% | 269.0 → 118.0 | 5.2 min | "

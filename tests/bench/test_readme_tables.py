@@ -5,18 +5,7 @@ from pathlib import Path
 
 from bench import readme_tables as tables
 from bench import report
-from tests.bench.results import make_result
-
-
-def updated(results: Path, text: str) -> str:
-    """A README with this text after an update; a second one changes nothing."""
-    readme = results / "README.md"
-    readme.write_text(text)
-    assert tables.update_readme(results, readme)
-    once = readme.read_text()
-    assert not tables.update_readme(results, readme)
-    assert readme.read_text() == once
-    return once
+from tests.bench.results import make_result, section_marks, updated_readme
 
 
 def test_the_readme_gets_its_table_between_the_markers(tmp_path: Path):
@@ -24,7 +13,7 @@ def test_the_readme_gets_its_table_between_the_markers(tmp_path: Path):
     report.write(make_result(model="late", metrics={**make_result().metrics, "valid": False}), tmp_path / "b.json")
     (tmp_path / "parity.json").write_text('{"kind": "parity", "prompts": []}')
 
-    once = updated(tmp_path, f"# Title\n\n{tables.BEGIN}\nold\n{tables.END}\n\nThe rest.\n")
+    once = updated_readme(tmp_path, f"# Title\n\n{section_marks('results')}\nThe rest.\n")
 
     assert once.startswith("# Title\n\n")
     assert once.endswith("\n\nThe rest.\n")
@@ -58,9 +47,8 @@ def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed
     ]
     values = {"kind": "speed", "environment": env, "rows": rows, "time": {"big": shares}, "start": {"big": ["api all"]}}
     (tmp_path / "h200-speed.json").write_text(json.dumps(values))
-    text = f"{tables.BEGIN}\n{tables.END}\n# Speed\n{tables.SPEED_BEGIN}\nold\n{tables.SPEED_END}\nEnd\n"
 
-    once = updated(tmp_path, text)
+    once = updated_readme(tmp_path, f"{section_marks('results')}# Speed\n{section_marks('speed')}End\n")
 
     assert "| big, bfloat16 | measured | unit | floor | vLLM 0.26 | target |  | revision |" in once
     assert "| a | 3.50 | ms | 3.20 | 4.85 | 3.60 | met | 012345678 |" in once
@@ -72,7 +60,7 @@ def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed
     assert "```text\napi all\n```" in once
     assert "NVIDIA H200, driver 580, torch 2.11.0:" in once
     assert "old" not in once
-    assert once.endswith(f"{tables.SPEED_END}\nEnd\n")
+    assert once.endswith(f"{tables.marks('speed')[1]}\nEnd\n")
 
 
 def test_the_readme_shows_kernels_beside_the_ceilings_of_their_gpu(tmp_path: Path):
@@ -83,7 +71,7 @@ def test_the_readme_shows_kernels_beside_the_ceilings_of_their_gpu(tmp_path: Pat
     values = {"kind": "kernels", "ceilings": ceilings, "rows": rows, "environment": env}
     (tmp_path / "h200-kernels.json").write_text(json.dumps(values))
 
-    once = updated(tmp_path, f"{tables.BEGIN}\n{tables.END}\n{tables.KERNELS_BEGIN}\nold\n{tables.KERNELS_END}\n")
+    once = updated_readme(tmp_path, section_marks("results") + section_marks("kernels"))
 
     assert "| linear | 8 x 16 to 32 | 12.50 | 3.90 | - | 83% of bytes | - |" in once
     assert "| linear | 8 x 16 to 32 | 12.50 | 3.90 | 376.0 | 50% of flops | - |" in once
