@@ -4,9 +4,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bench.workloads import BenchRequest, begun
+from bench.workloads import BenchRequest, begun, check_lengths
 from engine.core import EngineCore
-from engine.errors import UserError
 from engine.messages import AddRequest, TokenOutput
 from engine.outputs import RequestState
 from engine.sampling_params import SamplingParams
@@ -108,12 +107,7 @@ class ClosedLoop:
         request = next(self.requests)
         prompt = request.prompt
         assert isinstance(prompt, list), "a prompt is token ids here"
-        num_tokens, room = len(prompt) + request.output_len, self.core.ready.max_model_len
-        if num_tokens > room:
-            raise UserError(
-                f"a request has {num_tokens:,} tokens (input and output), the model has room for {room:,}: "
-                "lower --input-len or --output-len, or raise --max-model-len"
-            )
+        check_lengths([request], self.core.ready.max_model_len)
         if self.num_sent < self.concurrency:
             request = begun(request, self.num_sent, self.concurrency)
         params = SamplingParams(

@@ -4,7 +4,6 @@ The engine runs in this process, does all there is to do, and is let go but for 
 two checkpoints never share the memory, however large they are.
 """
 
-import gc
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import throughput
+from bench.free_memory import free_memory
 from bench.workloads import BenchRequest, random_requests
 from engine.batch import ForwardBatch
 from engine.config import BLOCK_SIZE, EngineConfig
@@ -100,8 +100,7 @@ def observe(
     num_bytes = weight_bytes(model)
     del core
     model.layers.clear()  # and the KV cache with them
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     return Observation(
         name=name,
         vocab_size=ready.vocab_size,

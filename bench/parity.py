@@ -7,13 +7,13 @@ with transformers' logits after the same tokens. Where the first differ, the sec
 from an error. Exit codes: bench/command.py; 3 for an error.
 """
 
-import gc
 import math
 import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench import command
+from bench.free_memory import free_memory
 from bench.parity_prompts import PROMPTS
 
 if TYPE_CHECKING:
@@ -122,7 +122,6 @@ def prompt_token_ids(text: str, index: int, tokenizer: "Tokenizer") -> list[int]
 
 def vcli_tokens(path: str, prompts: list[list[int]], max_tokens: int, *, device: str, dtype: str) -> list[list[int]]:
     """Greedy tokens of all prompts in one batch: the engine mixes them as it does when serving."""
-    import torch
 
     from engine.llm import LLM
     from engine.sampling_params import SamplingParams
@@ -132,8 +131,7 @@ def vcli_tokens(path: str, prompts: list[list[int]], max_tokens: int, *, device:
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     del llm
-    gc.collect()
-    torch.cuda.empty_cache()  # its memory goes back before the reference model comes
+    free_memory()  # before the reference model comes
     return tokens
 
 

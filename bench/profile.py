@@ -7,7 +7,6 @@ else (ceilings.py).
 """
 
 import contextlib
-import gc
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from bench.closed_loop import ClosedLoop, Run
 from bench.config import ProfileConfig
 from bench.environment import environment
 from bench.floor import num_params
+from bench.free_memory import free_memory
 from bench.op_times import timed_ops
 from bench.run import token_requests
 from bench.trace import Kernel
@@ -124,7 +124,7 @@ def measure_device(engine: EngineConfig) -> Ceilings:
     # On a CPU as much as a step reads: where its weights stay in a cache, the cache's rate is the ceiling.
     num_bytes = dtype.itemsize * sum(num_params(model).values())
     ceilings = measure_ceilings(device, dtype, GPU_BYTES if device.type == "cuda" else num_bytes)
-    _free_memory()
+    free_memory()
     return ceilings
 
 
@@ -181,7 +181,7 @@ def _rates(setups: list[tuple[EngineConfig, ProfileConfig]], on_progress: OnProg
 @contextlib.contextmanager
 def loaded_engine(engine: EngineConfig, options: ProfileConfig, on_progress: OnProgress) -> Iterator[ClosedLoop]:
     """An engine under load, beyond the first prompts."""
-    _free_memory()  # of an engine before this one, whose last reference may be gone since its end only
+    free_memory()  # of an engine before this one, whose last reference may be gone since its end only
     path = resolve_model(engine.model, engine.revision)
     core = EngineCore(replace(engine, model=str(path), skip_tokenizer_init=True), on_progress)
     tokenizer = None if engine.skip_tokenizer_init else Tokenizer.load(engine.tokenizer or str(path))
@@ -312,9 +312,3 @@ def _endless_requests(
     lengths = {"input_len": options.input_len, "output_len": options.output_len}
     for seed in itertools.count(engine.seed):
         yield from random_requests(REQUESTS_AT_A_TIME, **lengths, vocab_size=vocab_size, seed=seed)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -3,7 +3,6 @@
 The same options give the same requests every time they are made, so the baseline asks for what was measured.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +14,12 @@ from bench.baseline import DEFINITIONS as BASELINE_DEFINITIONS
 from bench.baseline import BaselineModel, BaselineTask, running_baseline
 from bench.config import BenchConfig
 from bench.environment import environment
+from bench.free_memory import free_memory
 from bench.load import Load
 from bench.metrics import DEFINITIONS, GOODPUT_DEFINITION, STEADY_DEFINITION, WINDOW_DEFINITIONS
 from bench.result import BenchResult
 from bench.run_async import run_async
-from bench.workloads import BenchRequest, file_requests, random_requests
+from bench.workloads import BenchRequest, check_lengths, file_requests, random_requests
 from engine.config import EngineConfig
 from engine.errors import UserError
 from engine.hub import resolve_model
@@ -64,7 +64,7 @@ def run_serving(
     """Measure the server at `url`: the one at options.url, or one that runs `engine`."""
     served = served_model(url, options.api_key)
     name = engine.model if options.url and engine.model else str(served["id"])
-    _check_lengths(requests, served.get("max_model_len"))
+    check_lengths(requests, served.get("max_model_len"))
     load = make_load(options, requests, engine.seed)
     count_tokens = _token_counter(engine) if options.url else None
     run = run_async(
@@ -135,7 +135,7 @@ def serving_requests(engine: EngineConfig, options: BenchConfig) -> list[BenchRe
         return make_requests(options, engine.seed, vocab_size)
     model = ModelConfig.from_path(resolve_model(engine.model, engine.revision))
     requests = make_requests(options, engine.seed, model.vocab_size)
-    _check_lengths(requests, engine.max_model_len or model.max_model_len)
+    check_lengths(requests, engine.max_model_len or model.max_model_len)
     return requests
 
 
@@ -149,20 +149,17 @@ def run_offline(
     path = resolve_model(engine.model, engine.revision)
     requests = token_requests(make_requests(options, engine.seed, ModelConfig.from_path(path).vocab_size), path, engine)
 
-    import torch
-
     from bench import throughput
     from engine.core import EngineCore
 
     core = EngineCore(replace(engine, skip_tokenizer_init=True), on_start)
-    _check_lengths(requests, core.ready.max_model_len)
+    check_lengths(requests, core.ready.max_model_len)
     throughput.measure(core, throughput.warm_up(requests))
     num_preemptions = core.stats.num_preemptions
     steps = throughput.measure(core, requests, on_progress)
     ready, num_preemptions = core.ready, core.stats.num_preemptions - num_preemptions
     del core
-    gc.collect()
-    torch.cuda.empty_cache()  # a baseline that follows in another process needs the room
+    free_memory()  # a baseline that follows in another process needs the room
     result = BenchResult(
         kind="throughput",
         model=model_name(engine),
@@ -301,20 +298,6 @@ def model_name(engine: EngineConfig) -> str:
 def short_name(model: str) -> str:
     """A model's name for a table: the last part of a path, the whole of a name on the hub."""
     return Path(model).name if Path(model).exists() else model
-
-
-def _check_lengths(requests: list[BenchRequest], max_model_len: int | None) -> None:
-    """Refuse token prompts that the model has no room for, before a run full of failures."""
-    lengths = [
-        sum(len(turn.prompt) + turn.output_len for turn in request.turns)
-        for request in requests
-        if isinstance(request.prompt, list)
-    ]
-    if max_model_len and max(lengths, default=0) > max_model_len:
-        raise UserError(
-            f"a request has {max(lengths):,} tokens (input and output, of all turns), the model has room for "
-            f"{max_model_len:,}: lower --input-len or --output-len, or raise --max-model-len"
-        )
 
 
 def workload(

@@ -9,7 +9,6 @@ Exit codes: 0 measured, 3 a token was wrong (nothing is measured then), 1 someth
 """
 
 import argparse
-import gc
 import importlib.util
 import itertools
 import json
@@ -30,6 +29,7 @@ from bench.client import LoadClient
 from bench.environment import environment
 from bench.figures import Decode, Figure, Goal, Prompt, Run, Serving
 from bench.floor import H200, Floor, find_ceilings
+from bench.free_memory import free_memory
 from bench.load import Load
 from bench.readme_tables import speed_table, time_table
 from bench.report import format_figure
@@ -323,7 +323,7 @@ def check_tokens(engine: EngineConfig, results: Results) -> bool:
         is_right = is_right and mode.is_right
         met, note = mode.is_right, mode.note
         results.add(Row(mode.mode, path.stem, "bfloat16", mode.value, mode.unit, target=mode.limit, met=met, note=note))
-    _free_memory()
+    free_memory()
     return is_right
 
 
@@ -404,15 +404,8 @@ def _succeeds(part: Callable[[], None]) -> bool:
         print(f"bench.speed: {error}", file=sys.stderr)
         return False
     finally:
-        _free_memory()
+        free_memory()
     return True
-
-
-def _free_memory() -> None:
-    """Give back what an engine in this process has left, for the next engine or a server."""
-    gc.collect()
-    if "torch" in sys.modules:
-        sys.modules["torch"].cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -80,6 +80,21 @@ def next_turn(request: BenchRequest, answer: Answer) -> BenchRequest | None:
     return replace(then, prompt=[*request.prompt, *ids, *then.prompt], repeat=request.repeat)
 
 
+def check_lengths(requests: Sequence[BenchRequest], max_model_len: int | None) -> None:
+    """Refuse token prompts that the model has no room for, before a run full of failures. Raises UserError."""
+    lengths = [
+        sum(len(turn.prompt) + turn.output_len for turn in request.turns)
+        for request in requests
+        if isinstance(request.prompt, list)
+    ]
+    if max_model_len and max(lengths, default=0) > max_model_len:
+        turns = ", of all turns" if any(request.then for request in requests) else ""
+        raise UserError(
+            f"a request has {max(lengths):,} tokens (input and output{turns}), the model has room for "
+            f"{max_model_len:,}: lower --input-len or --output-len, or raise --max-model-len"
+        )
+
+
 def random_requests(
     num_prompts: int,
     *,
