@@ -73,6 +73,7 @@ class Gate:
     num_invalid: int = 0  # pairs in which the client was the bottleneck: they say nothing, and do not count
     verdict: Verdict = Verdict.UNDECIDED
     reason: str = ""  # of being undecided
+    _log_ratios: dict[tuple[Limit, int], list[float]] = field(default_factory=dict)  # by the start of the pairs
 
     def run(
         self,
@@ -120,6 +121,9 @@ class Gate:
                 raise UserError(f"{figures['failed']} requests to {engine.name} failed: {errors}")
         if pair.before.get("valid", True) and pair.after.get("valid", True):
             self.pairs.append(pair)
+            for limit in self.limits:
+                log_ratio = limit.log_ratio(pair.before, pair.after)
+                self._log_ratios.setdefault((limit, pair.start), []).append(log_ratio)
         else:
             self.num_invalid += 1
 
@@ -132,7 +136,8 @@ class Gate:
 
     def log_ratios(self, limit: Limit, start: int | None = None) -> list[float]:
         """One for each pair, since one start or of all."""
-        return [limit.log_ratio(p.before, p.after) for p in self.pairs if start is None or p.start == start]
+        starts = range(STARTS) if start is None else [start]
+        return [ratio for each in starts for ratio in self._log_ratios.get((limit, each), [])]
 
     def describe(self) -> str:
         """What was measured so far, in a few words."""
