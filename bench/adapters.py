@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 
 # What every engine is told where it has a flag for it, whether somebody asked for it or not.
 SHARED = ("dtype", "max_model_len", "gpu_memory_utilization", "max_num_seqs")
-GPU_ONLY = ("gpu_memory_utilization",)
+GPU_ONLY = ("gpu_memory_utilization",)  # without a GPU, if somebody asked for it
 # What each engine may differ in without measuring something else.
 OWN_AFFAIRS = ("model", "revision", "device", "seed", "tokenizer", "max_prefill_chunk", "scheduling_policy")
 
@@ -39,8 +39,8 @@ class Adapter:
         argv = [word.format(**places) for word in self.command.split()]
         for setting, flag in self.flags.items():
             value, default = getattr(engine, setting), getattr(EngineConfig, setting)
-            is_said = setting in SHARED or value != default
-            if not is_said or value in (None, "auto") or (setting in GPU_ONLY and not has_gpu):
+            is_shared = setting in SHARED and (has_gpu or setting not in GPU_ONLY)
+            if value in (None, "auto") or (value == default and not is_shared):
                 continue
             if isinstance(flag, tuple):
                 argv += flag[0 if value else 1].split()

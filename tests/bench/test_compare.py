@@ -65,7 +65,8 @@ def compare_fakes(names: tuple[str, ...], environment: Path, engine: EngineConfi
 
 def test_every_engine_is_told_the_same_in_its_own_words_and_asked_the_same(fake_environment: Path, tiny_checkpoint):
     model = tiny_checkpoint("llama")
-    engine = EngineConfig(model=str(model), dtype="bfloat16", max_model_len=256, max_num_seqs=7, device="cpu")
+    limits = {"max_model_len": 256, "max_num_seqs": 7, "gpu_memory_utilization": 0.25}
+    engine = EngineConfig(model=str(model), dtype="bfloat16", device="cpu", **limits)
 
     rows = compare_fakes(tuple(ADAPTERS), fake_environment, engine)
 
@@ -73,16 +74,27 @@ def test_every_engine_is_told_the_same_in_its_own_words_and_asked_the_same(fake_
     log = read_log(fake_environment)
     told = {entry["engine"]: entry["told"] for entry in log if "told" in entry}
     path = str(model.resolve())
-    limits = {"dtype": "bfloat16", "host": "127.0.0.1"}
+    both = {"dtype": "bfloat16", "host": "127.0.0.1"}
     ports = {name: words.pop("port", words.pop("server_port", None)) for name, words in told.items()}
     assert all(int(port) > 0 for port in ports.values())
-    assert told["vllm"] == {**limits, "model": path, "max_model_len": "256", "max_num_seqs": "7"}
-    assert told["sglang"] == {**limits, "model_path": path, "context_length": "256", "max_running_requests": "7"}
+    assert told["vllm"] == {
+        **both, "model": path, "max_model_len": "256", "max_num_seqs": "7", "gpu_memory_utilization": "0.25",
+    }  # fmt: skip
+    assert told["sglang"] == {
+        **both, "model_path": path, "context_length": "256", "max_running_requests": "7",
+        "mem_fraction_static": "0.25",
+    }  # fmt: skip
     server = {"serve": "serve", "api_server": "api_server", "server_name": "127.0.0.1", "dtype": "bfloat16"}
-    assert told["lmdeploy"] == {**server, "MODEL": path, "session_len": "256", "max_batch_size": "7"}
-    assert told["tensorrt-llm"] == {"host": "127.0.0.1", "MODEL": path, "max_seq_len": "256", "max_batch_size": "7"}
+    assert told["lmdeploy"] == {
+        **server, "MODEL": path, "session_len": "256", "max_batch_size": "7", "cache_max_entry_count": "0.25",
+    }  # fmt: skip
+    assert told["tensorrt-llm"] == {
+        "host": "127.0.0.1", "MODEL": path, "max_seq_len": "256", "max_batch_size": "7",
+        "kv_cache_free_gpu_memory_fraction": "0.25",
+    }  # fmt: skip
     assert told["transformers"] == {
-        **limits, "serve": "serve", "MODEL": path, "device": "cpu", "continuous_batching": True,
+        **both, "serve": "serve", "MODEL": path, "device": "cpu", "continuous_batching": True,
+        "cb_max_memory_percent": "0.25",
     }  # fmt: skip
     assert rows["tensorrt-llm"]["note"] == "has no flag for dtype"
 
@@ -205,6 +217,7 @@ def test_the_default_model_is_compared_with_transformers_for_real(default_model,
     engines = ["vcli", "transformers-generate", *(["transformers"] if find_spec("fastapi") else [])]
     load = ["--concurrency", "2", "--num-prompts", "2", "--input-len", "8", "--output-len", "4"]
     load += ["--device", "cpu", "--kv-cache-memory", "32MiB", "--starts", "1", "--trials", "1"]
+    load += ["--gpu-memory-utilization", "0.05"]  # by default transformers takes most of the machine's memory
     file, page = tmp_path / "result.json", tmp_path / "result.html"
     command = [sys.executable, "-m", "vcli", "bench", "compare", "--engines", ",".join(engines)]
 
