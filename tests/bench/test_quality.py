@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench import observation
 from bench.baseline import load_transformers
 from bench.config import HELD_OUT_TEXT, QualityConfig
 from bench.quality import LayerError, Quality, held_out_windows, measure
@@ -40,6 +41,13 @@ def changed_copy(path: Path, copy: Path, change: Callable[[str, torch.Tensor], t
     changed = {name: change(name, tensor).contiguous() for name, tensor in tensors.items()}
     save_file(changed, copy / "model.safetensors", {"format": "pt"})
     return copy
+
+
+@pytest.fixture(autouse=True)
+def no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time of comparing tiny models, and only `quality`, which is made before, is looked at for it."""
+    rates = dict.fromkeys(("decode_1", "decode_16", "decode_64", "prefill"))
+    monkeypatch.setattr(observation, "measure_speed", lambda core, on_progress: dict(rates))
 
 
 @pytest.fixture(scope="session")
