@@ -16,6 +16,7 @@ import pytest
 
 from engine.child import module_environment
 from tests.conftest import save_tokenizer
+from vcli.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
@@ -81,12 +82,27 @@ class Server:
 
 
 StartServer = Callable[..., Server]
+Vcli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def vcli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Vcli:
+    """vcli(*arguments): a command as a shell would run it, but in this process, which has its imports behind it."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["vcli", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return subprocess.CompletedProcess(command, int(stop.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

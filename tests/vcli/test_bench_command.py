@@ -158,13 +158,13 @@ def test_a_server_that_dies_under_the_load_is_an_error_with_its_last_words(tiny_
         (["--baseline", "magic"], 2, "--baseline must be none or transformers"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments: list[str], code: int, message: str):
-    returned, out, err = run_bench(*arguments)
+def test_a_mistake_is_one_sentence(vcli, arguments: list[str], code: int, message: str):
+    done = vcli("bench", *arguments)
 
-    assert (returned, out) == (code, "")
-    assert err.startswith("vcli: ")
-    assert message in err
-    assert "Traceback" not in err
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith("vcli: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_dataset_that_cannot_be_read_is_told_before_a_server_starts(tiny_checkpoint):
@@ -230,9 +230,9 @@ def test_the_comparison_as_json_goes_to_stdout_alone(tiny_checkpoint):
         (["--quality", "BEFORE", "AFTER", "--output", "a.pdf"], 1, "the extension must be one of"),
     ],
 )
-def test_a_comparison_that_cannot_be_is_one_sentence(arguments: list[str], code: int, words: str):
-    found, out, err = run_bench(*arguments)
+def test_a_comparison_that_cannot_be_is_one_sentence(vcli, arguments: list[str], code: int, words: str):
+    done = vcli("bench", *arguments)
 
-    assert (found, out) == (code, "")
-    assert words in err
-    assert err.count("\n") == 1
+    assert (done.returncode, done.stdout) == (code, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -23,7 +23,7 @@ EngineCore.step = _slow_step
 """
 
 
-def run_gate(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def run_gate(*arguments: str, root: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "vcli", "bench", "gate", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=280)
@@ -71,17 +71,13 @@ def test_a_slower_step_is_found_beside_the_commit_before_it(slower_checkout: Pat
         (["--against", "HEAD", "--metric", "speed>=0%"], 1, "no figure is called speed"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments: list[str], code: int, words: str):
-    done = run_gate(*arguments)
+def test_a_mistake_is_one_sentence(vcli, arguments: list[str], code: int, words: str):
+    done = vcli("bench", "gate", *arguments)
 
     assert (done.returncode, done.stdout) == (code, "")
     assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_called_gate_can_still_be_measured(tmp_path: Path):
-    command = [sys.executable, "-m", "vcli", "bench", "./gate"]
-
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-    assert done.stderr.startswith("vcli: ./gate: no such file or folder")
+def test_a_folder_called_gate_can_still_be_measured(vcli):
+    assert vcli("bench", "./gate").stderr.startswith("vcli: ./gate: no such file or folder")

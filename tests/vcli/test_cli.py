@@ -10,11 +10,6 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ["torch", "transformers", "pandas", "numpy", "starlette", "uvicorn", "aiohttp", "zmq", "tokenizers"]
 
 
-def vcli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vcli", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -42,7 +37,7 @@ print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
     assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout + done.stderr
 
 
-def test_help_lists_commands_and_groups_flags():
+def test_help_lists_commands_and_groups_flags(vcli):
     assert "serve" in vcli("--help").stdout
     shown = vcli("serve", "--help").stdout
     assert "Engine options:" in shown
@@ -52,7 +47,7 @@ def test_help_lists_commands_and_groups_flags():
     assert sum(line.startswith("  --") for line in shown.splitlines()) <= 40
 
 
-def test_flags_for_experts_are_named_and_alive_but_not_explained():
+def test_flags_for_experts_are_named_and_alive_but_not_explained(vcli):
     shown = " ".join(vcli("serve", "--help").stdout.split())
     assert shown.count("--step-timeout") == 1
     assert "For experts, see --print-config: --max-prefill-chunk, " in shown
@@ -60,7 +55,7 @@ def test_flags_for_experts_are_named_and_alive_but_not_explained():
     assert "step_timeout_s 5 flag" in " ".join(told.split())
 
 
-def test_version_is_a_number():
+def test_version_is_a_number(vcli):
     assert vcli("--version").stdout[0].isdigit()
 
 
@@ -80,7 +75,7 @@ def test_version_is_a_number():
         (["serve", "--chat-template", "/no/such/file"], 1, "vcli: --chat-template /no/such/file cannot be read"),
     ],
 )
-def test_mistake_gets_a_sentence_and_its_exit_code(arguments, code, words):
+def test_mistake_gets_a_sentence_and_its_exit_code(vcli, arguments, code, words):
     done = vcli(*arguments)
     assert done.returncode == code
     assert words in done.stderr
@@ -89,6 +84,7 @@ def test_mistake_gets_a_sentence_and_its_exit_code(arguments, code, words):
 
 
 def test_folder_without_a_model_is_named(tmp_path):
-    done = vcli("serve", str(tmp_path))
+    command = [sys.executable, "-m", "vcli", "serve", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith(f"vcli: {tmp_path} holds no config.json")
