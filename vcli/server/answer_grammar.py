@@ -9,6 +9,7 @@ https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache
 
 import msgspec
 
@@ -16,7 +17,7 @@ from engine.grammar import MAX_CHARS, GrammarError, embedded_json, json_grammar,
 from engine.sampling_params import SamplingParams
 from vcli.server.dialects import CallFormat, Marks
 from vcli.server.parts import AnswerForm
-from vcli.server.protocol import ApiError
+from vcli.server.protocol import ApiError, Tool
 from vcli.server.structured import bad_grammar
 from vcli.server.tools import ToolUse, strict_schema_of
 
@@ -32,9 +33,9 @@ async def shaped_answer(
     alone = {f"tools[{index}].function.parameters": tool for index, tool in tools}
     for param, tool in alone.items():
         try:
-            embedded_json(strict_schema_of(tool))
-        except GrammarError as error:
-            raise bad_grammar(error, param) from None
+            _arguments(tool)
+        except (GrammarError, RecursionError) as error:
+            raise bad_grammar(GrammarError(str(error)), param) from None
     grammar = answer_grammar(form, params.grammar, special_tokens)
     try:
         await check(grammar, "tools" if tools else "response_format")
@@ -65,6 +66,17 @@ def answer_grammar(form: AnswerForm, content: str, special_tokens: Mapping[str, 
     is_list = content.startswith("{")
     [first, *others] = json.loads(content)["grammars"] if is_list else [{"lark_grammar": content}]
     return json.dumps({"grammars": [{"lark_grammar": lark}, first | {"name": "content"}, *others]})
+
+
+def _arguments(tool: Tool) -> str:
+    """The arguments of a tool's call, as a word of Lark. Raises GrammarError."""
+    return _embedded(msgspec.json.encode(strict_schema_of(tool)), is_lenient=not tool.function.strict)
+
+
+@lru_cache(maxsize=256)
+def _embedded(schema: bytes, *, is_lenient: bool) -> str:
+    """Agents send the same tools with every turn."""
+    return embedded_json(schema.decode(), is_lenient=is_lenient)
 
 
 class _Grammar:
@@ -125,11 +137,7 @@ class _Grammar:
             head, tail = self._words(calls.head(tool.function.name)), self._words(calls.tail)
             if calls.is_bare:  # on its own: the lexer could not leave the rest of a longer word for the content's JSON
                 head = head.replace('"{', '"{" "', 1)
-            self._lines.append(
-                " ".join(
-                    [f"{name}:", head, embedded_json(strict_schema_of(tool), is_lenient=not tool.function.strict), tail]
-                )
-            )
+            self._lines.append(" ".join([f"{name}:", head, _arguments(tool), tail]))
         more = f"({self._words(calls.more)} call)*" if use.may_repeat and calls.more else ""
         words = self._words(calls.first), "call", more, self._words(calls.close)
         self._lines += ["call: " + " | ".join(tools), "chain: " + " ".join(filter(None, words))]
