@@ -23,6 +23,7 @@ class StepResult:
     pooled: dict[int, Tensor]  # by place, of requests that pool the hidden states of their prompt: [hidden_size]
     event: torch.cuda.Event | None
     masks: dict[int, TokenMask] = field(default_factory=dict)  # by place among the S requests, of those that have one
+    ended: dict[int, str] = field(default_factory=dict)  # of those, the ones that end here, with what they failed at
     _known: list[int] | None = None
 
     def take_in(self) -> list[int]:
@@ -34,6 +35,8 @@ class StepResult:
             for i, mask in self.masks.items():
                 if self._known[i] >= 0:
                     mask.take(self._known[i])
+            # Told now: what the next step's mask fails at is the next step's.
+            self.ended = {i: mask.error for i, mask in self.masks.items() if mask.is_ended}
         return self._known
 
     def wait(
@@ -53,8 +56,7 @@ class StepResult:
             logprobs = {i: row for i, row in enumerate(rows) if self.num_top[i] is not None}
         prompt_logprobs = {i: self._prompt_rows(i) for i in self.prompt_logprobs}
         embeddings = {i: vector.tobytes() for i, vector in vectors.items()}
-        ended = {i: mask.error for i, mask in self.masks.items() if mask.is_ended}
-        return token_ids, logprobs, prompt_logprobs, embeddings, ended
+        return token_ids, logprobs, prompt_logprobs, embeddings, self.ended
 
     def _prompt_rows(self, i: int) -> list[TokenLogprob | None]:
         prompt, num_top = self.prompts[i]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.grammar import GrammarError
 from engine.grammar_compiler import CompiledGrammar, failure_of, is_worn_out
 from engine.sampling_params import SamplingParams
 
@@ -79,7 +80,10 @@ class TokenMask:
         if self._is_renewed or not is_worn_out(self._matcher):
             return False
         self._is_renewed = True
-        self._grammar.renew(self._num_renewals)
+        try:
+            self._grammar.renew(self._num_renewals)
+        except GrammarError:  # on a busy machine it may be over its limits, which it was not at first
+            return False
         self._matcher = self._grammar.matcher()
         return self._matcher.consume_tokens(self._taken)
 

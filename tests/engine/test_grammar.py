@@ -200,6 +200,16 @@ def test_a_grammar_that_is_worn_out_is_compiled_anew(tokenizer, monkeypatch):
         fresh.take(token_id)
     assert (fresh.is_ended, fresh.error) == (True, "")
 
+    def refuse() -> None:
+        raise GrammarError("no time")
+
+    monkeypatch.setattr(compiled, "_compile_again", refuse)
+    last = TokenMask(SamplingParams(grammar=grammar), compiled, [], VOCAB)
+    for token_id in tokenizer.encode('"' + "a" * 400):
+        allowed(last)
+        last.take(token_id)
+    assert "too complex" in last.error, "it fails alone, and does not raise"
+
 
 def test_bad_words_and_allowed_tokens(compiler, tokenizer):
     params = SamplingParams(allowed_token_ids=[5, 6, 7, 40], bad_words_token_ids=[[6], [5, 7, 40], [7, 5]])

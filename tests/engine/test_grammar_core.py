@@ -116,6 +116,22 @@ def test_a_grammar_that_leaves_no_token_ends_its_request_alone(folder):
     assert "nobody" in ends["bad"].error
 
 
+def test_a_token_counts_although_the_mask_of_the_next_one_fails(folder):
+    """With two steps in flight, that mask is worked out before the token is taken in."""
+    core = make_core(folder)
+    core.max_in_flight = 2
+    params = SamplingParams(grammar=regex_grammar("[a-c]x"), allowed_token_ids=[letter(folder, "a")], max_tokens=4)
+    core.add(AddRequest("r", [5], params))
+    outputs = list(run(core))
+    assert [token for output in outputs for token in output.token_ids] == [letter(folder, "a")]
+    assert (outputs[-1].finish_reason, outputs[-1].token_ids) == ("error", [])
+
+
+def letter(folder: Path, character: str) -> int:
+    [token_id] = Tokenizer.load(str(folder)).encode(character)
+    return token_id
+
+
 def test_a_request_can_be_aborted_while_its_grammar_is_compiled(folder):
     core = make_core(folder)
     core.add(AddRequest("r", [5], SamplingParams(grammar=json_grammar(SCHEMAS[0]), max_tokens=4)))
