@@ -144,7 +144,8 @@ class Replay:
                     self._task.result()
                 return
             await send({**self._head, "headers": list(self._head["headers"])})  # others may add to them
-            async with streaming.kept_alive(send):
+            # No blank line behind it: where events have ids, OpenAI's and Anthropic's clients take that for an event.
+            async with streaming.kept_alive(send, b": still here\n"):
                 while follower in self._followers and number >= self._first:  # else it is too slow for what is kept
                     if events := self._events[number - self._first :]:
                         number += len(events)

@@ -17,15 +17,15 @@ KEEP_ALIVE_S = 15.0
 
 
 @contextlib.asynccontextmanager
-async def kept_alive(send: Send) -> AsyncIterator[None]:
+async def kept_alive(send: Send, comment: bytes = b": still here\n\n") -> AsyncIterator[None]:
     """While the block runs, send a comment now and then: a silent stream is not to be taken for a dead one."""
 
-    async def comment() -> None:
+    async def keep_alive() -> None:
         while True:
             await asyncio.sleep(KEEP_ALIVE_S)
-            await send_events(send, b": still here\n\n")
+            await send_events(send, comment)
 
-    task = asyncio.create_task(comment())
+    task = asyncio.create_task(keep_alive())
     try:
         yield
     finally:
