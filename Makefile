@@ -17,11 +17,13 @@ LIBRARIES ?= gptqmodel llm-compressor autoawq auto-gptq aiperf
 serve: setup
 	$(BIN)/vcli serve $(ARGS)
 
-# The engine's tests run in a process for each core, of which compiled and emulated kernels take the most. What starts
-# servers and measures runs one by one.
+# What only computes runs in a process for each core: compiled and emulated kernels take the most. What starts servers and
+# measures runs one by one.
+COMPUTING := tests/engine $(addprefix tests/bench/,test_quality.py test_gate_on_tape.py test_throughput.py test_charts.py)
+
 test: setup
-	$(BIN)/python -m pytest tests/engine -n auto
-	$(BIN)/python -m pytest tests --ignore tests/engine
+	$(BIN)/python -m pytest $(COMPUTING) -n auto
+	$(BIN)/python -m pytest tests $(COMPUTING:%=--ignore %)
 
 lint: setup
 	$(BIN)/ruff check .
