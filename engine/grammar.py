@@ -170,7 +170,8 @@ _LOOKS_AROUND = re.compile(r"\(\?<?[=!]|\\[1-9bB]")  # back-references and edges
 def _bounded(schema: Any) -> Any:
     """The schema with an end to what has none in JSON: a model that likes digits may go on with them for ever.
 
-    Integers stay within what all programs read (RFC 7493), times have nanoseconds at most.
+    Integers stay within what all programs read (RFC 7493), times have nanoseconds at most, and numbers between two
+    bounds as many decimals.
     """
     if not isinstance(schema, dict):
         return schema
@@ -187,9 +188,22 @@ def _bounded(schema: Any) -> Any:
         for least, name in ((-1, "minimum"), (1, "maximum")):
             if name not in schema and f"exclusive{name.capitalize()}" not in schema:
                 bounded[name] = least * MAX_INTEGER
+    if kind == "number" and "multipleOf" not in schema and _width(schema) > 1e-6:
+        bounded["multipleOf"] = 1e-9
     if schema.get("format") in ("time", "date-time"):
         bounded.setdefault("maxLength", LONGEST_TIME)
     return bounded
+
+
+def _width(schema: dict[str, Any]) -> float:
+    """How far the bounds of a number are apart; 0 if one is missing."""
+    low, high = (schema.get(name, schema.get(f"exclusive{name.capitalize()}")) for name in ("minimum", "maximum"))
+    if not isinstance(low, int | float) or not isinstance(high, int | float):
+        return 0.0
+    try:
+        return float(high) - float(low)
+    except OverflowError:  # an integer of 400 digits
+        return 0.0
 
 
 def _with_options(schema: Schema, whitespace: str, is_lenient: bool) -> Schema:

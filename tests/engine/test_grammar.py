@@ -82,6 +82,9 @@ CALLED = '<tool_call>\n{"name": "f", "arguments": {"age": 3}}\n</tool_call>'
         (json_grammar(json.dumps(PERSON)), '{"age": 1}', "end"),
         (json_grammar({"type": "integer"}), "9007199254740991", "end"),
         (json_grammar({"type": "integer"}), "9007199254740992", "no"),  # no digits without end
+        (json_grammar({"type": "number", "minimum": -1.5, "maximum": 2}), "1.123456789", "end"),  # nor decimals
+        (json_grammar({"type": "number", "minimum": -1.5, "maximum": 2}), "-1.6", "no"),
+        (json_grammar({"type": "number"}), "1.12345678901234567890e-7", "whole"),
         (json_grammar(True), '["anything", {"a": null}]', "end"),
         (regex_grammar(r"\d{3}/[a-z]+\n?"), "123/ab", "whole"),
         (regex_grammar(r"\d{3}/[a-z]+\n?"), "12/ab", "no"),
@@ -143,6 +146,7 @@ def test_random_schemas_and_their_errors_agree_with_jsonschema(compiler, tokeniz
         (lambda: json_grammar({"$ref": "file:///etc/passwd"}), "not present in a registry"),
         (lambda: json_grammar({"type": "integer", "minimum": 2, "maximum": 1}), "Unsatisfiable"),
         (lambda: json_grammar({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}), ""),
+        (lambda: json_grammar({"type": "number", "minimum": -(10**400), "maximum": 10**400}), ""),
         (lambda: json_grammar('{"type": '), "not valid JSON"),
         (lambda: json_grammar("[1]"), "an object"),
         (lambda: json_grammar(False), "no value"),
