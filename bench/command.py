@@ -1,6 +1,7 @@
 """The frame of what is run as `python -m bench.NAME`: the flags that all have, the file of the result, the exit code.
 
-Exit codes: 0 measured and fine, 3 measured and not as it should be, 1 it could not run, 2 a wrong flag.
+Exit codes: 0 measured and fine, 3 measured and not as it should be, 4 measured and undecided, 1 it could not run, 2 a
+wrong flag.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from bench import output
 from bench.environment import environment
 from engine.errors import UserError
 
-EXIT_FAILED = 3
+EXIT_CODES = {True: 0, False: 3, None: 4}
 
 
 def parser(name: str, description: str | None, *, starts_server: bool = True) -> argparse.ArgumentParser:
@@ -36,11 +37,11 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argpar
     return options, [*filter(None, [options.model]), *arguments[end + 1 :]]
 
 
-def run(name: str, path: Path | None, measure: Callable[[], tuple[dict[str, Any], bool]]) -> int:
+def run(name: str, path: Path | None, measure: Callable[[], tuple[dict[str, Any], bool | None]]) -> int:
     """Measure and write the result; the exit code.
 
-    measure: gives the result, and whether it is as it should be. What it raises as UserError is one sentence to the
-    person.
+    measure: gives the result, and whether it is as it should be (None: undecided). What it raises as UserError is one
+    sentence to the person.
     """
     facts = {"kind": name, "environment": environment()}
     try:
@@ -52,4 +53,4 @@ def run(name: str, path: Path | None, measure: Callable[[], tuple[dict[str, Any]
     except UserError as error:
         print(f"bench.{name}: {error}", file=sys.stderr)
         return 1
-    return 0 if is_fine else EXIT_FAILED
+    return EXIT_CODES[is_fine]

@@ -7,35 +7,31 @@ is a window with the page open and one without, in either order. Throughput is c
 machine takes from one window more than from another, tokens for each CPU second that the server had, and what the page
 can take from it: CPU time of the API process beyond what it needs for as many tokens, and time of the engine's thread
 for messages, both as shares of one CPU's time. The limit is for these two together.
-Exit codes: 0 within the limit, 3 certainly above it, 4 the spread is too large to tell, 1 it could not run.
+Exit codes: bench/command.py; 3 certainly above the limit, 4 the spread is too large to tell.
 """
 
-import argparse
 import asyncio
 import contextlib
-import json
 import math
 import random
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
 
-from bench import output
+from bench import command
 from bench.client import LoadClient
-from bench.environment import environment
 from bench.run_async import run_async
-from bench.server import running_server
+from bench.scrape import by_label, totals
+from bench.server import API, running_server, titled
 from bench.workloads import BenchRequest
 from engine.errors import UserError
 
-EXIT_OVER, EXIT_UNDECIDED = 3, 4
 SETTLE_S = 0.5  # between two windows
 WARM_UP_S = 3.0
 CONFIDENCE = 1.96  # standard errors of a mean, for 95 %
@@ -130,11 +126,10 @@ class _Run:
     async def _counts(self) -> tuple[float, float, float, float]:
         """Tokens; CPU seconds of all processes, and of the API process; the engine's seconds for messages."""
         async with self.session.get(f"{self.url}/metrics", raise_for_status=True) as reply:
-            lines = (await reply.text()).splitlines()
+            text = await reply.text()
         api_s, *others_s = map(_cpu_s, [self.server, *self.server.children()])
-        stage = next(line for line in lines if line.startswith("vcli:engine_stage") and 'stage="receive"' in line)
-        tokens = next(line for line in lines if line.startswith("vcli:generation_tokens_total"))
-        return _value(tokens), api_s + sum(others_s), api_s, _value(stage)
+        stages = by_label(text, "engine_stage_seconds_total", "stage")
+        return totals(text)["generation_tokens_total"], api_s + sum(others_s), api_s, stages["receive"]
 
 
 def report(pairs: list[tuple[Window, Window]], plan: Plan) -> dict[str, Any]:
@@ -167,17 +162,6 @@ def _cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-def _value(line: str) -> float:
-    return float(line.rsplit(" ", 1)[1])
-
-
-def _servers() -> Iterator[psutil.Process]:
-    for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] == ["vcli: api"]:
-                yield process
-
-
 def _sentences(result: dict[str, Any], plan: Plan) -> list[str]:
     def ratio(name: str) -> str:
         return "{mean:.4f} ({low:.4f} to {high:.4f})".format(**result[name])
@@ -196,40 +180,33 @@ def _sentences(result: dict[str, Any], plan: Plan) -> list[str]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.dashboard", epilog="after --: flags of vcli serve", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument("model", nargs="?", default="", help="as vcli serve takes it; default: its own default model")
+def main(arguments: list[str]) -> int:
+    parser = command.parser("dashboard", __doc__)
     parser.add_argument("--pairs", type=int, default=Plan.num_pairs)
     parser.add_argument("--window", type=float, default=Plan.window_s, help="seconds of each half of a pair")
     parser.add_argument("--concurrency", type=int, default=Plan.concurrency)
     parser.add_argument("--viewers", type=int, default=Plan.num_viewers)
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
-    arguments = [*sys.argv[1:], "--"]
-    end = arguments.index("--")
-    asked, serve_flags = parser.parse_args(arguments[:end]), arguments[end + 1 : -1]
+    options, served = command.parse(parser, arguments)
     plan = Plan(
-        num_pairs=asked.pairs,
-        window_s=asked.window,
-        concurrency=asked.concurrency,
-        num_viewers=asked.viewers,
+        num_pairs=options.pairs,
+        window_s=options.window,
+        concurrency=options.concurrency,
+        num_viewers=options.viewers,
     )
-    env = environment()
-    try:
-        if asked.output:
-            output.check(asked.output, [".json"])
-        with running_server([*filter(None, [asked.model]), *serve_flags]) as url:
-            [server] = _servers()
-            result = run_async(_Run(url, server, plan).run())
+
+    def measure() -> tuple[dict[str, Any], bool | None]:
+        with running_server(served) as url:
+            [server] = titled(API)
+            try:
+                result = run_async(_Run(url, server, plan).run())
+            except aiohttp.ClientError as error:
+                raise UserError(f"the server does not answer: {error}") from None
         print("\n".join(_sentences(result, plan)))
-        document = {"kind": "dashboard", "environment": env, "plan": asdict(plan), "result": result}
-        if asked.output:
-            output.write(asked.output, {".json": lambda: json.dumps(document, indent=1) + "\n"})
-    except (UserError, aiohttp.ClientError) as error:
-        sys.exit(f"bench.dashboard: {error}")
-    return {"within": 0, "over": EXIT_OVER, "undecided": EXIT_UNDECIDED}[result["verdict"]]
+        is_fine = {"within": True, "over": False, "undecided": None}[result["verdict"]]
+        return {"plan": asdict(plan), "result": result}, is_fine
+
+    return command.run("dashboard", options.output, measure)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

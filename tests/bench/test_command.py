@@ -27,7 +27,7 @@ def test_what_follows_two_dashes_is_the_servers(arguments, limit, served):
     assert "And more." not in parser.format_help()
 
 
-@pytest.mark.parametrize(("is_fine", "code"), [(True, 0), (False, 3)])
+@pytest.mark.parametrize(("is_fine", "code"), [(True, 0), (False, 3), (None, 4)])
 def test_a_result_is_written_with_the_machine_whatever_it_says(tmp_path: Path, is_fine, code):
     output = tmp_path / "new" / "result.json"
     assert command.run("test", output, lambda: ({"rows": ["é"]}, is_fine)) == code
