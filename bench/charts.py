@@ -17,6 +17,7 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 400, 250
 MARGIN = 12
 BAR_HEIGHT = 42  # with its name
+MAX_DECADES = 10
 LETTER = 7.2  # width of a letter at most, in the units of the chart
 FONTS = ("DejaVu Sans", "Liberation Sans", "Noto Sans", "Arial", "Helvetica")  # of pictures in pixels
 COLORS = {  # name: in light, in dark
@@ -243,7 +244,9 @@ def _axis(values: Sequence[float], is_log: bool, ends_with_values: bool = False,
         last = min(i for i, step in enumerate(_ROUND) if step >= max(positive) * (1 - 1e-9))
         ticks = _ROUND[first : max(last, first + 1) + 1]
         decades = [tick for tick in ticks if _ROUND.index(tick) % 3 == 0]
-        return _Axis(ticks[0], ticks[-1], decades if len(ticks) > 7 else ticks, is_log=True)
+        shown = decades if len(ticks) > 7 else ticks
+        every = math.ceil(len(shown) / MAX_DECADES)  # of many, one in two or three has its words
+        return _Axis(ticks[0], ticks[-1], shown[::every], is_log=True)
     high = top or max(values, default=0.0) or 1.0
     step = next(step for step in _ROUND if high / step <= 5)
     ticks = [i * step for i in range(math.ceil(high / step - 1e-9) + 1)]

@@ -5,7 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bench import charts
@@ -57,6 +57,8 @@ numbers = st.one_of(st.integers(0, 10**9), st.floats(0, 1e3).map(lambda value: r
     st.booleans(),
     st.booleans(),
 )
+@example([(0, 6.1e-05), (0, 100_000_001)], False, True)
+@example([(6.1e-05, 0), (100_000_001, 0)], True, False)
 def test_whatever_the_values_are_the_words_stay_inside_and_apart(
     points: list[tuple[float, float]], log_x: bool, log_y: bool
 ):
