@@ -148,7 +148,7 @@ def test_thoughts_text_and_calls_of_one_turn_are_one_message():
     ]
     messages = as_messages(items)
     assert [message.role for message in messages] == [
-        *("system", "user", "assistant", "tool", "tool", "assistant", "assistant"),
+        *("developer", "user", "assistant", "tool", "tool", "assistant", "assistant"),
     ]
     turn = messages[2]
     assert (turn.reasoning_content, turn.content) == ("two cities", "One moment.")

@@ -278,10 +278,8 @@ def _text(content: str | list[dict[str, Any]] | None, param: str) -> str:
 
 
 def _role(item: InputItem, param: str) -> str:
-    if item.role in ("user", "assistant", "system"):
+    if item.role in ("user", "assistant", "system", "developer"):
         return item.role
-    if item.role == "developer":
-        return "system"  # which is what templates call it
     shown_role = "nothing" if item.role is None else repr(item.role[:40])
     message = f"{param}: a message is from user, assistant, system or developer, got {shown_role}"
     raise ApiError(400, message, param=f"{param}.role")
