@@ -13,9 +13,9 @@ from engine.messages import EngineStats
 from engine.outputs import RequestTimings
 from tests.vcli.conftest import Server, StartServer
 from vcli.server.dashboard import feed
-from vcli.server.dashboard.recent import RecentValues
 from vcli.server.dashboard.sampler import Sampler
 from vcli.server.dashboard.slowest import NUM_SHOWN, Slowest
+from vcli.server.recent_values import RecentValues
 
 SHARES = (0.5, 0.95, 0.99)
 

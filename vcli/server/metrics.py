@@ -15,7 +15,7 @@ from engine.async_engine import AsyncEngine
 from engine.messages import EngineStats
 from engine.outputs import OutputDelta, RequestTimings
 from vcli.server.admission import Admission
-from vcli.server.dashboard.recent import RecentValues
+from vcli.server.recent_values import RecentValues
 
 CONTENT_TYPE = prometheus.CONTENT_TYPE_LATEST
 

@@ -15,9 +15,9 @@ from engine.async_engine import AsyncEngine
 from engine.messages import EngineStats, Inspection
 from engine.outputs import RequestTimings
 from vcli.server.admission import Admission
-from vcli.server.dashboard.recent import WINDOW, RecentValues
 from vcli.server.dashboard.slowest import Slowest, Waterfall
 from vcli.server.metrics import Metrics
+from vcli.server.recent_values import WINDOW, RecentValues
 from vcli.version import version
 
 
