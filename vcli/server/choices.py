@@ -12,12 +12,12 @@ from engine.messages import TokenLogprob
 from engine.outputs import OutputDelta, PromptLogprobs
 from vcli.server.parts import Arguments, CallBegun, Part, Reasoning, Text
 from vcli.server.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, StreamOptions
-from vcli.server.replies import Choice, Reply, encode, finite
+from vcli.server.replies import Choice, StreamedReply, encode, finite
 
 DONE = b"data: [DONE]\n\n"
 
 
-class ChoicesReply(Reply):
+class ChoicesReply(StreamedReply):
     """A reply in the shape that OpenAI's two older APIs share."""
 
     object_name: str  # OpenAI's name of the whole reply, and of a piece of it

@@ -106,12 +106,3 @@ class EmbeddingReply(Reply):
             return base64.b64encode(vector.astype("<f4").tobytes()).decode()
         values: list[float] = vector.tolist()
         return values
-
-    def event(self, prompt_index: int, delta: OutputDelta) -> bytes:
-        raise NotImplementedError
-
-    def tail(self) -> bytes:
-        raise NotImplementedError
-
-    def error_event(self, error: ApiError) -> bytes:
-        raise NotImplementedError

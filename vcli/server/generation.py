@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from vcli.server.choices import ChatReply, CompletionReply
 from vcli.server.headers import milliseconds
 from vcli.server.keys import Tenant
 from vcli.server.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest
-from vcli.server.replies import Reply
+from vcli.server.replies import Reply, StreamedReply
 from vcli.server.request_log import note_generation
 from vcli.server.service import Service
 from vcli.server.tracing import trace_generation
@@ -46,15 +46,22 @@ class GenerationEndpoint(ABC):
     """One ASGI application for each API; they differ in how a body asks, how prompts are made and replies are shaped.
 
     An API with a shape of its own decodes its bodies into its own struct (`decoder`), says what of OpenAI's would ask
-    the same (`generation_request`), and replies from both (`reply`).
+    the same (`generation_request`), and replies from both (`reply`); errors name its own parameters (`their_names`).
     """
 
     decoder: msgspec.json.Decoder[Any]
+    their_names: Mapping[str, str] = {}  # of our parameters, by regular expressions
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._take(scope, receive, send)
+        except ApiError as error:
+            raise error.renamed(self.their_names) from None
+
+    async def _take(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrival_time = time.monotonic()
         if (event_id := replay.last_event_id(scope)) is not None:
             followed, number = self.service.replays.find(event_id, scope["tenant"].name)
@@ -112,6 +119,7 @@ class GenerationEndpoint(ABC):
                 async with streaming.abort_at_disconnect(receive, streams):
                     with place.limit_time(streams):
                         if request.stream:
+                            assert isinstance(reply, StreamedReply)
                             await self._until_begun(place, streams)
                             await self._send_events(send, streams, reply)
                         else:
@@ -199,7 +207,7 @@ class GenerationEndpoint(ABC):
         # In a thread: log probabilities of many long sequences are a lot of JSON.
         await streaming.send_json(send, await asyncio.to_thread(reply.whole), reply.id)
 
-    async def _send_events(self, send: Send, streams: list[RequestStream], reply: Reply) -> None:
+    async def _send_events(self, send: Send, streams: list[RequestStream], reply: StreamedReply) -> None:
         meter = self.service.metrics.meter()
         await streaming.start_events(send, reply.id)
         try:

@@ -42,8 +42,7 @@ class Choice:
 class Reply(ABC):
     """The reply to one call: `n` choices for each prompt, prompt by prompt. Each API shapes it in its own way.
 
-    A whole reply is `add` for each delta and then `whole`; a streamed one is `head`, `event` for each delta and `tail`,
-    or `error_event` in its place.
+    It is sent whole: `add` for each delta, and then `whole`.
     """
 
     id_prefix: str
@@ -104,22 +103,6 @@ class Reply(ABC):
     def num_output_tokens(self) -> int:
         return sum(choice.num_tokens for choice in self.choices)
 
-    def head(self) -> bytes:
-        """The events before the first delta."""
-        return b""
-
-    @abstractmethod
-    def event(self, prompt_index: int, delta: OutputDelta) -> bytes:
-        """A delta as server-sent events; none where it says nothing to the client yet."""
-
-    @abstractmethod
-    def tail(self) -> bytes:
-        """The events behind the last delta."""
-
-    @abstractmethod
-    def error_event(self, error: ApiError) -> bytes:
-        """The last event of a stream that failed."""
-
     @abstractmethod
     def whole(self) -> bytes:
         """The reply in one piece."""
@@ -138,6 +121,26 @@ class Reply(ABC):
 
     def _token_text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self.tokenizer is None else self.tokenizer.token_text(token_id)
+
+
+class StreamedReply(Reply):
+    """A reply that can be sent as events, too: `head`, `event` for each delta, and `tail` or `error_event`."""
+
+    def head(self) -> bytes:
+        """The events before the first delta."""
+        return b""
+
+    @abstractmethod
+    def event(self, prompt_index: int, delta: OutputDelta) -> bytes:
+        """A delta as server-sent events; none where it says nothing to the client yet."""
+
+    @abstractmethod
+    def tail(self) -> bytes:
+        """The events behind the last delta."""
+
+    @abstractmethod
+    def error_event(self, error: ApiError) -> bytes:
+        """The last event of a stream that failed."""
 
 
 def finite(logprob: float) -> float:

@@ -3,13 +3,13 @@
 from typing import Any
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from vcli.server.anthropic.protocol import MessagesRequest
 from vcli.server.anthropic.replies import MessagesReply
 from vcli.server.chat import Prompt
 from vcli.server.generation import ChatCompletions
-from vcli.server.protocol import ApiError, ChatRequest
+from vcli.server.protocol import ChatRequest
 from vcli.server.replies import Reply
 
 RENAMED = {  # parameters of a chat
@@ -22,12 +22,7 @@ RENAMED = {  # parameters of a chat
 
 class Messages(ChatCompletions):
     decoder = msgspec.json.Decoder(MessagesRequest)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        except ApiError as error:
-            raise error.renamed(RENAMED) from None
+    their_names = RENAMED
 
     async def generation_request(self, asked: MessagesRequest, scope: Scope) -> ChatRequest:
         return asked.generation_request()

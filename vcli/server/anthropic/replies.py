@@ -13,7 +13,7 @@ from engine.outputs import OutputDelta
 from vcli.server.anthropic import errors
 from vcli.server.parts import Arguments, CallBegun, Part, Reasoning
 from vcli.server.protocol import ApiError, ChatRequest
-from vcli.server.replies import Reply, encode
+from vcli.server.replies import StreamedReply, encode
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class Block:
         return self.start | ({"input": _parsed(text)} if self.kind == "tool_use" else {self.kind: text})
 
 
-class MessagesReply(Reply):
+class MessagesReply(StreamedReply):
     id_prefix = "msg_"
 
     def __init__(self, request: ChatRequest, **common: Any) -> None:

@@ -56,12 +56,7 @@ class Responses(ChatCompletions):
     """POST /v1/responses"""
 
     decoder = msgspec.json.Decoder(ResponsesRequest)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        except ApiError as error:
-            raise error.renamed(RENAMED) from None
+    their_names = RENAMED
 
     async def generation_request(self, asked: ResponsesRequest, scope: Scope) -> Conversation:
         asked.check()

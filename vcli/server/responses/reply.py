@@ -16,7 +16,7 @@ import msgspec
 from engine.outputs import OutputDelta
 from vcli.server.parts import Arguments, CallBegun, Part, Reasoning, Text
 from vcli.server.protocol import ApiError
-from vcli.server.replies import Choice, Reply, encode
+from vcli.server.replies import Choice, StreamedReply, encode
 from vcli.server.responses.protocol import ResponsesRequest
 
 
@@ -66,7 +66,7 @@ _DELTA_EVENTS = {
 }
 
 
-class ResponseReply(Reply):
+class ResponseReply(StreamedReply):
     """The reply to one call of /v1/responses."""
 
     id_prefix = "resp_"
