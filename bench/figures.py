@@ -59,7 +59,7 @@ class Prompt:
 
     @property
     def again(self) -> Figure:
-        """All but its last block is in the prefix cache: the work of a decode step at that context."""
+        """All of it is in the prefix cache: the work of a decode step at that context."""
         return Figure(f"prompt of {self.length:,} tokens again", "ms", lambda f: f.decode_step_s(1, self.length))
 
 

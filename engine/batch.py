@@ -33,10 +33,12 @@ class ScheduledRequest(msgspec.Struct, array_like=True):
     num_tokens: int
     samples: bool  # the last of these tokens is its newest: a token is drawn
     block_ids: list[int]  # blocks it gained for this step, appended to its table
+    is_decode: bool = False  # one token, and all before it cached by earlier steps
+    is_cached: bool = False  # a decode whose own token is cached, too: others may own its block, and nothing is stored
 
 
 class ScheduledBatch(msgspec.Struct, array_like=True):
-    """One step's work in plain numbers. Requests with one token come first, new ones last of them, then prefill chunks.
+    """One step's work in plain numbers. Decodes come first, then prefill chunks.
 
     A token that the host does not know yet (it was drawn in a step still in flight) needs no value here: the row keeps
     its own tokens on the device.

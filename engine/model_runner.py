@@ -170,15 +170,19 @@ class ModelRunner:
         return min(num_tokens, self.max_num_seqs)
 
     def _decode_inputs(self, requests: list[ScheduledRequest], size: int) -> np.ndarray:
-        """What `_decode` needs of each request, [6, size] int32, the rest filled up with rows that do nothing."""
-        fields = [(r.start, r.row, r.block_ids[0] if r.block_ids else -1) for r in requests]
-        fields += [(0, self.max_num_seqs, -1)] * (size - len(requests))
-        starts, rows, new_blocks = np.array(fields, dtype=np.int32).T
+        """What `_decode` needs of each request, [6, size] int32, the rest filled up with rows that do nothing.
+
+        A token that is cached is stored where those of such rows are.
+        """
+        idle = self.max_num_seqs
+        fields = [(r.start, r.row, r.block_ids[0] if r.block_ids else -1, r.is_cached) for r in requests]
+        fields += [(0, idle, -1, False)] * (size - len(requests))
+        starts, rows, new_blocks, is_cached = np.array(fields, dtype=np.int32).T
         return np.stack(
             [
                 starts,
                 rows * self.max_model_len + starts,
-                rows * self.max_blocks + starts // BLOCK_SIZE,
+                np.where(is_cached, idle * self.max_blocks, rows * self.max_blocks + starts // BLOCK_SIZE),
                 new_blocks,
                 starts + 1,
                 rows,
@@ -222,8 +226,8 @@ class ModelRunner:
 
         Tokens that fill up are those of the padding row, and belong to no request; requests that do have no tokens.
         """
-        fields = [(r.row, r.start, r.num_tokens, len(r.block_ids), r.samples) for r in requests]
-        rows, starts, counts, num_new, samples = np.array(fields, dtype=np.int32).reshape(-1, 5).T
+        fields = [(r.row, r.start, r.num_tokens, len(r.block_ids), r.samples, r.is_cached) for r in requests]
+        rows, starts, counts, num_new, samples, is_cached = np.array(fields, dtype=np.int32).reshape(-1, 6).T
         ends = np.cumsum(counts, dtype=np.int32)
         owner = np.repeat(np.arange(len(requests)), counts)
         positions = np.arange(len(owner), dtype=np.int32) + (starts + counts - ends)[owner]
@@ -240,7 +244,8 @@ class ModelRunner:
         used = tokens[:, : len(owner)]
         used[0] = positions
         used[1] = rows[owner] * self.max_model_len + positions
-        used[2] = rows[owner] * self.max_blocks + positions // BLOCK_SIZE
+        table_index = rows[owner] * self.max_blocks + positions // BLOCK_SIZE
+        used[2] = np.where(is_cached[owner], idle * self.max_blocks, table_index)
         used[3, is_new] = gained[(np.cumsum(num_new) - num_new)[owner[is_new]] + place[is_new]]
 
         def filled(values: np.ndarray, filler: int) -> np.ndarray:
@@ -394,9 +399,4 @@ class ModelRunner:
 
 
 def _num_decodes(batch: ScheduledBatch) -> int:
-    """How many requests, the batch's first, have one token each and all before it cached by earlier steps.
-
-    No new one: it may share blocks with a request whose tokens there are computed in this very step.
-    """
-    new_rows = {new.row for new in batch.new_rows}
-    return sum(request.num_tokens == 1 and request.row not in new_rows for request in batch.requests)
+    return sum(request.is_decode for request in batch.requests)

@@ -63,6 +63,7 @@ class Scheduler:
         self.answer_length = AnswerLength()
         # For want of room to grow: that changes when somebody gives blocks back.
         self._put_off: Request | None = None
+        self._filled_now: set[int] = set()  # blocks that the step which is being scheduled completes
         self.in_flight: deque[list[Request]] = deque()  # for each step in flight, the requests that draw a token
         self.num_compiling = 0  # requests that are added when their grammar is ready
         self.stats = EngineStats(num_blocks=num_blocks)
@@ -114,6 +115,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Give this step's token budget to requests. The caller runs the batch, unless there is nothing in it."""
+        self._filled_now.clear()
         new_rows: list[NewRow] = []
         scheduled: list[tuple[Request, ScheduledRequest]] = []
         num_preemptions = self.stats.num_preemptions
@@ -131,7 +133,7 @@ class Scheduler:
                 continue
             if due > 1:
                 prefill_budget -= num_tokens
-            scheduled.append((request, self._schedule(request, num_tokens)))
+            scheduled.append((request, self._schedule(request, num_tokens, is_decode=due == 1)))
 
         while self.waiting and prefill_budget > 0 and self.stats.num_preemptions == num_preemptions:
             request = self.waiting[0]
@@ -139,11 +141,12 @@ class Scheduler:
             if num_tokens == 0:
                 break
             prefill_budget -= num_tokens
-            step = self._schedule(request, num_tokens)
+            is_decode = num_tokens == 1 and self._filled_now.isdisjoint(request.block_ids)
+            step = self._schedule(request, num_tokens, is_decode)
             new_rows.append(self._new_row(request, step))
             scheduled.append((request, step))
 
-        scheduled.sort(key=lambda pair: pair[1].num_tokens > 1)  # decodes first, otherwise in the order of service
+        scheduled.sort(key=lambda pair: not pair[1].is_decode)  # those first, otherwise in the order of service
         batch = ScheduledBatch(new_rows, [step for _, step in scheduled])
         if self.host_tier is not None:
             batch.paged_out, batch.paged_in = self.host_tier.plan()
@@ -286,7 +289,7 @@ class Scheduler:
         if not self.free_rows or request.num_in_flight or request is self._put_off:
             return 0
         prefix = self._find_prefix(request)
-        num_cached = len(prefix) * self.block_size
+        num_cached = min(len(prefix) * self.block_size, len(request.token_ids) - 1)  # one at least must be computed
         num_tokens = min(len(request.token_ids) - num_cached, budget)
         # Room for all it has, not for the first chunk alone: fewer requests are admitted just to be preempted.
         num_needed = -(-len(request.token_ids) // self.block_size) - len(prefix)
@@ -325,15 +328,17 @@ class Scheduler:
         ends = [(num_blocks, expected.remaining(newcomer.num_output_tokens, newcomer.max_tokens))]
         for request in self.running:
             # The prefix that it was given may be others', too.
-            num_own = len(request.block_ids) - request.num_cached_tokens // self.block_size
+            num_own = len(request.block_ids) + -request.num_cached_tokens // self.block_size
             ends.append((num_own, expected.remaining(request.num_output_tokens, request.max_tokens)))
         return room_to_grow(ends, self.block_size) <= num_free
 
     def _find_prefix(self, request: Request) -> list[int]:
         if request.needs_every_position:
             return []
-        longest = (len(request.token_ids) - 1) // self.block_size  # one token at least must be computed
-        return self.pool.find(request.prefix, request.token_ids, longest)
+        found = self.pool.find(request.prefix, request.token_ids, len(request.token_ids) // self.block_size)
+        if len(found) * self.block_size == len(request.token_ids) and not self._filled_now.isdisjoint(found):
+            found.pop()  # the last token alone would be a decode, which reads what is cached before this step
+        return found
 
     def _brings_back(self, request: Request, budget: int) -> bool:
         """Whether blocks of a waiting request that the host knows are on their way to the device.
@@ -346,16 +351,19 @@ class Scheduler:
         longest = (len(request.token_ids) - 1) // self.block_size
         return self.host_tier.bring_back(request.prefix, longest, max(budget // self.block_size, 1))
 
-    def _schedule(self, request: Request, num_tokens: int) -> ScheduledRequest:
+    def _schedule(self, request: Request, num_tokens: int, is_decode: bool) -> ScheduledRequest:
         """Book num_tokens of a running request for this step; there is room for them."""
         block_ids = self.pool.allocate(self._num_blocks_needed(request, num_tokens))
         request.block_ids.extend(block_ids)
         start = request.num_computed_tokens
+        is_cached = start < request.num_registered_blocks * self.block_size
         request.num_computed_tokens += num_tokens
         samples = request.num_computed_tokens == request.num_tokens
         request.num_in_flight += samples
+        num_before = request.num_registered_blocks
         self._remember_full_blocks(request)
-        return ScheduledRequest(request.row, start, num_tokens, samples, block_ids)
+        self._filled_now.update(request.block_ids[num_before : request.num_registered_blocks])
+        return ScheduledRequest(request.row, start, num_tokens, samples, block_ids, is_decode, is_cached)
 
     def _new_row(self, request: Request, step: ScheduledRequest) -> NewRow:
         """All that the device must know of a request that got its row in this step."""

@@ -71,28 +71,38 @@ class Device:
         for new in batch.new_rows:
             self.tokens[new.row] = list(new.token_ids)
             self.tables[new.row] = list(new.block_ids)
-        sizes = [request.num_tokens for request in batch.requests]
-        assert sizes == sorted(sizes, key=lambda size: size > 1), "decodes come first"
+        are_decodes = [request.is_decode for request in batch.requests]
+        assert are_decodes == sorted(are_decodes, reverse=True), "decodes come first"
         for request in batch.requests:
             self.tables[request.row].extend(request.block_ids)
+            if request.is_decode:  # it may read what is before its own token ahead of this step's writes
+                assert request.num_tokens == 1
+                self._check(request.row, request.start + request.is_cached)
+        for request in batch.requests:
+            if request.is_cached:  # others may own the block, so nothing is written
+                continue
             computed = range(request.start, request.start + request.num_tokens)
             self.tainted.difference_update(self._slot(request.row, position) for position in computed)
             for position in computed:
                 self.slots[self._slot(request.row, position)] = tuple(self.tokens[request.row][: position + 1])
         for request in [*batch.requests, *batch.requests]:  # what one taints another may read, whichever comes first
             end = request.start + request.num_tokens
-            if TAINTS in self.tokens[request.row][request.start : end] or self._is_tainted(request.row, end):
+            is_tainted = TAINTS in self.tokens[request.row][request.start : end] or self._is_tainted(request.row, end)
+            if is_tainted and not request.is_cached:
                 self.tainted |= {self._slot(request.row, position) for position in range(request.start, end)}
         drawn = []
         for request in batch.requests:
             tokens, end = self.tokens[request.row], request.start + request.num_tokens
-            for position in range(end):
-                assert self.slots[self._slot(request.row, position)] == tuple(tokens[: position + 1])
+            self._check(request.row, end)
             if request.samples:
                 assert end == len(tokens)
                 drawn.append(-1 if self._is_tainted(request.row, end) else model(tokens))
                 tokens.append(max(drawn[-1], 0))
         return drawn
+
+    def _check(self, row: int, end: int) -> None:
+        for position in range(end):
+            assert self.slots[self._slot(row, position)] == tuple(self.tokens[row][: position + 1])
 
     def _is_tainted(self, row: int, end: int) -> bool:
         return any(self._slot(row, position) in self.tainted for position in range(end))
@@ -200,6 +210,34 @@ def test_a_repeated_prompt_computes_only_what_the_cache_lacks():
     outputs = run(scheduler, device)
     assert outputs[0].num_cached_tokens == 8
     assert scheduler.stats.batch_tokens == 3
+
+
+def test_a_prompt_of_known_blocks_alone_is_a_decode_that_leaves_them_as_they_are():
+    scheduler, device = make_scheduler(max_prefill_chunk=12), Device()
+    prompt = list(range(1, 13))
+    scheduler.add(request("first", prompt, max_tokens=1))
+    run(scheduler, device)
+    scheduler.add(request("again", prompt, max_tokens=4, ignore_eos=True))
+    batch = scheduler.schedule()
+    (again,) = batch.requests
+    assert (again.start, again.num_tokens, again.is_decode, again.is_cached) == (11, 1, True, True)
+    scheduler.update(device.run(batch), {}, {})
+    outputs = run(scheduler, device)
+    assert device.num_computed == 12 + 4
+    assert len(outputs) == 3
+
+
+def test_a_prompt_of_blocks_that_its_own_step_fills_computes_the_last_of_them():
+    scheduler, device = make_scheduler(max_num_batched_tokens=16, max_prefill_chunk=16), Device()
+    prompt = list(range(1, 13))
+    for name in ("first", "second"):
+        scheduler.add(request(name, prompt, max_tokens=1))
+    batch = scheduler.schedule()
+    assert [(r.start, r.num_tokens, r.is_decode, r.is_cached) for r in batch.requests] == [
+        (0, 12, False, False),
+        (8, 4, False, False),
+    ]
+    device.run(batch)
 
 
 def test_tenants_do_not_share_blocks():
