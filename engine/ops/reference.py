@@ -131,7 +131,8 @@ def blockwise_linear(
 def round_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Vectors x [..., dim] float32 as int8 or e4m3, and the scale of each, [..., 1]. One of zeros has a scale too."""
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    scales = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    # By a tensor: PyTorch multiplies on a GPU with the inverse of a plain number, which can be another scale.
+    scales = (x.abs().amax(-1, keepdim=True) / x.new_full((), largest)).clamp(min=torch.finfo(torch.float32).tiny)
     steps = x / scales
     return (steps.round() if dtype == torch.int8 else steps.clamp(-largest, largest)).to(dtype), scales
 

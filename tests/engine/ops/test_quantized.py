@@ -55,7 +55,9 @@ def test_a_product_is_exact_to_rounding(case, dtype, tile_numbers, device, monke
         tolerance = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance * exact.std().item())
         gated = held.apply_gated(x.to(device), None if bias is None else bias.to(device), "silu").cpu()
-        torch.testing.assert_close(gated, ops.gated_activation(y, "silu"))
+        # Not that of y: to round a large negative gate, as a kernel of both does not, changes what is left of it.
+        exact = ops.gated_activation(exact, "silu")
+        torch.testing.assert_close(gated.double(), exact, rtol=tolerance, atol=tolerance * exact.std().item())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
