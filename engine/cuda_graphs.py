@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ALWAYS = 1024  # tokens of a mixed step that have a graph on every GPU, and by which its pace is told
+ALWAYS = 2048  # tokens of a mixed step that have a graph on every GPU
+PACE = 1024  # tokens of the one by which the pace of such steps is told
 BUSY = 0.7  # share of a step's time in which all of its kernels have been launched, where no graph is needed
 
 
@@ -29,12 +30,13 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 def mixed_sizes(max_num_tokens: int, run: Callable[[int], None]) -> list[int]:
     """Tokens of a step with prefill chunks worth a graph: as long as the host takes longer to launch its kernels one by
     one than the GPU to run them. `run` launches a step of a size.
+
+    Up to ALWAYS in any case: cuBLAS takes long to choose a kernel for a number of rows that it has not seen, and crowds
+    come to ever new ones. The rows of its tiles are multiples of 64 or 128 anyway.
     """
-    sizes = {16, 32, 64, 96, 128, *range(192, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256)}
-    sizes |= {*range(2048, 4097, 512)}
-    for probe in (ALWAYS, 2 * ALWAYS):
-        if probe <= max_num_tokens and _keeps_gpu_busy(partial(run, probe)):
-            max_num_tokens = probe
+    sizes = {16, 32, 64, 96, 128, *range(192, 512, 64), *range(512, ALWAYS, 128), *range(ALWAYS, 4097, 512)}
+    if max_num_tokens > ALWAYS and _keeps_gpu_busy(partial(run, ALWAYS)):
+        max_num_tokens = ALWAYS
     return sorted(size for size in sizes if size <= max_num_tokens)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine import ops, sampler
 from engine.batch import ForwardBatch, NewRow, ScheduledBatch, ScheduledRequest
 from engine.config import BLOCK_SIZE
-from engine.cuda_graphs import ALWAYS, Graphs, decode_sizes, mixed_sizes
+from engine.cuda_graphs import PACE, Graphs, decode_sizes, mixed_sizes
 from engine.grammar_compiler import GrammarCompiler
 from engine.models import Model
 from engine.ops import sampling_line
@@ -95,7 +95,7 @@ class ModelRunner:
         self.mixed_graphs = Graphs(mixed, idle, mixed_sizes(max_num_tokens, run), self.device)
         sizes, idle_decodes = decode_sizes(self.max_num_seqs), partial(self._decode_inputs, [])
         self.decode_graphs = Graphs(self._decode, idle_decodes, sizes, self.device, shared=self.mixed_graphs)
-        size = self.mixed_graphs.fit(ALWAYS) or self.mixed_graphs.sizes[-1]
+        size = self.mixed_graphs.fit(PACE) or self.mixed_graphs.sizes[-1]
         return REAL_PACE * size / self.mixed_graphs.seconds(size)
 
     @torch.inference_mode()
