@@ -27,8 +27,9 @@ template <> struct Rounding<s8> {
   }
 };
 
-// Zeros have a scale too, the smallest normal number.
-__device__ inline float scale_of(float largest) { return fmaxf(largest / Rounding<Stored>::kLargest, 1.17549435e-38f); }
+// Zeros have a scale too, the smallest normal number. That of a row with a NaN is NaN, as are the products with it then: integers
+// have none of their own.
+__device__ inline float scale_of(float largest) { return max_or_nan(largest / Rounding<Stored>::kLargest, 1.17549435e-38f); }
 // x / scale as IEEE 754 rounds it (Markstein 1990), in fewer instructions.
 __device__ inline float divide(float x, float scale, float inverse) {
   const float quotient = x * inverse;
@@ -44,7 +45,7 @@ template <int kCount> __device__ inline void write_rounded(Stored* y, float* sca
     float own[kWidth];
     unpack_vec<Scalar>(held[i], own);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) largest = fmaxf(largest, fabsf(own[j]));
+    for (int j = 0; j < kWidth; ++j) largest = max_or_nan(largest, fabsf(own[j]));
   }
   const float scale = scale_of(block_max(largest)), inverse = 1.0f / scale;
   if (threadIdx.x == 0) scales[blockIdx.x] = scale;
@@ -82,7 +83,7 @@ round_panels(Stored* y, float* scales, const Scalar* x, int dim, int stride) {
   if (at < dim) unpack_vec<Scalar>(load_bits(x + first), own);
   float largest = 0.0f;
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) largest = fmaxf(largest, fabsf(own[j]));
+  for (int j = 0; j < kWidth; ++j) largest = max_or_nan(largest, fabsf(own[j]));
   const float scale = scale_of(team_max<16>(largest)), inverse = 1.0f / scale;
   if (at >= dim) return;
   if (threadIdx.x % 16 == 0) scales[static_cast<i64>(at / 128) * stride + blockIdx.x] = scale;

@@ -1,5 +1,7 @@
-// Sums and maxima over the threads of a team (a power of two of neighbouring lanes), a warp or a block.
+// Sums and maxima over the threads of a team (a power of two of neighbouring lanes), a warp or a block. Of floats with a NaN among
+// them both are NaN.
 #pragma once
+#include "ptx.cuh"
 
 constexpr u32 kAllLanes = 0xffffffffu;
 
@@ -10,7 +12,7 @@ template <int kLanes> __device__ inline float team_sum(float x) {
 }
 template <int kLanes> __device__ inline float team_max(float x) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) x = max_or_nan(x, __shfl_xor_sync(kAllLanes, x, distance));
   return x;
 }
 

@@ -173,6 +173,11 @@ def check_rounding(device: str, dtype: torch.dtype, stored: torch.dtype, rows: i
         y = rounding.round_rows(x, stored)
     # a GPU's torch divides less exactly
     _assert_rounded(y, reference.round_inputs(x.cpu(), stored))
+    spoilt = x.clone()
+    spoilt[-1, dim // 2] = torch.nan
+    scales = rounding.round_rows(spoilt, stored).scales
+    assert scales[-1].isnan(), "and no result is a number"
+    assert torch.equal(scales[:-1], y.scales[:-1])
     gate_up = random(rows, 2 * dim, device=device, dtype=dtype, scale=3)
     for kind in ("silu", "gelu_tanh"):
         with poisoned():
