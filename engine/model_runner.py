@@ -111,7 +111,8 @@ class ModelRunner:
             return self._draw(requests, logits, best, {}, {})
         sampled = [request for request in requests if request.samples]
         hidden, complete = self._run_mixed(batch, len(sampled))
-        return self._draw(sampled, self.model.logits(hidden), None, complete, self._pooled(sampled, hidden))
+        logits = self.model.logits(hidden)[: len(sampled)]
+        return self._draw(sampled, logits, None, complete, self._pooled(sampled, hidden))
 
     def _run_decodes(self, requests: list[ScheduledRequest]) -> tuple[Tensor, Tensor]:
         """One token in, one token out: logits [R, vocab], and the best tokens [R]."""
@@ -125,7 +126,11 @@ class ModelRunner:
         return logits[: len(requests)], best[: len(requests)]
 
     def _run_mixed(self, batch: ScheduledBatch, num_sampled: int) -> tuple[Tensor, dict[int, list[Logprobs]]]:
-        """Hidden states [num_sampled, hidden_size] to draw from, and the prompt log probabilities now complete."""
+        """Hidden states [S, hidden_size] to draw from, and the prompt log probabilities now complete.
+
+        S is num_sampled or more: cuBLAS takes long to choose a kernel for a number of rows that it has not seen, as in
+        logits of these.
+        """
         requests, num_tokens = batch.requests, batch.num_tokens
         longest_decode = max((request.start + 1 for request in requests if request.num_tokens == 1), default=0)
         size = self.mixed_graphs.fit(num_tokens) if self.mixed_graphs else None
@@ -139,7 +144,8 @@ class ModelRunner:
             return self._forward_mixed(*self._exact_inputs(batch, num_sampled)), {}
         inputs = self._mixed_inputs(requests, size, self._max_num_requests(size))
         self.clock.enter("forward")
-        return self.mixed_graphs.run(inputs, size)[:num_sampled], {}
+        num_rows = self.decode_graphs.fit(num_sampled) if self.decode_graphs else num_sampled
+        return self.mixed_graphs.run(inputs, size)[:num_rows], {}
 
     def _params_of_prompts(self, batch: ScheduledBatch) -> list[SamplingParams]:
         """Of the requests of whose prompts this step computes something."""

@@ -21,6 +21,7 @@ FEW_ROWS = (8, 16)  # builds of gemm/few_rows.cu, by the most rows they take
 FEW_ROWS_ON_HOPPER = (*FEW_ROWS, 32)
 FEW_ROWS_OCTETS = (2, 4, 6, 8)  # its kernels, by the eights of outputs in a tile
 MANY_ROWS = (16, 32, 64, 128)  # builds of gemm/many_rows.cu, by the rows of a tile
+BUSY = 0.95  # share of gemm/many_rows.cu's time in which tiles of more than 128 rows must keep multiprocessors busy
 MANY_ROWS_SHARED_BYTES = 227 << 10  # of a block of it: all that Hopper has
 
 _is_batch_invariant = False
@@ -87,6 +88,12 @@ class Tiling:
         """
         num_units = self._row_units(num_rows) * self._output_tiles(out)
         return num_units * self.split if self.split > 1 else min(num_sms // self.cluster, num_units) * self.cluster
+
+    def share_busy(self, num_rows: int, out: int, num_sms: int) -> float:
+        """Of the multiprocessors' time, where they take the tiles in turns: rows that a tile lacks count as idle."""
+        num_clusters = num_sms // self.cluster
+        rounds = -(-self._row_units(num_rows) * self._output_tiles(out) // num_clusters)
+        return num_rows * self._output_tiles(out) / (rounds * num_clusters * self.rows * self.cluster)
 
     def arguments(self, num_rows: int, inputs: int, out: int) -> tuple[int, ...]:
         """What its kernels take to know their tiles, from `height` on. inputs: numbers of 16 bits; out: as above."""
@@ -178,11 +185,17 @@ def many_rows_pays(num_rows: int, out: int, form: str, num_sms: int) -> bool:
     | 4096, 4096 | 11.6 (14.0) | 12.4 (12.6) | 15.8 (14.2) | | | |
     | 4096, 128256 to float | 256 (270) | 262 (289) | 288 (290) | 447 (397) | | |
 
-    Beyond 128 rows cuBLAS is kept: inside whole steps the gain was not seen.
+    Beyond 128 rows it takes 44 us for each round of tiles, however few are in the last one: 91 (88) for 224 rows, 91
+    (92) for 240, 176 (162) for 512, 260 (255) for 768, 309 (322) for 1,024. In whole steps a prompt of 2,048 tokens
+    takes 45.4 ms (48.6), of 8,192 201 (207), and a decode of 256 requests 11.3 (11.5).
     """
     if num_rows <= 64:
         return form != "plain" or num_rows <= 32 or out >= 28 * num_sms
-    return num_rows <= MANY_ROWS[-1] and (form == "float" or (form in GATED_FORMS and out > 128 * num_sms))
+    is_wide = form in GATED_FORMS and out > 128 * num_sms
+    if num_rows <= MANY_ROWS[-1]:
+        return form == "float" or is_wide
+    busy = many_rows_tiling(num_rows, out, form, num_sms).share_busy(num_rows, out, num_sms)
+    return is_wide and (240 <= num_rows <= 256 or busy > BUSY)
 
 
 def shared_tiling(num_rows: int, inputs: int, out: int, form: str, num_sms: int) -> Tiling | None:
