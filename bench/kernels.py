@@ -193,7 +193,10 @@ def _row_cases(num_tokens: int) -> Iterator[Case]:
         qkv = _random(num_tokens, QKV)
         caches = _caches(-(-num_tokens // BLOCK_SIZE))
         positions = torch.randint(0, 8192, (num_tokens,), dtype=torch.int32, device="cuda")
-        slots = torch.randperm(num_tokens, device="cuda").int()
+        blocks = torch.randperm(-(-num_tokens // BLOCK_SIZE), device="cuda").int()  # filled in order, as by prompts
+        slots = (blocks.unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device="cuda").int()).flatten()[
+            :num_tokens
+        ]
         cos_sin = torch.rand(8192, HEAD_DIM, device="cuda")
         return lambda: cuda.rotate_and_store(qkv, positions, slots, cos_sin, *caches, None, None, 0.0), None
 
@@ -203,14 +206,16 @@ def _row_cases(num_tokens: int) -> Iterator[Case]:
         ids = torch.randint(0, VOCAB, (num_tokens,), dtype=torch.int32, device="cuda")
         return lambda: table().index_select(0, ids), None
 
-    for op, width, num_read, num_written, make in (
-        ("rms_norm", HIDDEN, 1, 1, norm),
-        ("add_rms_norm", HIDDEN, 2, 2, add_norm),
-        ("gated_activation", INNER, 2, 1, gate),
-        ("rotate_and_store", QKV, 1, 1, rotate),
-        ("embedding (torch)", HIDDEN, 1, 1, embed),
+    angles = 4.0 * num_tokens * HEAD_DIM  # bytes of cosines and sines, float32
+    for op, width, num_read, num_written, other, make in (
+        ("rms_norm", HIDDEN, 1, 1, 0.0, norm),
+        ("add_rms_norm", HIDDEN, 2, 2, 0.0, add_norm),
+        ("gated_activation", INNER, 2, 1, 0.0, gate),
+        ("rotate_and_store", QKV, 1, 1, angles, rotate),
+        ("embedding (torch)", HIDDEN, 1, 1, 0.0, embed),
     ):
-        yield Case(op, f"{num_tokens} x {width}", num_read * column * width, num_written * column * width, 0, make)
+        read, written = num_read * column * width + other, num_written * column * width
+        yield Case(op, f"{num_tokens} x {width}", read, written, 0, make)
 
 
 def _linear_case(num_tokens: int, inputs: int, out: int) -> Case:
