@@ -282,7 +282,8 @@ def test_many_rows_are_for_hopper_and_for_decodes():
     assert not any("many_rows" in build.file for build in gemm.builds("sm_80", torch.bfloat16))
     assert gemm.many_rows_pays(128, 28_672, "silu", 132)
     assert not gemm.many_rows_pays(129, 28_672, "silu", 132)
-    assert [n for n in range(256, 2049, 128) if gemm.many_rows_pays(n, 28_672, "silu", 132)] == [256, 1024, 1792, 2048]
+    many = [rows for rows in range(256, 2049, 128) if gemm.many_rows_pays(rows, 28_672, "silu", 132)]
+    assert many == [256, 1024, 1280, 1792, 2048]
 
 
 def test_small_gpus_take_small_tiles():
