@@ -38,8 +38,10 @@ class BlockPool:
     def num_remembered(self) -> int:
         return len(self._hash_of_block)
 
-    def is_free(self, block_id: int) -> bool:
-        return self._ref_counts[block_id] == 0
+    def num_free_of(self, block_ids: Iterable[int]) -> int:
+        """How many of some blocks are free."""
+        counts = self._ref_counts
+        return [counts[block_id] for block_id in block_ids].count(0)
 
     def states(self, most: int) -> tuple[bytes, int]:
         """The states of up to `most` blocks, as indices of BLOCK_STATES, and the stride by which they were picked."""
@@ -64,8 +66,9 @@ class BlockPool:
 
     def find(self, prefix: PrefixHashes, token_ids: array[int], most: int) -> list[int]:
         """The blocks that hold the longest known prefix, of up to `most` blocks, without taking them."""
-        if prefix.hashes or not self._recall(prefix, token_ids, most):
-            prefix.extend(token_ids)
+        if not prefix.hashes and (found := self._recall(prefix, token_ids, most)):
+            return found
+        prefix.extend(token_ids)
         found = []
         for block_hash in prefix.hashes[:most]:
             block_id = self._block_of_hash.get(block_hash)
@@ -74,10 +77,10 @@ class BlockPool:
             found.append(block_id)
         return found
 
-    def _recall(self, prefix: PrefixHashes, token_ids: array[int], most: int) -> bool:
-        """Fill in the hashes of the longest known prefix, few of them worked out: its end is looked for in ever smaller
-        steps, and a known block tells the hash of the one before. False if a block before the end is not known, or none
-        at all: who waits for room, and is looked for in every step, is not hashed anew in each.
+    def _recall(self, prefix: PrefixHashes, token_ids: array[int], most: int) -> list[int]:
+        """The blocks of the longest known prefix, whose hashes are filled in, few of them worked out: its end is looked
+        for in ever smaller steps, and a known block tells the hash of the one before. None if a block before the end is
+        not known: who waits for room, and is looked for in every step, is not hashed anew in each.
         """
         words, num_blocks, hasher, last = prefix.bytes_of(token_ids), 0, prefix.hasher, prefix.seed
         step = 1 << most.bit_length()
@@ -88,21 +91,24 @@ class BlockPool:
             ahead.update(words[num_blocks * prefix.block_bytes : (num_blocks + step) * prefix.block_bytes])
             if (block_hash := ahead.digest()) in self._block_of_hash:
                 num_blocks, hasher, last = num_blocks + step, ahead, block_hash
-        hashes = []
-        while last != prefix.seed:
-            if last not in self._hash_before:
-                return False
+        found, hashes = [], []
+        block_of_hash, hash_before, seed = self._block_of_hash, self._hash_before, prefix.seed
+        while last != seed:
+            if last not in block_of_hash:
+                return []
+            found.append(block_of_hash[last])
             hashes.append(last)
-            last = self._hash_before[last]
+            last = hash_before[last]
         prefix.hashes, prefix.hasher = hashes[::-1], hasher
-        return bool(hashes)
+        return found[::-1]
 
     def share(self, block_ids: Iterable[int]) -> None:
         """Add an owner to blocks found in the prefix cache."""
+        counts, free = self._ref_counts, self._free
         for block_id in block_ids:
-            if self._ref_counts[block_id] == 0:
-                del self._free[block_id]
-            self._ref_counts[block_id] += 1
+            if counts[block_id] == 0:
+                del free[block_id]
+            counts[block_id] += 1
 
     def remember(self, block_id: int, prefix: PrefixHashes, index: int) -> None:
         """Make block `index` of a sequence findable. Of two blocks with equal content the first stays the known one."""
@@ -133,11 +139,12 @@ class BlockPool:
 
     def free(self, block_ids: Sequence[int]) -> None:
         """Drop an owner. Later blocks are freed first, so that eviction shortens a prefix from its end."""
+        counts, free = self._ref_counts, self._free
         for block_id in reversed(block_ids):
-            self._ref_counts[block_id] -= 1
-            assert self._ref_counts[block_id] >= 0, f"block {block_id} freed twice"
-            if self._ref_counts[block_id] == 0:
-                self._free[block_id] = None
+            count = counts[block_id] = counts[block_id] - 1
+            if count <= 0:
+                assert count == 0, f"block {block_id} freed twice"
+                free[block_id] = None
 
     def check(self) -> None:
         """Assert every invariant."""

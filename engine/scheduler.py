@@ -8,6 +8,7 @@ first is never preempted, so the engine always moves on.
 Steps may be in flight: `schedule` counts on what they will do, `update` learns what they drew.
 """
 
+import struct
 import time
 from array import array
 from bisect import insort
@@ -83,6 +84,9 @@ class Scheduler:
         assert 0 < num_prompt_tokens < self.max_model_len, num_prompt_tokens
         assert message.request_id not in self.requests, message.request_id
         room = self.max_model_len - num_prompt_tokens
+        token_ids = array("i")
+        for part in (message.prompt_token_ids, message.output_token_ids):
+            token_ids.frombytes(struct.pack(f"{len(part)}i", *part))  # an array of a list takes twice as long
         self._num_arrivals += 1
         # Without a prefix cache only the sequences of one prompt (n > 1) share blocks.
         salt = (
@@ -90,7 +94,7 @@ class Scheduler:
         )
         request = Request(
             request_id=message.request_id,
-            token_ids=array("i", message.prompt_token_ids + message.output_token_ids),
+            token_ids=token_ids,
             prefix=PrefixHashes(salt, self.block_size),
             num_prompt_tokens=num_prompt_tokens,
             params=message.params,
@@ -295,7 +299,7 @@ class Scheduler:
         num_tokens = min(len(request.token_ids) - num_cached, budget)
         # Room for all it has, not for the first chunk alone: fewer requests are admitted just to be preempted.
         num_needed = -(-len(request.token_ids) // self.block_size) - len(prefix)
-        num_free = self.pool.num_free - sum(map(self.pool.is_free, prefix))
+        num_free = self.pool.num_free - self.pool.num_free_of(prefix)
         if num_needed > num_free:
             return 0
         if self.running and not self._leaves_room(request, num_needed, num_free - num_needed):
