@@ -5,6 +5,7 @@ step uploads only plain numbers that say which part of which row it computes; a 
 so the next step can be launched before the host has seen it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -181,19 +182,20 @@ class ModelRunner:
         A token that is cached is stored where those of such rows are.
         """
         idle = self.max_num_seqs
-        fields = [(r.start, r.row, r.block_ids[0] if r.block_ids else -1, r.is_cached) for r in requests]
-        fields += [(0, idle, -1, False)] * (size - len(requests))
-        starts, rows, new_blocks, is_cached = np.array(fields, dtype=np.int32).T
-        return np.stack(
-            [
-                starts,
-                rows * self.max_model_len + starts,
-                np.where(is_cached, idle * self.max_blocks, rows * self.max_blocks + starts // BLOCK_SIZE),
-                new_blocks,
-                starts + 1,
-                rows,
-            ]
-        )
+        # In plain Python: that is no slower than numpy for 256 requests, and three times as fast for one.
+        fields = [
+            (
+                r.start,
+                r.row * self.max_model_len + r.start,
+                idle * self.max_blocks if r.is_cached else r.row * self.max_blocks + r.start // BLOCK_SIZE,
+                r.block_ids[0] if r.block_ids else -1,
+                r.start + 1,
+                r.row,
+            )
+            for r in requests
+        ]
+        fields += [(0, idle * self.max_model_len, idle * self.max_blocks, -1, 1, idle)] * (size - len(requests))
+        return np.array(list(zip(*fields, strict=True)), dtype=np.int32)
 
     def _decode(self, inputs: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """One token of each of R requests: logits [R, vocab], and the best token [R], which is put into its row.
@@ -232,37 +234,43 @@ class ModelRunner:
 
         Tokens that fill up are those of the padding row, and belong to no request; requests that do have no tokens.
         """
-        fields = [(r.row, r.start, r.num_tokens, len(r.block_ids), r.samples, r.is_cached) for r in requests]
-        rows, starts, counts, num_new, samples, is_cached = np.array(fields, dtype=np.int32).reshape(-1, 6).T
-        ends = np.cumsum(counts, dtype=np.int32)
-        owner = np.repeat(np.arange(len(requests)), counts)
-        positions = np.arange(len(owner), dtype=np.int32) + (starts + counts - ends)[owner]
-        # The blocks that a request gained for this step are its last ones.
-        gained = np.array([block_id for r in requests for block_id in r.block_ids], dtype=np.int32)
-        num_old = (starts + counts - 1) // BLOCK_SIZE + 1 - num_new
-        place = positions // BLOCK_SIZE - num_old[owner]
-        is_new = place >= 0
-
         idle = self.max_num_seqs
-        tokens = np.repeat(
-            np.array([[0], [idle * self.max_model_len], [idle * self.max_blocks], [-1]], dtype=np.int32), num_tokens, 1
-        )
-        used = tokens[:, : len(owner)]
-        used[0] = positions
-        used[1] = rows[owner] * self.max_model_len + positions
-        table_index = rows[owner] * self.max_blocks + positions // BLOCK_SIZE
-        used[2] = np.where(is_cached[owner], idle * self.max_blocks, table_index)
-        used[3, is_new] = gained[(np.cumsum(num_new) - num_new)[owner[is_new]] + place[is_new]]
+        fields = [
+            (
+                r.row,
+                r.start,
+                r.num_tokens,
+                len(r.block_ids),
+                r.samples,
+                idle * self.max_blocks - r.start // BLOCK_SIZE if r.is_cached else r.row * self.max_blocks,
+            )
+            for r in requests
+        ]
+        rows, starts, counts, num_new, samples, first_index = np.array(fields, dtype=np.int32).reshape(-1, 6).T
+        contexts, ends = starts + counts, np.cumsum(counts)
+        owner = np.repeat(np.arange(len(requests)), counts)
+        num_used = len(owner)
 
-        def filled(values: np.ndarray, filler: int) -> np.ndarray:
-            full = np.full(num_requests, filler, dtype=np.int32)
-            full[: len(values)] = values
-            return full
+        inputs = np.zeros(4 * num_tokens + 1 + 4 * num_requests, dtype=np.int32)
+        tokens = inputs[: 4 * num_tokens].reshape(4, num_tokens)
+        tokens[1:, num_used:] = [[idle * self.max_model_len], [idle * self.max_blocks], [-1]]
+        positions, token_index, table_index, new_blocks = tokens[:, :num_used]
+        positions[:] = np.arange(num_used) + (contexts - ends)[owner]
+        token_index[:] = (rows * self.max_model_len)[owner] + positions
+        places = positions // BLOCK_SIZE
+        table_index[:] = first_index[owner] + places
+        # The blocks that a request gained for this step are its last ones; -1 ahead of all of them is for its others.
+        gained = np.array([-1, *(block_id for r in requests for block_id in r.block_ids)], dtype=np.int32)
+        num_old = (contexts - 1) // BLOCK_SIZE + 1 - num_new
+        places -= num_old[owner]
+        new_blocks[:] = gained[np.where(places >= 0, (1 + np.cumsum(num_new) - num_new)[owner] + places, 0)]
 
-        query_start = np.append(np.int32(0), filled(ends, len(owner)))
-        wanted = filled(ends[samples > 0] - 1, 0)
-        parts = [tokens.ravel(), query_start, filled(starts + counts, 0), filled(rows, idle), wanted]
-        return np.concatenate(parts).astype(np.int32, copy=False)
+        query_ends, context_lens, table_rows, wanted = inputs[4 * num_tokens + 1 :].reshape(4, num_requests)
+        query_ends[:], table_rows[:] = num_used, idle
+        for line, values in ((query_ends, ends), (context_lens, contexts), (table_rows, rows)):
+            line[: len(requests)] = values
+        wanted[: samples.sum()] = ends[samples > 0] - 1
+        return inputs
 
     def _forward_mixed(
         self,
@@ -305,10 +313,11 @@ class ModelRunner:
         sampling = SamplingRow(new.params, new.num_prompt_tokens, bool(new.stop_token_ids))
         self.rows[new.row] = Row(sampling, len(new.token_ids), self._mask_of(new) if new.params.has_mask else None)
         line = sampling_line.pack(new.params, new.num_prompt_tokens, new.stop_token_ids)
-        parts = (np.array(new.token_ids, np.int32), np.array(new.block_ids, np.int32), line)
-        uploaded = self._upload(np.concatenate(parts)).split([len(part) for part in parts])
-        for table, part in zip((self.token_ids, self.block_table, self.sampling_lines), uploaded, strict=True):
-            table[new.row, : len(part)] = part
+        parts: list[Sequence[int] | np.ndarray] = [new.token_ids, new.block_ids, line]
+        staged, end = self._stage(np.concatenate(parts, dtype=np.int32)), 0
+        for table, part in zip((self.token_ids, self.block_table, self.sampling_lines), parts, strict=True):
+            start, end = end, end + len(part)
+            table[new.row, : len(part)].copy_(staged[start:end], non_blocking=True)
 
     def _draw(
         self,
@@ -400,8 +409,12 @@ class ModelRunner:
         return complete
 
     def _upload(self, values: list[int] | np.ndarray) -> Tensor:
-        host = torch.from_numpy(np.asarray(values, dtype=np.int32))
-        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+        return self._stage(np.asarray(values, dtype=np.int32)).to(self.device, non_blocking=True)
+
+    def _stage(self, values: np.ndarray) -> Tensor:
+        """Where a copy to the device need not be waited for."""
+        host = torch.from_numpy(values)
+        return host if self.device.type == "cpu" else host.pin_memory()
 
 
 def _num_decodes(batch: ScheduledBatch) -> int:
