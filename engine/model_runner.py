@@ -5,7 +5,6 @@ step uploads only plain numbers that say which part of which row it computes; a 
 so the next step can be launched before the host has seen it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -39,6 +38,7 @@ class Row:
     mask: TokenMask | None = None
     prompt_logprobs: list[Logprobs] = field(default_factory=list)  # chunk by chunk
     hidden_sum: Tensor | float = 0.0  # [hidden_size] float32: over the prompt tokens so far, where it wants their mean
+    has_line: bool = False  # in sampling_lines: it gets there when it is first needed, behind the launch of the model
 
 
 class ModelRunner:
@@ -310,14 +310,18 @@ class ModelRunner:
         return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
 
     def _set_row(self, new: NewRow) -> None:
-        sampling = SamplingRow(new.params, new.num_prompt_tokens, bool(new.stop_token_ids))
+        sampling = SamplingRow(new.params, new.num_prompt_tokens, new.stop_token_ids)
         self.rows[new.row] = Row(sampling, len(new.token_ids), self._mask_of(new) if new.params.has_mask else None)
-        line = sampling_line.pack(new.params, new.num_prompt_tokens, new.stop_token_ids)
-        parts: list[Sequence[int] | np.ndarray] = [new.token_ids, new.block_ids, line]
-        staged, end = self._stage(np.concatenate(parts, dtype=np.int32)), 0
-        for table, part in zip((self.token_ids, self.block_table, self.sampling_lines), parts, strict=True):
-            start, end = end, end + len(part)
-            table[new.row, : len(part)].copy_(staged[start:end], non_blocking=True)
+        staged = self._stage(np.concatenate((new.token_ids, new.block_ids), dtype=np.int32))
+        num_tokens, num_blocks = len(new.token_ids), len(new.block_ids)
+        self.token_ids[new.row, :num_tokens].copy_(staged[:num_tokens], non_blocking=True)
+        self.block_table[new.row, :num_blocks].copy_(staged[num_tokens:], non_blocking=True)
+
+    def _set_line(self, row: int) -> None:
+        sampling = self.rows[row].sampling
+        line = sampling_line.pack(sampling.params, sampling.num_prompt_tokens, sampling.stop_token_ids)
+        self.sampling_lines[row, : len(line)].copy_(self._stage(line), non_blocking=True)
+        self.rows[row].has_line = True
 
     def _draw(
         self,
@@ -382,6 +386,9 @@ class ModelRunner:
 
     def _sample(self, sampled: list[ScheduledRequest], logits: Tensor) -> Tensor:
         """Draw a token for each request, and put it into its row."""
+        for request in sampled:
+            if not self.rows[request.row].has_line:
+                self._set_line(request.row)
         fields = [[request.row for request in sampled], [request.start + request.num_tokens for request in sampled]]
         rows, ends = self._upload(np.array(fields, dtype=np.int32))
         return ops.sample(logits, self.sampling_lines, rows, ends, self.token_ids)

@@ -17,11 +17,11 @@ class SamplingRow:
 
     params: SamplingParams
     num_prompt_tokens: int
-    has_forbidden: bool  # min_tokens forbids some tokens for a while
+    stop_token_ids: list[int]  # tokens that min_tokens forbids for a while
 
     @property
     def changes_logits(self) -> bool:
-        return bool(self.params.logit_bias) or self.has_forbidden or self.params.has_penalties or self.params.has_mask
+        return bool(self.params.logit_bias or self.stop_token_ids) or self.params.has_penalties or self.params.has_mask
 
     @property
     def takes_best(self) -> bool:

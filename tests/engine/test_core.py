@@ -205,6 +205,20 @@ def test_a_new_request_is_no_decode_though_every_request_of_the_step_has_one_tok
     assert batches[-1].num_decodes == 1
 
 
+def test_a_request_draws_as_it_asks_whoever_had_its_row_before(tiny_checkpoint):
+    """One whose prompt is known takes the best tokens alone, and then beside somebody who samples."""
+    core, prompts = make_core(tiny_checkpoint("llama"), max_num_seqs=2), [list(range(3, 35)), [5, 6, 7]]
+    greedy = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    hot = greedy | {"temperature": 100.0, "seed": 1}
+    expected = [generate(core, prompts, **greedy)[0], generate(core, prompts, **hot)[1]]
+    core.add(AddRequest("0", prompts[0], SamplingParams(**greedy)))
+    outputs = [*core.step(), *core.step()]
+    core.add(AddRequest("1", prompts[1], SamplingParams(**hot)))
+    outputs += run(core)
+    tokens = [[token for each in outputs if each.request_id == name for token in each.token_ids] for name in "01"]
+    assert tokens == expected
+
+
 def test_padded_batches_draw_the_same_tokens(tiny_checkpoint, monkeypatch):
     folder = tiny_checkpoint("llama")
     options = {"max_num_batched_tokens": 40, "max_prefill_chunk": 30, "kv_cache_memory": 3 << 15}
