@@ -79,8 +79,8 @@ class BlockPool:
 
     def _recall(self, prefix: PrefixHashes, token_ids: array[int], most: int) -> list[int]:
         """The blocks of the longest known prefix, whose hashes are filled in, few of them worked out: its end is looked
-        for in ever smaller steps, and a known block tells the hash of the one before. None if a block before the end is
-        not known: who waits for room, and is looked for in every step, is not hashed anew in each.
+        for in ever smaller steps, and a known block tells the hash of the one before. No blocks if one before the end
+        is not known: who waits for room, and is looked for in every step, is not hashed anew in each.
         """
         words, num_blocks, hasher, last = prefix.bytes_of(token_ids), 0, prefix.hasher, prefix.seed
         step = 1 << most.bit_length()
