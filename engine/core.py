@@ -15,13 +15,21 @@ from engine.step_result import StepResult
 from engine.worker import OnProgress, Worker
 
 MAX_BLOCKS_SHOWN = 4096  # of an inspection: the state of as many is told within a millisecond
+STEPS_PER_CAPTURE = 32  # while there is work: a graph takes as long to capture as several steps
 COMPILE_POLL_S = 0.005  # between two looks at what else there is to do, of an engine that waits for a grammar
 
 
 class EngineCore:
     """Owns the scheduler, the worker, and the steps in flight between them."""
 
-    def __init__(self, config: EngineConfig, on_progress: OnProgress = lambda stage, fraction: None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_progress: OnProgress = lambda stage, fraction: None,
+        *,
+        leaves_graphs: bool = False,
+    ) -> None:
+        """leaves_graphs: CUDA graphs of less common sizes are left for `capture_next` and for later steps."""
         self.worker = worker = Worker(config, on_progress)
         self.clock = worker.clock
         self.batch = ScheduledBatch([], [])  # of the step launched last
@@ -59,6 +67,8 @@ class EngineCore:
         self._in_flight: deque[tuple[StepResult, ScheduledBatch, float]] = deque()  # with the time of the step's start
         self._last_end = 0.0  # of a step
         self._compiling: dict[str, tuple[AddRequest, Future[CompiledGrammar]]] = {}  # by request id
+        while not leaves_graphs and self.capture_next():
+            pass
 
     @property
     def has_work(self) -> bool:
@@ -91,8 +101,14 @@ class EngineCore:
         device = self.worker.device
         return Inspection(blocks, stride, device_memory(device, self.worker.memory_kept), fragmentation(device))
 
+    def capture_next(self) -> bool:
+        """Capture one of the CUDA graphs that were left for later; False if there is none."""
+        return self.worker.runner.capture_next()
+
     def step(self) -> list[TokenOutput]:
         """Launch a step, then take in the oldest one in flight once there are enough of them."""
+        if self.stats.num_steps % STEPS_PER_CAPTURE == STEPS_PER_CAPTURE - 1:
+            self.capture_next()  # an engine that is never idle gets them, too
         refused = self._take_compiled() if self._compiling else []
         self.clock.enter("schedule")
         start = self.clock.since

@@ -1,13 +1,14 @@
 """Steps as CUDA graphs: one launch for a whole step instead of one for each of its kernels.
 
 A graph replays fixed kernels on fixed addresses, so there is one for each of some sizes; a step takes the smallest that
-holds it and the rest is padding. All graphs share one pool of memory: only one runs at a time.
+holds it and the rest is padding. All graphs share one pool of memory: only one runs at a time. A few sizes are captured
+at the start, so that it is short, and the others while the engine serves: until then steps have more padding.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 ALWAYS = 2048  # tokens of a mixed step that have a graph on every GPU
 PACE = 1024  # tokens of the one by which the pace of such steps is told
+COMMON = [4**n for n in range(7)]  # sizes that have a graph from the start; the largest has one, too
 BUSY = 0.7  # share of a step's time in which all of its kernels have been launched, where no graph is needed
 
 
@@ -66,23 +68,56 @@ class Graphs:
 
         idle_inputs: inputs of a size that do nothing. shared: other graphs to share memory with.
         """
-        self._pool: Any = shared._pool if shared else torch.cuda.graph_pool_handle()
-        self.sizes = sizes
+        self._body, self._idle_inputs, self._device = body, idle_inputs, device
+        self._pool: Any = shared._pool if shared else None
         self._inputs: dict[int, Tensor] = {}
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self.num_bytes = 0  # that the graphs take
+        self.sizes: list[int] = []  # that have a graph
+        self.waiting = [size for size in sizes if size not in COMMON and size != sizes[-1]]  # for theirs, in this order
+        # What is set up at the first call (handles, workspaces) cannot be captured.
+        body(torch.from_numpy(idle_inputs(sizes[-1])).to(device), sizes[-1])
         for size in reversed(sizes):  # the largest first: the others find its memory in the pool
-            inputs = torch.from_numpy(idle_inputs(size)).to(device)
-            if size == sizes[-1]:
-                body(inputs, size)  # what is set up at the first call (handles, workspaces) cannot be captured
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                results = body(inputs, size)
-            graph.replay()  # the first launch also uploads the graph, which takes its time
-            self._inputs[size], self._graphs[size] = inputs, (graph, results)
+            if size not in self.waiting:
+                self._add(size)
 
     def fit(self, num: int) -> int | None:
-        """The smallest size that holds `num`, if there is one."""
-        return self.sizes[bisect_left(self.sizes, num)] if num <= self.sizes[-1] else None
+        """The smallest size with a graph that holds `num`, if there is one. A better one that waits is the next."""
+        if num > self.sizes[-1]:
+            return None
+        size = self.sizes[bisect_left(self.sizes, num)]
+        better = min((waiting for waiting in self.waiting if num <= waiting < size), default=None)
+        if better is not None:
+            self.waiting.remove(better)
+            self.waiting.insert(0, better)
+        return size
+
+    def capture_next(self) -> bool:
+        """Capture the size that waits first; False if none does. Between two steps, which may be in flight."""
+        if not self.waiting:
+            return False
+        try:
+            self._add(self.waiting.pop(0))
+        except torch.OutOfMemoryError:  # padding costs less than an engine
+            self.waiting.clear()
+        return True
+
+    def _add(self, size: int) -> None:
+        self._capture(size)
+        insort(self.sizes, size)
+
+    def _capture(self, size: int) -> None:
+        """Record a run of body, and run nothing: the results of a step in flight stay where they are."""
+        torch.cuda.empty_cache()  # torch.cuda.graph does so, too; what that frees is not to be counted
+        free, _ = torch.cuda.mem_get_info(self._device)
+        inputs = torch.from_numpy(self._idle_inputs(size)).to(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread may pin memory of the host meanwhile, which would spoil a global capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            results = self._body(inputs, size)
+        self._pool = graph.pool()
+        self._inputs[size], self._graphs[size] = inputs, (graph, results)
+        self.num_bytes += free - torch.cuda.mem_get_info(self._device)[0]
 
     def seconds(self, size: int) -> float:
         """How long the graph of a size takes, at its best: the first times find a GPU that is still waking up."""

@@ -78,7 +78,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, max_num_tokens: int) -> float:
-        """Record decode steps of all sizes and small mixed ones, so that each is one launch from now on.
+        """Record decode steps and small mixed ones of common sizes, so that each is one launch from now on.
 
         Returns how many tokens a second a large mixed step of prompts computes.
         """
@@ -98,6 +98,15 @@ class ModelRunner:
         self.decode_graphs = Graphs(self._decode, idle_decodes, sizes, self.device, shared=self.mixed_graphs)
         size = self.mixed_graphs.fit(PACE) or self.mixed_graphs.sizes[-1]
         return REAL_PACE * size / self.mixed_graphs.seconds(size)
+
+    @torch.inference_mode()
+    def capture_next(self) -> bool:
+        """Record one more size, of the kind of steps of which more wait; False if none does."""
+        return bool(self.graphs) and max(self.graphs, key=lambda graphs: len(graphs.waiting)).capture_next()
+
+    @property
+    def graphs(self) -> list[Graphs]:
+        return [graphs for graphs in (self.mixed_graphs, self.decode_graphs) if graphs is not None]
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepResult:

@@ -81,7 +81,7 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
     on_progress("importing torch", 0.0)
     from engine.core import EngineCore
 
-    core = EngineCore(config, on_progress)
+    core = EngineCore(config, on_progress, leaves_graphs=True)
     socket.send(messages.encode(core.ready))
 
     def send(outputs: list[messages.TokenOutput]) -> None:
@@ -95,6 +95,8 @@ def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
         while not core.has_work or socket.poll(0):
             if not core.has_work:
                 core.clock.enter("idle")
+                if not socket.poll(0) and core.capture_next():
+                    continue
             if not socket.poll(IDLE_POLL_MS):
                 if os.getppid() != parent:
                     sys.exit("vcli: engine: the API process is gone")

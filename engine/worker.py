@@ -75,7 +75,6 @@ class Worker:
             # A GPU gets its weights meanwhile: what is measured depends on their shapes alone.
             on_progress("measuring memory", 0.0)
             self._allocate_cache(config, longest)
-        self.graph_bytes = 0
         if self.device.type == "cuda" and not config.enforce_eager:
             on_progress("capturing CUDA graphs", 0.0)
             self._capture_graphs(config)
@@ -84,9 +83,17 @@ class Worker:
         if config.host_kv_memory is not None:
             on_progress("measuring copies to the host", 0.0)
             self._set_up_host_cache(config.host_kv_memory)
-        self.memory_kept = {"weights": weight_bytes(self.model), "kv_cache": self.kv_cache_bytes}
-        if self.graph_bytes:
-            self.memory_kept["cuda_graphs"] = self.graph_bytes
+        self.weight_bytes = weight_bytes(self.model)
+
+    @property
+    def graph_bytes(self) -> int:
+        return sum(graphs.num_bytes for graphs in self.runner.graphs)
+
+    @property
+    def memory_kept(self) -> dict[str, int]:
+        """Bytes of the device's memory that are set apart, by kind."""
+        kept = {"weights": self.weight_bytes, "kv_cache": self.kv_cache_bytes}
+        return kept | ({"cuda_graphs": self.graph_bytes} if self.graph_bytes else {})
 
     @property
     def num_host_blocks(self) -> int:
@@ -134,9 +141,7 @@ class Worker:
 
     def _capture_graphs(self, config: EngineConfig) -> None:
         """CUDA graphs and, unless it is given, the prefill chunk that their speed allows beside decodes."""
-        free, _ = torch.cuda.mem_get_info(self.device)
         tokens_per_s = self.runner.capture_graphs(self.max_num_batched_tokens)
-        self.graph_bytes = free - torch.cuda.mem_get_info(self.device)[0]
         if config.max_prefill_chunk is None:
             num_tokens = round(LONGEST_PAUSE_S * tokens_per_s / CHUNK_UNIT) * CHUNK_UNIT
             self.max_prefill_chunk = min(max(num_tokens, CHUNK_UNIT), self.max_num_batched_tokens)

@@ -9,7 +9,7 @@ import torch
 
 from engine import model_runner
 from engine.config import EngineConfig
-from engine.core import EngineCore
+from engine.core import STEPS_PER_CAPTURE, EngineCore
 from engine.cuda_graphs import Graphs
 from engine.errors import UserError
 from engine.host_cache import HostCache
@@ -162,16 +162,19 @@ class PaddedRuns(Graphs):
     """Takes the place of captured graphs: the same padding of every batch, without a GPU."""
 
     def __init__(self, body, idle_inputs, sizes, device, shared=None):
-        self.body, self.sizes, self.num_runs = body, sizes, 0
-        for size in sizes:
-            body(torch.from_numpy(idle_inputs(size)), size)
+        self.runs: list[int] = []  # the size of each
+        super().__init__(body, idle_inputs, sizes, device, shared)
+
+    def _capture(self, size):
+        self._body(torch.from_numpy(self._idle_inputs(size)), size)
 
     def seconds(self, size):
         return 1.0
 
     def run(self, inputs, size):
-        self.num_runs += 1
-        return self.body(torch.from_numpy(inputs), size)
+        assert size in self.sizes
+        self.runs.append(size)
+        return self._body(torch.from_numpy(inputs), size)
 
 
 def test_the_last_token_of_a_prompt_that_the_same_step_computes_is_no_decode(tiny_checkpoint, monkeypatch):
@@ -226,9 +229,55 @@ def test_padded_batches_draw_the_same_tokens(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(model_runner, "Graphs", PaddedRuns)
     core.worker.runner.capture_graphs(40)
     assert generate(core, make_prompts()) == generate(make_core(folder), make_prompts())
-    assert core.worker.runner.decode_graphs.num_runs > 0
-    assert core.worker.runner.mixed_graphs.num_runs > 0
+    assert core.worker.runner.decode_graphs.runs
+    assert core.worker.runner.mixed_graphs.runs
     assert core.stats.num_preemptions > 0
+
+
+def make_padded_core(folder: Path, monkeypatch: pytest.MonkeyPatch) -> EngineCore:
+    """Its decodes have graphs of 1, 4 and 16 requests; those of 2 and 8 are left."""
+    core = make_core(folder, max_num_seqs=16)
+    monkeypatch.setattr(model_runner, "Graphs", PaddedRuns)
+    core.worker.runner.capture_graphs(64)
+    return core
+
+
+def test_sizes_that_are_captured_later_are_used_from_then_on(tiny_checkpoint, monkeypatch):
+    folder, prompts = tiny_checkpoint("llama"), make_prompts()[:7]
+    core, expected = make_padded_core(folder, monkeypatch), generate(make_core(folder), prompts)
+    runs = core.worker.runner.decode_graphs.runs
+    assert generate(core, prompts) == expected
+    assert set(runs) == {16}
+    while core.capture_next():
+        pass
+    runs.clear()
+    assert generate(core, prompts) == expected
+    assert set(runs) == {8}
+
+
+def test_an_engine_that_is_never_idle_captures_what_its_steps_want_first(tiny_checkpoint, monkeypatch):
+    folder, prompts = tiny_checkpoint("llama"), make_prompts()[:7]
+    core = make_padded_core(folder, monkeypatch)
+    graphs = core.worker.runner.decode_graphs
+    expected = generate(make_core(folder), prompts, max_tokens=STEPS_PER_CAPTURE + 8)
+    assert generate(core, prompts, max_tokens=STEPS_PER_CAPTURE + 8) == expected
+    assert graphs.waiting == [2]
+    assert graphs.runs[0] == 16
+    assert graphs.runs[-1] == 8
+
+
+def test_an_engine_without_memory_for_more_graphs_does_with_those_it_has(tiny_checkpoint, monkeypatch):
+    folder, prompts = tiny_checkpoint("llama"), make_prompts()
+    core = make_padded_core(folder, monkeypatch)
+
+    def fail(self: Graphs, size: int) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(PaddedRuns, "_capture", fail)
+    while core.capture_next():
+        pass
+    assert core.worker.runner.decode_graphs.sizes == [1, 4, 16]
+    assert generate(core, prompts) == generate(make_core(folder), prompts)
 
 
 def test_two_steps_in_flight_draw_the_same_tokens(tiny_checkpoint):

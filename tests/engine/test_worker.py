@@ -5,10 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.config import EngineConfig
+from engine.core import EngineCore
 from engine.llm import LLM
+from engine.messages import TokenOutput
 from engine.ops import launcher
 from engine.ops.compiler import Build
 from engine.sampling_params import SamplingParams
+from tests.engine.test_core import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -51,3 +55,29 @@ def test_recorded_steps_draw_the_tokens_of_plain_ones(family, tiny_checkpoint):
         expected, found = (llm.generate(PROMPTS[:num_prompts], params, use_tqdm=False) for llm in (plain, recorded))
         for a, b in zip(expected, found, strict=True):
             assert a.outputs[0].token_ids == b.outputs[0].token_ids
+
+
+def test_graphs_are_captured_beside_steps_in_flight(tiny_checkpoint):
+    """A few are there from the start, and one more comes between any two steps; in float32 as above."""
+    folder = tiny_checkpoint("llama")
+    options = {"device": "cuda", "kv_cache_memory": 16 << 20, "max_num_seqs": 16, "max_num_batched_tokens": 256}
+    whole = EngineCore(EngineConfig(model=str(folder), **options))
+    core = EngineCore(EngineConfig(model=str(folder), **options), leaves_graphs=True)
+    assert not any(graphs.waiting for graphs in whole.worker.runner.graphs)
+    num_left = sum(len(graphs.waiting) for graphs in core.worker.runner.graphs)
+    few_bytes = core.worker.memory_kept["cuda_graphs"]
+    prompts = [prompt["prompt_token_ids"] for prompt in PROMPTS]
+    params = {"max_tokens": num_left + 8, "logprobs": 2}
+    expected = generate(whole, prompts, **params)
+    step, num_captured = core.step, 0
+
+    def capture_and_step() -> list[TokenOutput]:
+        nonlocal num_captured
+        num_captured += core.capture_next()
+        return step()
+
+    core.step = capture_and_step
+    assert generate(core, prompts, **params) == expected
+    assert num_captured == num_left > 0
+    assert core.worker.memory_kept["cuda_graphs"] >= few_bytes > 0
+    assert generate(core, prompts, **params) == expected
