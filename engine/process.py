@@ -38,13 +38,17 @@ def main(address: str, *, is_standby: bool = False) -> None:
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.connect(address)
+    began = time.time()
+    importing = threading.Thread(target=_import_engine, args=[is_standby], name="importing", daemon=True)
+    importing.start()  # before it is known what for, which the API process tells once it has imported its own part
     if is_standby:
-        _import_ahead(socket)
+        importing.join()
+        socket.send(messages.encode(messages.Progress("standing by", 1.0, time.time())))
     try:
         start = messages.decode_to_engine(socket.recv())
         assert isinstance(start, messages.Start), start
         setproctitle.setproctitle("vcli: engine 0")
-        _serve(socket, EngineConfig(**start.config))
+        _serve(socket, EngineConfig(**start.config), began)
     except UserError as error:
         socket.send(messages.encode(messages.Failed(str(error))))
         sys.exit(1)
@@ -57,29 +61,25 @@ def main(address: str, *, is_standby: bool = False) -> None:
         context.term()
 
 
-def _import_ahead(socket: zmq.Socket) -> None:
-    """Import torch and the engine, out of the way of the engine that works, and say so."""
-
-    def run() -> None:
+def _import_engine(is_standby: bool) -> None:
+    """Import torch and the engine; as a standby, out of the way of the engine that works."""
+    if is_standby:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux it is the thread's own
-        import engine.core  # noqa: F401
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join()
-    socket.send(messages.encode(messages.Progress("standing by", 1.0, time.time())))
+    import engine.core  # noqa: F401
 
 
-def _serve(socket: zmq.Socket, config: EngineConfig) -> None:
+def _serve(socket: zmq.Socket, config: EngineConfig, began: float) -> None:
+    """began: when the import of torch did."""
+
     def on_progress(stage: str, fraction: float, at: float | None = None) -> None:
         socket.send(messages.encode(messages.Progress(stage, fraction, time.time() if at is None else at)))
 
     on_progress("starting Python", 0.0, process_start_time())
     if config.device != "cpu":
         wake_gpu()
-    on_progress("importing torch", 0.0)
-    from engine.core import EngineCore
+    on_progress("importing torch", 0.0, began)
+    from engine.core import EngineCore  # waits for the import that is under way
 
     core = EngineCore(config, on_progress, leaves_graphs=True)
     socket.send(messages.encode(core.ready))

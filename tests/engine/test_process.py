@@ -41,7 +41,7 @@ def test_an_idle_engine_captures_what_is_left_and_a_request_waits_for_one_graph_
     monkeypatch.setattr(engine.core, "EngineCore", lambda config, on_progress, *, leaves_graphs: core)
     num_left = sum(len(graphs.waiting) for graphs in core.worker.runner.graphs)
     peer = Peer(AddRequest("r", [5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True)), events)
-    process._serve(peer, EngineConfig(model=str(folder), device="cpu"))
+    process._serve(peer, EngineConfig(model=str(folder), device="cpu"), began=0.0)
     assert events == ["capture", "AddRequest", *["capture"] * (num_left - 1), "Shutdown"]
     outputs = [output for message in peer.received if isinstance(message, StepOutput) for output in message.outputs]
     assert sum(len(output.token_ids) for output in outputs) == 3
