@@ -107,8 +107,8 @@ class EngineCore:
 
     def step(self) -> list[TokenOutput]:
         """Launch a step, then take in the oldest one in flight once there are enough of them."""
-        if self.stats.num_steps % STEPS_PER_CAPTURE == STEPS_PER_CAPTURE - 1:
-            self.capture_next()  # an engine that is never idle gets them, too
+        if self.stats.num_steps % STEPS_PER_CAPTURE == STEPS_PER_CAPTURE - 1 and self.worker.runner.wants_graph:
+            self.capture_next()  # an engine that is never idle gets those that it needs, too
         refused = self._take_compiled() if self._compiling else []
         self.clock.enter("schedule")
         start = self.clock.since

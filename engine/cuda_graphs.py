@@ -74,7 +74,8 @@ class Graphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self.num_bytes = 0  # that the graphs take
         self.sizes: list[int] = []  # that have a graph
-        self.waiting = [size for size in sizes if size not in COMMON and size != sizes[-1]]  # for theirs, in this order
+        self.waiting = [size for size in sizes if size not in COMMON and size != sizes[-1]]  # for theirs
+        self.wanted: int | None = None  # the one of those that would have fitted best, last time
         # What is set up at the first call (handles, workspaces) cannot be captured.
         body(torch.from_numpy(idle_inputs(sizes[-1])).to(device), sizes[-1])
         for size in reversed(sizes):  # the largest first: the others find its memory in the pool
@@ -82,22 +83,22 @@ class Graphs:
                 self._add(size)
 
     def fit(self, num: int) -> int | None:
-        """The smallest size with a graph that holds `num`, if there is one. A better one that waits is the next."""
+        """The smallest size with a graph that holds `num`, if there is one. A better one that waits is wanted now."""
         if num > self.sizes[-1]:
             return None
         size = self.sizes[bisect_left(self.sizes, num)]
-        better = min((waiting for waiting in self.waiting if num <= waiting < size), default=None)
-        if better is not None:
-            self.waiting.remove(better)
-            self.waiting.insert(0, better)
+        better = (waiting for waiting in self.waiting if num <= waiting < size)
+        self.wanted = min(better, default=self.wanted)
         return size
 
     def capture_next(self) -> bool:
-        """Capture the size that waits first; False if none does. Between two steps, which may be in flight."""
+        """Capture a size that waits, a wanted one first; False if none does. Between steps, which may be in flight."""
         if not self.waiting:
             return False
+        size, self.wanted = self.wanted or self.waiting[0], None
+        self.waiting.remove(size)
         try:
-            self._add(self.waiting.pop(0))
+            self._add(size)
         except torch.OutOfMemoryError:  # padding costs less than an engine
             self.waiting.clear()
         return True

@@ -101,8 +101,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_next(self) -> bool:
-        """Record one more size, of the kind of steps of which more wait; False if none does."""
-        return bool(self.graphs) and max(self.graphs, key=lambda graphs: len(graphs.waiting)).capture_next()
+        """Record one more size: a wanted one, or else of the kind of steps of which more wait. False if none does."""
+        order = sorted(self.graphs, key=lambda graphs: (graphs.wanted is None, -len(graphs.waiting)))
+        return bool(order) and order[0].capture_next()
+
+    @property
+    def wants_graph(self) -> bool:
+        """Whether steps would have had less padding with a size that waits."""
+        return any(graphs.wanted is not None for graphs in self.graphs)
 
     @property
     def graphs(self) -> list[Graphs]:

@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.gpu import wake_gpu
 from engine.timeline import process_start_time
 
+QUIET_MS = 100  # without a request, until an idle engine captures CUDA graphs: the next one may have to wait for one
 IDLE_POLL_MS = 1000  # how often an idle engine looks whether its parent is still there
 
 
@@ -95,8 +96,9 @@ def _serve(socket: zmq.Socket, config: EngineConfig, began: float) -> None:
         while not core.has_work or socket.poll(0):
             if not core.has_work:
                 core.clock.enter("idle")
-                if not socket.poll(0) and core.capture_next():
-                    continue
+                if not socket.poll(QUIET_MS):
+                    while core.capture_next() and not socket.poll(0):
+                        pass
             if not socket.poll(IDLE_POLL_MS):
                 if os.getppid() != parent:
                     sys.exit("vcli: engine: the API process is gone")

@@ -21,7 +21,7 @@ class Peer:
         self.num_looks += 1
         if self.num_looks == 2:
             self.inbox.append(self.request)
-        elif timeout_ms and not self.inbox:
+        elif timeout_ms == process.IDLE_POLL_MS and not self.inbox:
             self.inbox.append(Shutdown())
         return bool(self.inbox)
 
