@@ -192,8 +192,8 @@ def _row_cases(num_tokens: int) -> Iterator[Case]:
     def rotate() -> tuple[Call, None]:
         qkv = _random(num_tokens, QKV)
         caches = _caches(-(-num_tokens // BLOCK_SIZE))
-        positions = torch.randint(0, 8192, (num_tokens,), dtype=torch.int32, device="cuda")
-        blocks = torch.randperm(-(-num_tokens // BLOCK_SIZE), device="cuda").int()  # filled in order, as by prompts
+        positions = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
+        blocks = torch.randperm(-(-num_tokens // BLOCK_SIZE), device="cuda").int()  # filled in order, as by a prompt
         slots = (blocks.unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device="cuda").int()).flatten()[
             :num_tokens
         ]

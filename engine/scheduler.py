@@ -269,7 +269,7 @@ class Scheduler:
             if num_in_time is not None:
                 return max(num_in_time, self.block_size)  # prompts move on in any case
         most = self.max_prefill_chunk
-        unit = max(most // 8, 1)  # so many more fill the next graph and the tiles of its products
+        unit = 1 << max((most // 8).bit_length() - 1, 0)  # so many more fill the next graph and tiles of its products
         num_tokens = -(-MIXED_TOKENS_PER_DECODE * num_decodes // unit) * unit
         num_tokens = min(most, max(most // 2, num_tokens))
         return max(num_tokens - num_decodes, most // 4, 1)

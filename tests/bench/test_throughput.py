@@ -104,4 +104,4 @@ def test_requests_whose_prompts_are_cached_decode_as_a_full_batch_from_the_start
     steps = measure(core, requests)
 
     assert len(decode_steps(steps, 4)) == 8
-    assert steps[0].num_prompt_tokens == 4 * 16
+    assert steps[0].num_prompt_tokens == 4
