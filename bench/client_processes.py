@@ -32,9 +32,9 @@ from engine.child import die_with_parent
 from engine.errors import UserError
 
 # One process reads about 45,000 tokens a second (measured on an H200's host). A stream at a fast decode step of 2.5 ms
-# has 400 of them, so that 64 streams leave it more than a third idle.
-STREAMS_PER_PROCESS = 64
-TOKENS_PER_PROCESS = STREAMS_PER_PROCESS * 400  # a second
+# has 400 of them: with 64 streams it is more than a third idle, but late when many of them begin at once.
+STREAMS_PER_PROCESS = 32
+TOKENS_PER_PROCESS = 64 * 400  # a second
 CORES_PER_PROCESS = 4  # the server has most of the machine's
 HEAD_START_S = 0.02  # from the word to the first request, so that all processes have heard it
 STOP_TIMEOUT_S = 5.0

@@ -91,9 +91,9 @@ def test_requests_of_one_length_come_in_waves_unless_the_first_ones_are_sent_as_
     ("load", "cores", "expected"),
     [
         (Load(concurrency=16), 16, 1),
-        (Load(concurrency=64), 16, 1),
-        (Load(concurrency=65), 16, 2),
-        (Load(concurrency=2000), 16, 2),  # no more than there are requests
+        (Load(concurrency=32), 16, 1),
+        (Load(concurrency=64), 16, 2),
+        (Load(concurrency=2000), 64, 4),  # no more than there are requests
         (Load(concurrency=200, duration_s=9.0), 16, 4),  # which are sent again and again
         (Load(request_rate=10.0), 16, 1),
         (Load(request_rate=600.0), 16, 3),  # 60,000 tokens a second
