@@ -7,6 +7,7 @@ at the start, so that it is short, and the others while the engine serves: until
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -99,7 +100,8 @@ class Graphs:
         self.waiting.remove(size)
         try:
             self._add(size)
-        except torch.OutOfMemoryError:  # padding costs less than an engine
+        except RuntimeError as error:  # no memory, say: padding costs less than an engine
+            logging.getLogger("vcli").warning("%d CUDA graphs are left out: %s", 1 + len(self.waiting), error)
             self.waiting.clear()
         return True
 
