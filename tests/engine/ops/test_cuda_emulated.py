@@ -253,9 +253,13 @@ def test_many_rows_in_squares_on_hopper(monkeypatch, tiling, form, rows, inputs,
     cases.check_blockwise_linear("cpu", many_rows, BF16, form, rows, inputs, out, has_bias=rows > 5)
 
 
-def test_rows_on_hopper_do_not_depend_on_the_batch(monkeypatch):
+@pytest.mark.parametrize(("out", "rows", "parts"), [(112, 64, 1), (304, 128, 1), (1008, 128, 2)])
+def test_rows_on_hopper_do_not_depend_on_the_batch(monkeypatch, out, rows, parts):
+    """The tiles of more than 128 rows are small ones, wide ones or the largest."""
     monkeypatch.setattr(cuda.kernels, "arch", lambda device: "sm_90a")
-    cases.check_batch_invariance("cpu", BF16, 200, 304, (1, 16, 17, 60, 130))
+    tiling = cuda.gemm.many_rows_tiling(130, out, "plain", num_sms=8, in_order=True)
+    assert (tiling.rows, tiling.parts) == (rows, parts)
+    cases.check_batch_invariance("cpu", BF16, 200, out, (1, 16, 17, 60, 130))
 
 
 @pytest.mark.parametrize(
