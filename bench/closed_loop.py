@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bench.workloads import BenchRequest, begun, check_lengths
+from engine.batch import ScheduledBatch
 from engine.core import EngineCore
 from engine.messages import AddRequest, TokenOutput
 from engine.outputs import RequestState
@@ -19,7 +20,7 @@ class Step:
     """One call of EngineCore.step: what it launched, what came out of it, and the engine's state after it."""
 
     end: float  # time.monotonic()
-    num_decodes: int  # requests that computed one token and drew the next
+    num_decodes: int  # requests that computed one token, all before it cached
     num_prompt_tokens: int  # all other tokens
     num_output_tokens: int
     num_finished_prompt_tokens: int  # of the prompts whose first token came out
@@ -88,12 +89,11 @@ class ClosedLoop:
         outputs = core.step()
         clock.enter(DETOKENIZE)
         num_prompt_tokens = self._take(outputs)
-        stats, launched = core.stats, core.batch.requests if core.stats.num_steps > num_steps else []
-        num_decodes = sum(request.num_tokens == 1 and request.samples for request in launched)
+        stats, launched = core.stats, core.batch if core.stats.num_steps > num_steps else ScheduledBatch([], [])
         return Step(
             end=time.monotonic(),
-            num_decodes=num_decodes,
-            num_prompt_tokens=sum(request.num_tokens for request in launched) - num_decodes,
+            num_decodes=launched.num_decodes,
+            num_prompt_tokens=launched.num_tokens - launched.num_decodes,
             num_output_tokens=sum(len(output.token_ids) for output in outputs),
             num_finished_prompt_tokens=num_prompt_tokens,
             num_running=stats.num_running,

@@ -194,9 +194,8 @@ def _row_cases(num_tokens: int) -> Iterator[Case]:
         caches = _caches(-(-num_tokens // BLOCK_SIZE))
         positions = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
         blocks = torch.randperm(-(-num_tokens // BLOCK_SIZE), device="cuda").int()  # filled in order, as by a prompt
-        slots = (blocks.unsqueeze(1) * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device="cuda").int()).flatten()[
-            :num_tokens
-        ]
+        offsets = torch.arange(BLOCK_SIZE, device="cuda").int()
+        slots = (blocks.unsqueeze(1) * BLOCK_SIZE + offsets).flatten()[:num_tokens]
         cos_sin = torch.rand(8192, HEAD_DIM, device="cuda")
         return lambda: cuda.rotate_and_store(qkv, positions, slots, cos_sin, *caches, None, None, 0.0), None
 

@@ -58,8 +58,8 @@ def step_ms(core: "EngineCore", num_requests: int) -> float | None:
     start = time.perf_counter()
     outputs = core.step()
     took = time.perf_counter() - start
-    num_decodes = sum(step.num_tokens == 1 for step in core.batch.requests)
-    return took * 1e3 if num_decodes == len(core.batch.requests) == len(outputs) == num_requests else None
+    num_decodes, num_running = core.batch.num_decodes, len(core.batch.requests)
+    return took * 1e3 if num_decodes == num_running == len(outputs) == num_requests else None
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:

@@ -54,6 +54,10 @@ class ScheduledBatch(msgspec.Struct, array_like=True):
     def num_tokens(self) -> int:
         return sum(request.num_tokens for request in self.requests)
 
+    @property
+    def num_decodes(self) -> int:
+        return sum(request.is_decode for request in self.requests)
+
 
 @dataclass
 class ForwardBatch:

@@ -121,7 +121,7 @@ class ModelRunner:
         for new in batch.new_rows:
             self._set_row(new)
         requests = batch.requests
-        are_decodes = _num_decodes(batch) == len(requests) and all(request.samples for request in requests)
+        are_decodes = batch.num_decodes == len(requests) and all(request.samples for request in requests)
         if are_decodes and not any(params.asks_prompt or params.pooling for params in self._params_of_prompts(batch)):
             logits, best = self._run_decodes(requests)
             return self._draw(requests, logits, best, {}, {})
@@ -242,7 +242,7 @@ class ModelRunner:
         counts = [request.num_tokens for request in requests]
         inputs = self._upload(self._mixed_inputs(requests, sum(counts), len(requests)))
         longest = max(request.start + request.num_tokens for request in requests)
-        return inputs, sum(counts), len(requests), num_wanted, _num_decodes(batch), max(counts), longest
+        return inputs, sum(counts), len(requests), num_wanted, batch.num_decodes, max(counts), longest
 
     def _mixed_inputs(self, requests: list[ScheduledRequest], num_tokens: int, num_requests: int) -> np.ndarray:
         """What `_forward_mixed` needs of each token and request, int32, filled up to num_tokens and num_requests.
@@ -437,7 +437,3 @@ class ModelRunner:
         """Where a copy to the device need not be waited for."""
         host = torch.from_numpy(values)
         return host if self.device.type == "cpu" else host.pin_memory()
-
-
-def _num_decodes(batch: ScheduledBatch) -> int:
-    return sum(request.is_decode for request in batch.requests)

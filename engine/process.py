@@ -99,6 +99,7 @@ def _serve(socket: zmq.Socket, config: EngineConfig, began: float) -> None:
                 if not socket.poll(QUIET_MS):
                     while core.capture_next() and not socket.poll(0):
                         pass
+                    core.clock.enter("idle")  # what is captured entered a stage of steps
             if not socket.poll(IDLE_POLL_MS):
                 if os.getppid() != parent:
                     sys.exit("vcli: engine: the API process is gone")

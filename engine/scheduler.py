@@ -238,8 +238,7 @@ class Scheduler:
     def note_time(self, batch: ScheduledBatch, seconds: float) -> None:
         """Learn what a step has taken, for the target."""
         if self.target_itl_s is not None:
-            num_decodes = sum(request.num_tokens == 1 for request in batch.requests)
-            self.step_time.add(num_decodes, batch.num_tokens - num_decodes, seconds)
+            self.step_time.add(batch.num_decodes, batch.num_tokens - batch.num_decodes, seconds)
 
     def _starts_over(self, request: Request) -> bool:
         """After NaN or infinite logits: whether they may be the fault of others; then it goes on without their blocks.

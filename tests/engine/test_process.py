@@ -36,12 +36,14 @@ class Peer:
 def test_an_idle_engine_captures_what_is_left_and_a_request_waits_for_one_graph_at_most(tiny_checkpoint, monkeypatch):
     folder, events = tiny_checkpoint("llama"), []
     core = make_padded_core(folder, monkeypatch)
+    core.clock.spans = []
     capture_next = core.capture_next
     monkeypatch.setattr(core, "capture_next", lambda: capture_next() and not events.append("capture"))
     monkeypatch.setattr(engine.core, "EngineCore", lambda config, on_progress, *, leaves_graphs: core)
     num_left = sum(len(graphs.waiting) for graphs in core.worker.runner.graphs)
     peer = Peer(AddRequest("r", [5, 6, 7], SamplingParams(max_tokens=3, ignore_eos=True)), events)
     process._serve(peer, EngineConfig(model=str(folder), device="cpu"), began=0.0)
+    assert core.clock.spans[-1][0] == "idle", "until the last message, and not what a capture has entered"
     assert events == ["capture", "AddRequest", *["capture"] * (num_left - 1), "Shutdown"]
     outputs = [output for message in peer.received if isinstance(message, StepOutput) for output in message.outputs]
     assert sum(len(output.token_ids) for output in outputs) == 3
