@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 ALWAYS = 2048  # tokens of a mixed step that have a graph on every GPU
-PACE = 1024  # tokens of the one by which the pace of such steps is told
+PACE = 1024  # tokens of the smaller one of the two by which the pace of such steps is told
 COMMON = [4**n for n in range(7)]  # sizes that have a graph from the start; the largest has one, too
 BUSY = 0.7  # share of a step's time in which all of its kernels have been launched, where no graph is needed
 
@@ -31,8 +31,8 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 
 
 def mixed_sizes(max_num_tokens: int, run: Callable[[int], None]) -> list[int]:
-    """Tokens of a step with prefill chunks worth a graph: as long as the host takes longer to launch its kernels one by
-    one than the GPU to run them. `run` launches a step of a size.
+    """Tokens of a step with prefill chunks worth a graph, whatever fills it up: as long as the host takes longer to
+    launch its kernels one by one than the GPU to run them. `run` launches a step of a size.
 
     Up to ALWAYS in any case: cuBLAS takes long to choose a kernel for a number of rows that it has not seen, and crowds
     come to ever new ones. The rows of its tiles are multiples of 64 or 128 anyway.
@@ -64,10 +64,12 @@ class Graphs:
         sizes: list[int],
         device: torch.device,
         shared: Graphs | None = None,
+        full_size: int | None = None,
     ) -> None:
         """body: from inputs (int32) and their size to results, made of device work alone, its shapes set by the size.
 
-        idle_inputs: inputs of a size that do nothing. shared: other graphs to share memory with.
+        idle_inputs: inputs of a size that do nothing. shared: other graphs to share memory with. full_size: one more
+        size, too large for padding: the graph is for steps that fill it.
         """
         self._body, self._idle_inputs, self._device = body, idle_inputs, device
         self._pool: Any = shared._pool if shared else None
@@ -75,7 +77,9 @@ class Graphs:
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self.num_bytes = 0  # that the graphs take
         self.sizes: list[int] = []  # that have a graph
+        self.full_size = full_size if full_size not in sizes else None
         self.waiting = [size for size in sizes if size not in COMMON and size != sizes[-1]]  # for theirs
+        self.waiting += [self.full_size] if self.full_size else []
         self.wanted: int | None = None  # the one of those that would have fitted best, last time
         # What is set up at the first call (handles, workspaces) cannot be captured.
         body(torch.from_numpy(idle_inputs(sizes[-1])).to(device), sizes[-1])
@@ -85,10 +89,9 @@ class Graphs:
 
     def fit(self, num: int) -> int | None:
         """The smallest size with a graph that holds `num`, if there is one. A better one that waits is wanted now."""
-        if num > self.sizes[-1]:
-            return None
-        size = self.sizes[bisect_left(self.sizes, num)]
-        better = (waiting for waiting in self.waiting if num <= waiting < size)
+        large_enough = self.sizes[bisect_left(self.sizes, num) :]
+        size = next((size for size in large_enough if size != self.full_size or size == num), None)
+        better = (waiting for waiting in self.waiting if num <= waiting < (size or num + 1))
         self.wanted = min(better, default=self.wanted)
         return size
 
@@ -121,6 +124,18 @@ class Graphs:
         self._pool = graph.pool()
         self._inputs[size], self._graphs[size] = inputs, (graph, results)
         self.num_bytes += free - torch.cuda.mem_get_info(self._device)[0]
+
+    def pace(self) -> tuple[float, float]:
+        """Seconds that a large step takes, whatever is in it, and seconds for each of its tokens beyond that.
+
+        The line through what two graphs take; where there is but one, all is the tokens'.
+        """
+        small, large = self.fit(PACE) or self.sizes[-1], self.sizes[-1]
+        small_s = self.seconds(small)
+        if large < 2 * small:
+            return 0.0, small_s / small
+        per_token_s = (self.seconds(large) - small_s) / (large - small)
+        return max(small_s - small * per_token_s, 0.0), per_token_s
 
     def seconds(self, size: int) -> float:
         """How long the graph of a size takes, at its best: the first times find a GPU that is still waking up."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine import ops, sampler
 from engine.batch import ForwardBatch, NewRow, ScheduledBatch, ScheduledRequest
 from engine.config import BLOCK_SIZE
-from engine.cuda_graphs import PACE, Graphs, decode_sizes, mixed_sizes
+from engine.cuda_graphs import Graphs, decode_sizes, mixed_sizes
 from engine.grammar_compiler import GrammarCompiler
 from engine.models import Model
 from engine.ops import sampling_line
@@ -77,10 +77,10 @@ class ModelRunner:
         self.mixed_graphs: Graphs | None = None
 
     @torch.inference_mode()
-    def capture_graphs(self, max_num_tokens: int) -> float:
+    def capture_graphs(self, max_num_tokens: int) -> tuple[float, float]:
         """Record decode steps and small mixed ones of common sizes, so that each is one launch from now on.
 
-        Returns how many tokens a second a large mixed step of prompts computes.
+        Returns what a large mixed step takes in seconds, whatever is in it, and for each token of prompts.
         """
 
         def mixed(inputs: Tensor, size: int) -> Tensor:
@@ -93,11 +93,12 @@ class ModelRunner:
         def run(size: int) -> None:
             mixed(self._upload(idle(size)), size)
 
-        self.mixed_graphs = Graphs(mixed, idle, mixed_sizes(max_num_tokens, run), self.device)
+        sizes = mixed_sizes(max_num_tokens, run)
+        self.mixed_graphs = Graphs(mixed, idle, sizes, self.device, full_size=max_num_tokens)
         sizes, idle_decodes = decode_sizes(self.max_num_seqs), partial(self._decode_inputs, [])
         self.decode_graphs = Graphs(self._decode, idle_decodes, sizes, self.device, shared=self.mixed_graphs)
-        size = self.mixed_graphs.fit(PACE) or self.mixed_graphs.sizes[-1]
-        return REAL_PACE * size / self.mixed_graphs.seconds(size)
+        fixed_s, per_token_s = self.mixed_graphs.pace()
+        return fixed_s, per_token_s / REAL_PACE
 
     @torch.inference_mode()
     def capture_next(self) -> bool:

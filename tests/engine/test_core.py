@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from engine.errors import UserError
 from engine.host_cache import HostCache
 from engine.messages import AddRequest, TokenOutput
 from engine.sampling_params import SamplingParams
+from engine.worker import prefill_chunk
 
 NUM_TOKENS = 20
 FAMILIES = [
@@ -161,9 +163,9 @@ def test_a_request_runs_to_the_very_end_of_the_context(tiny_checkpoint):
 class PaddedRuns(Graphs):
     """Takes the place of captured graphs: the same padding of every batch, without a GPU."""
 
-    def __init__(self, body, idle_inputs, sizes, device, shared=None):
+    def __init__(self, body, idle_inputs, sizes, device, shared=None, full_size=None):
         self.runs: list[int] = []  # the size of each
-        super().__init__(body, idle_inputs, sizes, device, shared)
+        super().__init__(body, idle_inputs, sizes, device, shared, full_size)
 
     def _capture(self, size):
         self._body(torch.from_numpy(self._idle_inputs(size)), size)
@@ -264,6 +266,41 @@ def test_an_engine_that_is_never_idle_captures_what_its_steps_want_first(tiny_ch
     assert graphs.waiting == [2]
     assert graphs.runs[0] == 16
     assert graphs.runs[-1] == 8
+
+
+def test_the_largest_step_has_a_graph_for_prompts_that_fill_it_and_for_no_others(tiny_checkpoint, monkeypatch):
+    folder = tiny_checkpoint("llama")
+    core = make_core(folder, max_num_batched_tokens=80, max_model_len=256)
+    monkeypatch.setattr(model_runner, "Graphs", PaddedRuns)
+    monkeypatch.setattr(model_runner, "mixed_sizes", lambda most, run: [16, 32])
+    core.worker.runner.capture_graphs(80)
+    while core.capture_next():
+        pass
+    prompts = [[3 + i % 7 for i in range(80 + 80 + 70)], [5] * 70, [5, 6, 7]]
+    assert [generate(core, [prompt])[0] for prompt in prompts] == generate(make_core(folder), prompts)
+    assert core.worker.runner.mixed_graphs.runs == [80, 80, 16]
+
+
+@pytest.mark.parametrize(
+    ("fixed_ms", "per_token_us", "expected"),
+    [(0.7, 22.7, 2048), (4.2, 22.9, 4096), (0.5, 13.0, 3584), (0.4, 2.5, 8192), (0.0, 900.0, 512)],
+)
+def test_a_chunk_is_what_a_pause_has_time_for_or_what_a_step_is_worth(fixed_ms, per_token_us, expected):
+    """Llama 3.1 8B in bf16, in int4 (whose weights each step makes wide) and in fp8, Qwen3 0.6B, and a slow GPU."""
+    assert prefill_chunk(fixed_ms / 1e3, per_token_us / 1e6, 8192) == expected
+
+
+def test_what_a_step_takes_is_told_by_two_of_its_graphs():
+    class Timed(PaddedRuns):
+        def seconds(self, size: int) -> float:
+            return 0.004 + 2e-5 * size
+
+    def make(sizes: list[int]) -> Graphs:
+        return Timed(lambda inputs, size: None, lambda size: np.zeros(1), sizes, torch.device("cpu"))
+
+    assert make([256, 1024, 4096]).pace() == (pytest.approx(0.004), pytest.approx(2e-5))
+    assert make([256, 1024, 1152]).pace() == (0.0, pytest.approx(0.02448 / 1024))
+    assert make([16, 256]).pace() == (0.0, pytest.approx(0.00912 / 256))
 
 
 def test_an_engine_without_memory_for_more_graphs_does_with_those_it_has(tiny_checkpoint, monkeypatch):
