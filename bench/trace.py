@@ -1,4 +1,4 @@
-"""A few decode steps seen from the GPU: a Chrome trace, how long the GPU was idle, and where the time went.
+"""A few steps seen from the GPU: a Chrome trace, how long the GPU was idle, and where the time went.
 
 Kernels may overlap (one starts while the one before it ends), so a kernel's time is what it added: from the end of
 everything before it, or its own start if that is later, to its end. With the idle time these add up to the whole.
@@ -17,19 +17,22 @@ from typing import Any
 
 from engine.core import EngineCore
 
-WARM_UP_STEPS = 8  # the last of them are traced and thrown away: the profiler's own start-up disturbs them
-TRACED_WARM_UP_STEPS = 4
+WARM_UP_STEPS = 4  # traced and thrown away: the profiler's own start-up disturbs them
 # What a kernel does, by its name. Matrix products are told apart by what comes before and after them.
 PRODUCT = "product"
 KERNELS = (
     ("attention", r"^(decode|combine|prefill|paged_attention)"),
     ("norm", r"rms_norm"),
     ("rotary and KV write", r"rotate"),
+    ("rounding", r"^round_|^gated_.*_rounded$"),  # of a product's inputs to 8 bits, with the activation that makes them
+    ("widening", r"^widen"),  # of weights of few bits, for a product of 16 bits
     ("activation", r"gated_(silu|gelu|activation)"),
     ("sampling", r"argmax|take_best|sample|gumbel|logprobs"),
     (PRODUCT, r"few_rows|many_rows|nvjet|gemm|gemv|cutlass|splitK|linear$|^logits"),
 )
-COPY, OTHER = "copy", "other"  # between any two of the model's own
+COPY, OTHER = "copy", "other"
+ANYWHERE = (PRODUCT, "rounding", "widening", COPY, OTHER)  # between any two of the rest, which tell the products apart
+SPLIT_K_SUM = r"^splitK"  # adds up what the blocks of the product before it made of their shares of the inputs
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,14 @@ class Share:
 
 
 def record(core: EngineCore, num_steps: int, path: Path | None) -> list[Kernel]:
-    """The kernels of about `num_steps` steps of requests that decode. The trace is kept at `path` (.json, .json.gz)."""
+    """The kernels of about `num_steps` steps, after the warm-up. The trace is kept at `path` (.json, .json.gz)."""
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    for _ in range(WARM_UP_STEPS - TRACED_WARM_UP_STEPS):
-        core.step()
     # Activities of the CPU are left out: noting them down would slow the host, which is part of what is looked at.
-    plan = schedule(wait=0, warmup=TRACED_WARM_UP_STEPS, active=num_steps, repeat=1)
+    plan = schedule(wait=0, warmup=WARM_UP_STEPS, active=num_steps, repeat=1)
     with profile(activities=[ProfilerActivity.CUDA], schedule=plan, acc_events=True) as profiler:
-        for _ in range(TRACED_WARM_UP_STEPS + num_steps):
+        for _ in range(WARM_UP_STEPS + num_steps):
             core.step()
             profiler.step()
         torch.cuda.synchronize()
@@ -77,9 +78,9 @@ def record_window(step: Callable[[], object], num_steps: int, path: Path) -> tup
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    plan = schedule(wait=0, warmup=TRACED_WARM_UP_STEPS, active=1, repeat=1)
+    plan = schedule(wait=0, warmup=WARM_UP_STEPS, active=1, repeat=1)
     with profile(activities=[ProfilerActivity.CUDA], schedule=plan, acc_events=True) as profiler:
-        for _ in range(TRACED_WARM_UP_STEPS):
+        for _ in range(WARM_UP_STEPS):
             step()
             torch.cuda.synchronize()
             profiler.step()
@@ -189,11 +190,12 @@ def _added_us(kernels: list[Kernel]) -> Iterator[float]:
 def _parts(kernels: list[Kernel]) -> list[str]:
     """The part of the model that each kernel belongs to."""
     parts = [_kind(kernel.name) for kernel in kernels]
-    others = [index for index, part in enumerate(parts) if part not in (PRODUCT, COPY, OTHER)]
+    others = [index for index, part in enumerate(parts) if part not in ANYWHERE]
     for before, after in pairwise([-1, *others, len(parts)]):
         neighbours = parts[before] if before >= 0 else "", parts[after] if after < len(parts) else ""
         products = [index for index in range(before + 1, after) if parts[index] == PRODUCT]
-        for index, name in zip(products, _products(*neighbours, len(products)), strict=True):
+        names = [kernels[index].name for index in products]
+        for index, name in zip(products, _products(*neighbours, names), strict=True):
             parts[index] = name
     return parts
 
@@ -204,14 +206,16 @@ def _kind(name: str) -> str:
     return next((kind for kind, pattern in KERNELS if re.search(pattern, name)), OTHER)
 
 
-def _products(before: str, after: str, num: int) -> list[str]:
-    """Which matrix products the `num` kernels between two others are; a product may be several kernels."""
+def _products(before: str, after: str, kernels: list[str]) -> list[str]:
+    """Which matrix products these kernels between two others are; a product may be several kernels."""
+    num = len(kernels)
     if before == "attention":
         return ["o"] * num
     if before == "activation":
         return ["down"] * num
-    if before == after == "norm":  # the activation is part of the first
-        return ["gate_up", *["down"] * (num - 1)][:num]
+    if before == after == "norm":  # the activation is part of the first, or of the rounding of what it made
+        second = next((i for i in range(1, num) if not re.search(SPLIT_K_SUM, kernels[i])), num)
+        return ["gate_up"] * second + ["down"] * (num - second)
     return [{"rotary and KV write": "qkv", "activation": "gate_up"}.get(after, "logits")] * num
 
 

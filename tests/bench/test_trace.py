@@ -79,6 +79,47 @@ def test_an_activation_inside_its_product_leaves_the_mlps_two_products_apart():
     assert "activation" not in launches
 
 
+def launches_of(*names: str) -> dict[str, float]:
+    return {share.part: share.launches for share in where_the_time_goes(one_after_the_other(*names), 1)}
+
+
+def test_the_sums_of_a_split_product_are_part_of_it():
+    """Of the MLP's first, too, where no kernel of the activation alone is between the two."""
+    product, mlp = ["nvjet_sm90_tst_splitK_TNT", "splitKreduce_kernel"], [NORM, "nvjet_sm90_tst_splitK_TNT"]
+
+    launches = launches_of(
+        *(NORM, *product, ROTATE, ATTENTION, *product),
+        *(*mlp, "splitKreduce_kernel", "gated_silu_rounded", *product),
+        *(*mlp, *product),
+        *(NORM, *product, ARGMAX),
+    )
+
+    assert launches == {
+        "qkv": 2, "o": 2, "gate_up": 3, "down": 4, "logits": 2, "norm": 4, "rotary and KV write": 1, "attention": 1,
+        "rounding": 1, "sampling": 1, "idle": 0,
+    }  # fmt: skip
+
+
+def test_rounded_inputs_and_widened_weights_are_parts_of_their_own_and_part_nobody():
+    rounded = ["add_rms_norm_rounded", "nvjet_qq", ROTATE, "prefill", "round_rows", "nvjet_qq"]
+    rounded += ["add_rms_norm_rounded", "nvjet_qq", "gated_silu_rounded", "nvjet_qq"]
+    widened = [NORM, "widen_grouped", "nvjet", ROTATE, "prefill", "widen_grouped", "nvjet"]
+    widened += [NORM, "widen_grouped", "nvjet", GATE, "widen_grouped", "nvjet"]
+    layer = {"norm": 2, "qkv": 1, "rotary and KV write": 1, "attention": 1, "o": 1, "gate_up": 1, "down": 1, "idle": 0}
+
+    assert launches_of(*rounded, NORM) == layer | {"norm": 3, "rounding": 2}
+    assert launches_of(*widened, NORM) == layer | {"norm": 3, "widening": 4, "activation": 1}
+
+
+def test_decodes_and_prompts_of_one_step_are_one_attention():
+    layer = [NORM, "gemm", ROTATE, "decode", "elementwise_kernel", "prefill", "gemm", NORM, "gemm", GATE, "gemm"]
+
+    assert launches_of(*layer, NORM, "gemm", ARGMAX) == {
+        "norm": 3, "qkv": 1, "rotary and KV write": 1, "attention": 2, "other": 1, "o": 1, "gate_up": 1,
+        "activation": 1, "down": 1, "logits": 1, "sampling": 1, "idle": 0,
+    }  # fmt: skip
+
+
 def test_a_trace_is_cut_to_whole_steps():
     kernels = one_after_the_other("gemm", ARGMAX, NORM, "gemm", ARGMAX, NORM, "gemm", ARGMAX, NORM)
 
