@@ -81,11 +81,6 @@ class Floor:
         return num_params(self.model)
 
     @property
-    def num_layer_params(self) -> int:
-        """Of the matrices of all layers."""
-        return self.num_decode_params - self.num_params["logits"]
-
-    @property
     def num_decode_params(self) -> int:
         """Read in a decode step: the layers and the output head."""
         return sum(self.num_params.values())
@@ -112,14 +107,19 @@ class Floor:
 
     def prefill_s(self, num_tokens: int) -> float:
         """One prompt to its first token."""
+        return sum(self.prefill_parts_s(num_tokens).values())
+
+    def prefill_parts_s(self, num_tokens: int) -> dict[str, float]:
+        """A prompt by what is computed in it: the products of the layers, and attention. Not the logits of one token:
+        these are bound by the read of the output head."""
         c = self.model
+        products = {name: self._product_s(name, num_tokens)[1] for name in self.num_params if name != "logits"}
         # Key positions seen by all queries together: a triangle, cut off at the window.
         seen = 0.0
         for window in c.layer_windows:
             span = min(window or num_tokens, num_tokens)
             seen += span * span / 2 + (num_tokens - span) * span
-        linear_s = 2 * self.num_layer_params * num_tokens / self._linear_flops_per_s
-        return linear_s + 4 * c.num_heads * c.head_dim * seen / self.ceilings.flops_per_s
+        return products | {"attention": 4 * c.num_heads * c.head_dim * seen / self.ceilings.flops_per_s}
 
     def _product_s(self, name: str, batch: int) -> tuple[float, float]:
         """Reading a matrix of all layers, and multiplying a batch with it."""

@@ -52,6 +52,19 @@ def test_a_prompt_costs_its_matrix_work(floor: Floor, num_tokens: int, milliseco
     assert floor.prefill_s(num_tokens) * 1e3 == pytest.approx(milliseconds, rel=0.02)
 
 
+def test_a_prompts_parts_are_its_products_and_its_attention(floor: Floor):
+    parts = floor.prefill_parts_s(8192)
+
+    # By hand, at 752 TFLOP/s: 2 x 32 x 8,192 tokens x 4,096 x 28,672 numbers, and 4 x 32 x 4,096 x 8,192 ** 2 / 2.
+    assert parts["gate_up"] == pytest.approx(81.9e-3, rel=0.01)
+    assert parts["attention"] == pytest.approx(23.4e-3, rel=0.01)
+    assert set(parts) == {"qkv", "o", "gate_up", "down", "attention"}
+    assert sum(parts.values()) == floor.prefill_s(8192)
+    rounded = replace(floor, scheme=FP8).prefill_parts_s(8192)
+    assert rounded["gate_up"] == pytest.approx(parts["gate_up"] * 752 / 1517)
+    assert rounded["attention"] == parts["attention"]
+
+
 INT4, FP8 = Scheme("int", 4, (1, 128)), Scheme("float", 8, (1, ALL), rounds_inputs=True)
 
 
