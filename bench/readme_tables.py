@@ -4,17 +4,21 @@
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import paging
 from bench.environment import short_revision
-from bench.figures import PEER
+from bench.figures import PEER, all_figures
 from bench.quality_report import quality_section
 from bench.report import describe_machine, describe_workload, format_figure, markdown_table
 from bench.result import KINDS, BenchResult
 from engine.errors import UserError
+
+SORTED_BY = "decode step, batch 64"  # if it was traced: the parts of the other steps keep its order
+LIBRARIES = {"torch": r"elementwise|gather|indexSelect", "cuBLAS": r"nvjet|splitK|gemm"}  # by their kernels' names
 
 
 def marks(kind: str) -> tuple[str, str]:
@@ -93,21 +97,37 @@ def speed_section(path: Path) -> str:
     env, rows = values["environment"], values["rows"]
     machine = f"{env['gpu']}, driver {env['driver']}, torch {env['torch']}"
     parts = [f"{machine}:", speed_table(rows)]
-    for model, shares in values["time"].items():
-        parts += [f"Where the time of a decode step of {model} at batch 64 goes:", time_table(shares)]
+    for model, steps in values["time"].items():
+        parts += [f"Where the time of a step of {model} goes:", time_table(steps)]
     for model, timeline in values["start"].items():
         parts += [f"A second start of `vcli serve {model}`:", "\n".join(["```text", *timeline, "```"])]
     return "\n\n".join([*parts, f"```bash\n{env['command']}\n```"])
 
 
-def time_table(shares: list[dict[str, Any]]) -> str:
-    """Where the time of a step goes: a line for each part (bench/trace.py), and their sum."""
-    columns = ["part", "us a step", "floor", "launches", "kernels"]
-    rows = [[s["part"], s["us"], s["floor_us"], round(s["launches"]), ", ".join(s["kernels"])] for s in shares]
-    floors = [share["floor_us"] for share in shares if share["floor_us"] is not None]
-    launches = round(sum(share["launches"] for share in shares))
-    total = ["all", sum(share["us"] for share in shares), sum(floors) if floors else None, launches, ""]
-    return markdown_table(columns, [*rows, total])
+def time_table(steps: dict[str, list[dict[str, Any]]]) -> str:
+    """Where the time of steps goes, by the figures that time them: a line for each part (bench/trace.py), and a sum."""
+    order = [figure.name for figure in all_figures()]
+    names = sorted(steps, key=order.index)
+    columns, sums = ["part"], list[float | None]()
+    for name in names:
+        columns += [f"{name.removeprefix('decode step, ').removesuffix(' tokens')}: us", "floor"]
+        floors = [share["floor_us"] for share in steps[name] if share["floor_us"] is not None]
+        sums += [sum(share["us"] for share in steps[name]), sum(floors) if floors else None]
+    # The largest of one step come first, then what only others have; the idle time stays at the end.
+    first = sorted(names, key=lambda name: name != SORTED_BY)
+    parts = list(dict.fromkeys(share["part"] for name in first for share in steps[name]))
+    parts.sort(key=lambda part: part == "idle")
+    rows = []
+    for part in parts:
+        shares = [next((share for share in steps[name] if share["part"] == part), {}) for name in names]
+        kernels = dict.fromkeys(_in_short(kernel) for share in shares for kernel in share.get("kernels", []))
+        rows.append([part, *(share.get(key) for share in shares for key in ("us", "floor_us")), ", ".join(kernels)])
+    return markdown_table([*columns, "kernels"], [*rows, ["all", *sums, ""]])
+
+
+def _in_short(kernel: str) -> str:
+    """Ours by their names; libraries have so many, and such long ones, that it is enough to say whose they are."""
+    return next((library for library, pattern in LIBRARIES.items() if re.search(pattern, kernel)), kernel)
 
 
 def kernels_section(path: Path) -> str:

@@ -47,13 +47,17 @@ if TYPE_CHECKING:
     from engine.core import EngineCore
 
 PROMPT_REPEATS = 5
-TRACED = Decode(64)
+TRACED = Decode(64)  # for the idle share
+ALSO_TRACED = (Decode(1, 128, 256), Decode(256))
 TRACED_STEPS = 20
+TRACED_PROMPT = Prompt(8192)  # fills a step
+TRACED_PROMPTS = 3
 WARM_UP_TOKENS = 8
 FIRST_REQUEST = (64, 8)  # tokens in and out of the request whose answer ends a start
 EXIT_WRONG = 3
 RESULTS = Path(__file__).resolve().parent / "results"
-# What is measured in one engine: the figures, and their values in the figures' units.
+# What is measured in one engine: the figures that it is for, and their values in the figures' units. Of a trace there
+# are none: it shows where the time of its figure goes.
 Measurement = tuple[tuple[Figure, ...], Callable[["EngineCore"], list[float]]]
 
 
@@ -96,10 +100,11 @@ class Results:
         print(f"{row.model}: {row.figure}: {format_figure(row.value)} {row.unit}{note}", flush=True)
         self._write()
 
-    def add_time(self, model: str, shares: list[trace.Share]) -> None:
-        """Where the time of a model's traced steps goes."""
-        self.values["time"][model] = [asdict(share) for share in shares]
-        print(time_table(self.values["time"][model]), flush=True)
+    def add_time(self, model: str, step: str, shares: list[trace.Share]) -> None:
+        """Where the time of a model's traced steps goes. step: the figure that times such steps."""
+        own = {step: [asdict(share) for share in shares]}
+        self.values["time"].setdefault(model, {}).update(own)
+        print(f"{model}:\n{time_table(own)}", flush=True)
         self._write()
 
     def add_start(self, model: str, timeline: list[str]) -> None:
@@ -143,7 +148,9 @@ class ModelBench:
         measurements: list[Measurement] = [
             *(((decode.figure,), partial(self._decode, decode)) for decode in figures.DECODES),
             ((figures.IDLE,), self._idle),
+            *(((decode.figure,), partial(self._where_decode_goes, decode)) for decode in ALSO_TRACED),
             *(((prompt.first, prompt.again), partial(_prompt, prompt)) for prompt in figures.PROMPTS),
+            ((TRACED_PROMPT.first,), self._where_prompts_go),
             *(((run.figure,), partial(_run, run)) for run in figures.RUNS),
         ]
         self._measure(measurements)
@@ -173,7 +180,8 @@ class ModelBench:
             return
         floor = self._floor(core.ready.dtype, flags.get("kv_cache_dtype", "auto"))
         for own_figures, measure in wanted:
-            for figure, value in zip(own_figures, measure(core), strict=True):
+            values = measure(core)
+            for figure, value in zip(own_figures, values, strict=bool(values)):
                 self._add(figure, value, core.ready.dtype, floor)
 
     def _add(
@@ -208,19 +216,61 @@ class ModelBench:
         return [statistics.mean(step.seconds for step in steps) * 1e3]
 
     def _idle(self, core: "EngineCore") -> list[float]:
-        """Trace steps in the middle of a decode: where the time goes, and how long the GPU had nothing to do."""
-        for index, request in enumerate(_cached_requests(core, TRACED)):
+        """How long the GPU has nothing to do in the middle of a decode, and where the time of its steps goes."""
+        return [100 * trace.idle_share(self._trace_decode(TRACED, core, self.trace_path))]
+
+    def _where_decode_goes(self, decode: Decode, core: "EngineCore") -> list[float]:
+        """Of steps that decode, as the figure of the same name."""
+        self._trace_decode(decode, core)
+        return []
+
+    def _where_prompts_go(self, core: "EngineCore") -> list[float]:
+        """Of prompts, each of them a step, with two in flight."""
+        prompt, num_steps = TRACED_PROMPT, TRACED_PROMPTS + 1
+        requests = random_requests(
+            trace.WARM_UP_STEPS + num_steps,
+            input_len=prompt.length,
+            output_len=1,
+            vocab_size=core.ready.vocab_size,
+            seed=prompt.length + PROMPT_REPEATS + 1,  # none that has been measured, and is in the prefix cache
+        )
+        self._trace(prompt.first, core, requests, num_steps, lambda floor: floor.prefill_parts_s(prompt.length))
+        return []
+
+    def _trace_decode(self, decode: Decode, core: "EngineCore", path: Path | None = None) -> list[trace.Kernel]:
+        requests = _cached_requests(core, decode)
+        context = decode.input_len + TRACED_STEPS  # the first steps are traced: little more than the prompts
+        return self._trace(
+            decode.figure,
+            core,
+            requests,
+            TRACED_STEPS + 1,
+            lambda floor: floor.decode_parts_s(decode.batch, context),
+            path,
+        )
+
+    def _trace(
+        self,
+        figure: Figure,
+        core: "EngineCore",
+        requests: list[BenchRequest],
+        num_steps: int,
+        parts_s: Callable[[Floor], dict[str, float]],
+        path: Path | None = None,
+    ) -> list[trace.Kernel]:
+        """Trace the first steps of these requests: they are such as the figure times."""
+        for index, request in enumerate(requests):
             params = SamplingParams(temperature=0.0, max_tokens=request.output_len, ignore_eos=True, detokenize=False)
             assert isinstance(request.prompt, list)
             core.add(AddRequest(f"traced-{index}", request.prompt, params))
-        kernels, num_steps = trace.whole_steps(trace.record(core, TRACED_STEPS + 1, self.trace_path))
+        kernels, num_whole = trace.whole_steps(trace.record(core, num_steps, path))
+        core.abort(f"traced-{index}" for index in range(len(requests)))
         while core.has_work:
             core.step()
         floor = self._floor(core.ready.dtype)
-        # The first steps are traced, so the contexts are little more than the prompts.
-        parts = floor.decode_parts_s(TRACED.batch, TRACED.input_len + TRACED_STEPS) if floor else {}
-        self.results.add_time(self.name, trace.where_the_time_goes(kernels, num_steps, parts))
-        return [100 * trace.idle_share(kernels)]
+        shares = trace.where_the_time_goes(kernels, num_whole, parts_s(floor) if floor else {})
+        self.results.add_time(self.name, figure.name, shares)
+        return kernels
 
     def _invariant_cost(self, core: "EngineCore") -> list[float]:
         """In percent of the throughput without it, which the plain engine has just measured."""
@@ -361,7 +411,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="only figures whose name holds this pattern")
     parser.add_argument("--no-parity", action="store_true", help="leave out the check of the tokens")
     parser.add_argument("--output", type=Path, help="default: bench/results/GPU-speed.json")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the first model's trace: .json or .json.gz")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="keep the first model's of batch 64: .json[.gz]")
     options = parser.parse_args(arguments)
     started, env = time.perf_counter(), environment()
     try:

@@ -41,11 +41,7 @@ def speed_row(
 def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed(tmp_path: Path):
     rows = [speed_row("a", 3.5, 3.6, True), speed_row("b", 3.71, 3.6, False), speed_row("c", 9.0, None, None, "small")]
     env = {"gpu": "NVIDIA H200", "driver": "580", "torch": "2.11.0", "command": "python -m bench.speed big small"}
-    shares = [
-        {"part": "o", "us": 6.5, "floor_us": 5.0, "launches": 2.0, "kernels": ["gemm", "splitK"]},
-        {"part": "idle", "us": 0.25, "floor_us": None, "launches": 0.0, "kernels": []},
-    ]
-    values = {"kind": "speed", "environment": env, "rows": rows, "time": {"big": shares}, "start": {"big": ["api all"]}}
+    values = {"kind": "speed", "environment": env, "rows": rows, "time": {}, "start": {"big": ["api all"]}}
     (tmp_path / "h200-speed.json").write_text(json.dumps(values))
 
     once = updated_readme(tmp_path, f"{section_marks('results')}# Speed\n{section_marks('speed')}End\n")
@@ -55,12 +51,33 @@ def test_the_readme_shows_speed_beside_floor_peer_and_target_and_what_was_missed
     assert "| b | 3.71 | ms | 3.20 | 4.85 | 3.60 | **missed** | 012345678 |" in once
     assert "| c | 9.00 | ms | 3.20 | 4.85 | - |  | 012345678 |" in once
     assert once.index("| big, bfloat16") < once.index("| b |") < once.index("| small, bfloat16")
-    assert "| o | 6.50 | 5.00 | 2 | gemm, splitK |" in once
-    assert "| all | 6.75 | 5.00 | 2 |  |" in once
     assert "```text\napi all\n```" in once
     assert "NVIDIA H200, driver 580, torch 2.11.0:" in once
     assert "old" not in once
     assert once.endswith(f"{tables.marks('speed')[1]}\nEnd\n")
+
+
+def test_where_the_time_of_steps_goes_is_one_table_in_the_order_of_batch_64():
+    def share(part: str, us: float, floor_us: float | None, *kernels: str) -> dict[str, object]:
+        return {"part": part, "us": us, "floor_us": floor_us, "launches": 1.0, "kernels": list(kernels)}
+
+    idle = share("idle", 0.25, None)
+    few = [share("o", 6.5, 5.0, "few_rows_4"), share("norm", 3.0, None, "add_rms_norm"), idle]
+    many = [share("norm", 8.0, None, "add_rms_norm"), share("o", 7.0, 6.0, "nvjet_TNT", "splitKreduce_kernel"), idle]
+    prompt = [share("o", 90.0, 80.0, "nvjet_sm90_coopA_TNT"), share("rounding", 4.0, None, "round_rows")]
+    prompt += [share("other", 2.0, None, "vectorized_gather_kernel", "elementwise_kernel"), idle]
+    steps = {"prompt of 8,192 tokens": prompt, "decode step, batch 64": many, "decode step, batch 1": few}
+
+    assert tables.time_table(steps).splitlines() == [
+        "| part | batch 1: us | floor | batch 64: us | floor | prompt of 8,192: us | floor | kernels |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| norm | 3.00 | - | 8.00 | - | - | - | add_rms_norm |",
+        "| o | 6.50 | 5.00 | 7.00 | 6.00 | 90.00 | 80.00 | few_rows_4, cuBLAS |",
+        "| rounding | - | - | - | - | 4.00 | - | round_rows |",
+        "| other | - | - | - | - | 2.00 | - | torch |",
+        "| idle | 0.25 | - | 0.25 | - | 0.25 | - |  |",
+        "| all | 9.75 | 5.00 | 15.25 | 6.00 | 96.25 | 80.00 |  |",
+    ]
 
 
 def test_the_readme_shows_kernels_beside_the_ceilings_of_their_gpu(tmp_path: Path):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import figures, kernels, speed
+from bench import figures, kernels, speed, trace
 from bench.figures import GOALS, Decode, Goal, Prompt, Run, Serving
 from bench.floor import H200, Floor
 from bench.modes import ModeParity
 from bench.speed import ModelBench, Results, Row
+from bench.trace import WARM_UP_STEPS, Kernel, Share
 from bench.workloads import random_requests
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -157,7 +158,7 @@ def test_the_file_is_called_after_the_gpu(gpu: str, name: str):
     assert speed.default_output(gpu).name == f"{name}-speed.json"
 
 
-def make_bench(path: Path, output: Path, only: str = "") -> ModelBench:
+def make_bench(path: Path, output: Path, only: str = "", gpu: str | None = None) -> ModelBench:
     engine = EngineConfig(
         model=str(path),
         load_format="dummy",
@@ -168,7 +169,7 @@ def make_bench(path: Path, output: Path, only: str = "") -> ModelBench:
     )
     arguments = ["--device", "cpu", "--max-num-seqs", "8", "--kv-cache-memory", "16MiB"]
     return ModelBench(
-        engine, Results(output, {"gpu": None, "git_revision": "r", "date": "d"}), re.compile(only), None, arguments
+        engine, Results(output, {"gpu": gpu, "git_revision": "r", "date": "d"}), re.compile(only), None, arguments
     )
 
 
@@ -195,6 +196,82 @@ def test_a_tiny_model_is_measured_on_an_engine(tiny_checkpoint, tmp_path: Path, 
     ]
     assert all(row["value"] > 0 and row["dtype"] == "float32" and row["met"] is None for row in rows)
     assert rows[3]["value"] < rows[2]["value"]
+
+
+@pytest.fixture
+def traced_batches(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int, int]]]:
+    """The traced steps: the first position and the number of tokens of each request. Small ones, on no GPU."""
+    steps: list[list[tuple[int, int]]] = []
+
+    def record(core: EngineCore, num_steps: int, path: Path | None) -> list[Kernel]:
+        for index in range(WARM_UP_STEPS + num_steps):
+            core.step()
+            if index >= WARM_UP_STEPS:
+                steps.append([(request.start, request.num_tokens) for request in core.batch.requests])
+        names = [name for _ in range(num_steps) for name in ("rms_norm", "rotate", "decode", "gemm", "argmax")]
+        return [Kernel(name, 2.0 * i, 2.0 * i + 1) for i, name in enumerate(names)]
+
+    monkeypatch.setattr(trace, "record", record)
+    monkeypatch.setattr(figures, "PROMPTS", (Prompt(1024),))
+    monkeypatch.setattr(figures, "DECODES", (Decode(1, 16, 40), Decode(2, 24, 30), Decode(4, 24, 3)))
+    for name, value in {
+        "TRACED": Decode(2, 24, 30),
+        "ALSO_TRACED": (Decode(1, 16, 40),),
+        "TRACED_STEPS": 3,
+        "TRACED_PROMPT": Prompt(1024),  # as many tokens as a step has on a CPU
+        "TRACED_PROMPTS": 2,
+    }.items():
+        monkeypatch.setattr(speed, name, value)
+    return steps
+
+
+def test_where_the_time_goes_is_traced_of_steps_that_decode_and_of_fresh_prompts(
+    tiny_checkpoint, tmp_path: Path, traced_batches: list[list[tuple[int, int]]]
+):
+    only = "^decode step, batch 1$|idle|^prompt of 1,024 tokens$"
+    path = tiny_checkpoint("llama", max_position_embeddings=2048)
+    bench = make_bench(path, tmp_path / "speed.json", only, "NVIDIA H200")
+
+    bench.measure_engine()
+
+    assert [row["figure"] for row in bench.results.values["rows"]] == [
+        "decode step, batch 1",
+        figures.IDLE.name,
+        "prompt of 1,024 tokens",
+    ]
+    two, one, prompts = traced_batches[:4], traced_batches[4:8], traced_batches[8:]
+    assert two == [[(24 + step, 1)] * 2 for step in range(WARM_UP_STEPS - 1, WARM_UP_STEPS + 3)]
+    assert one == [[(16 + step, 1)] for step in range(WARM_UP_STEPS - 1, WARM_UP_STEPS + 3)]
+    assert prompts == [[(0, 1024)]] * 3
+    (steps,) = json.loads(bench.results.path.read_text())["time"].values()
+    assert list(steps) == ["decode step, batch 2", "decode step, batch 1", "prompt of 1,024 tokens"]
+    floor = Floor(ModelConfig.from_path(path), "float32", H200)
+    floors = [next(share["floor_us"] for share in step if share["part"] == "attention") for step in steps.values()]
+    parts = floor.decode_parts_s(2, 27), floor.decode_parts_s(1, 19), floor.prefill_parts_s(1024)
+    assert floors == [own["attention"] * 1e6 for own in parts]
+
+
+def test_no_step_is_traced_whose_figure_nobody_asks_for(
+    tiny_checkpoint, tmp_path: Path, traced_batches: list[list[tuple[int, int]]]
+):
+    path = tiny_checkpoint("llama", max_position_embeddings=2048)
+    bench = make_bench(path, tmp_path / "speed.json", "^decode step, batch 4$")
+
+    bench.measure_engine()
+
+    assert [row["figure"] for row in bench.results.values["rows"]] == ["decode step, batch 4"]
+    assert (traced_batches, bench.results.values["time"]) == ([], {})
+
+
+def test_where_the_time_goes_stays_of_steps_that_another_run_has_traced(tmp_path: Path):
+    for step, us in (("decode step, batch 1", 1.0), ("decode step, batch 64", 2.0), ("decode step, batch 1", 3.0)):
+        Results(tmp_path / "speed.json", {"gpu": "NVIDIA H200"}).add_time("big", step, [Share("idle", us)])
+
+    written = json.loads((tmp_path / "speed.json").read_text())["time"]["big"]
+    assert {step: shares[0]["us"] for step, shares in written.items()} == {
+        "decode step, batch 1": 3.0,
+        "decode step, batch 64": 2.0,
+    }
 
 
 def test_an_engine_is_gone_when_its_part_has_ended(tiny_checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
