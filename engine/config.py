@@ -31,7 +31,7 @@ class EngineConfig:
     max_num_batched_tokens: Annotated[int | None, "tokens in one step at most; 8k on a GPU, 1k on a CPU"] = None
     max_prefill_chunk: Annotated[
         int | None,
-        "tokens in a step that prefills beside many decodes, beside few half as many; default: what takes 45 ms, of int4 90",
+        "tokens in a step that prefills beside many decodes, beside few half as many; default: what takes 45 ms",
     ] = field(default=None, metadata=HIDDEN)
     target_itl_s: Annotated[
         float | None, "pause between two tokens of a stream to keep: sizes the prefill chunk beside decodes as they go"
