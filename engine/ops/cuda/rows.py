@@ -104,7 +104,7 @@ def rotate_and_store(
         if rotary_dim // 2 % width:
             width = 1
         run = kernel(qkv, "rotate_and_store", rotary_build, qkv.dtype, head_dim, k_cache.dtype, width)
-        threads = 256
+        threads = 128
         run(
             (-(-num_teams * lanes // threads), 1, 1),
             threads,
