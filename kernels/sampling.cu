@@ -326,6 +326,7 @@ __device__ inline Found find(Found& found, const Bin& bin, bool by_mass, u64 tar
 __device__ inline Limit find_limit(
     const Part& part, const Line& line, float top, Limit limit, u64 head, int top_k, float top_p, int& place) {
   const bool by_mass = top_k == 0;
+  __syncthreads();  // the sums that another limit's search ended with have been read
   Bin bin = bin_of(part, head, 0, kHeadShift);
   if (limit.mass == 0) limit.mass = bin.total.mass + part.shared.tail_mass;
   u64 target = by_mass ? max(1ull, static_cast<u64>(ceil(static_cast<double>(top_p) * limit.mass))) : top_k;
